@@ -1,0 +1,64 @@
+"""Load a fast BLAS before mlx.core on Linux.
+
+The `mlx[cpu]` wheel carries the reference BLAS, whose matrix products run at a few GFLOP/s. A BLAS that is already in
+the process with global symbols takes its place and makes a training step about 14 times faster. Nothing to do on macOS,
+where MLX uses Accelerate and Metal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ADVICE = "apt-get install libopenblas0-pthread, or pip install mkl (x86-64)"
+
+
+@dataclass(frozen=True, slots=True)
+class Blas:
+    """What was found. `fast` is False when matrix products will crawl."""
+
+    name: str
+    path: str | None
+    fast: bool
+
+
+_loaded: Blas | None = None
+
+
+def ensure() -> Blas:
+    """Load the best BLAS of this machine once; later calls return what the first found.
+
+    Must run before `mlx.core` is imported anywhere in the process.
+    """
+    global _loaded
+    if _loaded is None:
+        _loaded = _load()
+    return _loaded
+
+
+def _load() -> Blas:
+    if sys.platform != "linux":
+        return Blas("Accelerate", None, True)
+    if "mlx.core" in sys.modules:
+        return Blas("unknown (mlx was imported before smolmlx)", None, False)
+    for name, path in _candidates():
+        try:
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return Blas(name, str(path), True)
+    return Blas("reference BLAS of the mlx wheel", None, False)
+
+
+def _candidates() -> list[tuple[str, Path]]:
+    """OpenBLAS of the distribution, then MKL of a wheel in this environment."""
+    triple = f"{platform.machine()}-linux-gnu"
+    folders = [Path("/usr/lib") / triple, Path("/usr/lib64"), Path("/usr/lib"), Path(sys.prefix) / "lib"]
+    # The libblas.so.3 beside OpenBLAS exports cblas and Fortran symbols alike; libopenblas.so.0 does so elsewhere.
+    names = ("openblas-pthread/libblas.so.3", "openblas-openmp/libblas.so.3", "libopenblas.so.0", "libopenblas.so")
+    found = [("OpenBLAS", folder / name) for name in names for folder in folders]
+    found += [("MKL", path) for path in sorted((Path(sys.prefix) / "lib").glob("libmkl_rt.so*"), reverse=True)]
+    return [(name, path) for name, path in found if path.exists()]

@@ -1,0 +1,212 @@
+"""Load mlx-lm's models, put LoRA on them, and translate names between PEFT and MLX.
+
+B batch, T tokens, S supervised positions, D width, V vocabulary, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smolmlx_mlx import blas
+
+blas.ensure()
+
+import mlx.core as mx  # noqa: E402 - after the BLAS
+import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
+from mlx_lm.tuner.dora import DoRALinear  # noqa: E402
+from mlx_lm.tuner.lora import LoRALinear  # noqa: E402
+from mlx_lm.utils import load_model  # noqa: E402
+
+from smolmlx.errors import BackendError, RecipeError  # noqa: E402
+from smolmlx.models import BaseModel, with_rope_theta  # noqa: E402
+from smolmlx.plan import PEFT_PREFIX  # noqa: E402
+from smolmlx.session import Arrays, load_arrays  # noqa: E402
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_BITS = {"4bit": 4, "8bit": 8}
+_LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
+
+
+def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str) -> nn.Module:
+    """Load a base model in `dtype`, quantized if asked.
+
+    Raises:
+        BackendError: mlx-lm has no such architecture.
+        RecipeError: the weights do not fit the config.
+    """
+    try:
+        model, _ = load_model(folder, model_config=dict(with_rope_theta(config)))
+    except ValueError as error:
+        if "not supported" in str(error):
+            raise BackendError(f"{folder}: mlx-lm has no model of type '{config.get('model_type')}'. Try --backend cuda.") from error
+        raise RecipeError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
+    model.set_dtype(DTYPES[dtype])
+    if quantize != "none":
+        nn.quantize(model, group_size=64, bits=_BITS[quantize], class_predicate=lambda path, module: ".layers." in path and _can_quantize(module))
+    model.freeze()
+    mx.eval(model.parameters())
+    return model
+
+
+def _can_quantize(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.weight.shape[-1] % 64 == 0
+
+
+def add_lora(model: nn.Module, targets: Mapping[str, Any], rank: int, scale: float, dropout: float = 0.0, dora: bool = False) -> None:
+    """Replace the target layers by mlx-lm's LoRA layers; only those train."""
+    kind = DoRALinear if dora else LoRALinear
+    modules = dict(model.named_modules())
+    layers = [(path, kind.from_base(modules[path], r=rank, scale=scale, dropout=dropout)) for path in targets]
+    model.update_modules(tree_unflatten(layers))
+    model.freeze()
+    for _, layer in layers:
+        layer.unfreeze(keys=["lora_a", "lora_b", "m"] if dora else ["lora_a", "lora_b"], recurse=False)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Put a PEFT adapter folder on a base model.
+
+    Raises:
+        RecipeError: not a LoRA adapter, or made for another base.
+    """
+    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config_file.is_file() or not weights_file.is_file():
+        raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    arrays = load_arrays(weights_file)
+    paths = sorted({split_name(name)[0] for name in arrays})
+    modules = dict(model.named_modules())
+    strangers = [path for path in paths if path not in modules]
+    if strangers:
+        raise RecipeError(f"{folder}: made for another base model: it adapts {strangers[0]} (and {len(strangers) - 1} more), which this model lacks.")
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    add_lora(model, dict.fromkeys(paths), rank, scale, 0.0, bool(config.get("use_dora")))
+    write_weights(model, arrays, folder)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a PEFT tensor name into module path and leaf, e.g. ('model.layers.0.mlp.up_proj', 'lora_A.weight')."""
+    bare = name.removeprefix(PEFT_PREFIX)
+    if bare.endswith("lora_magnitude_vector.weight"):
+        bare = bare.removesuffix(".weight")
+    for leaf in _LEAVES:
+        if bare.endswith(f".{leaf}"):
+            return bare.removesuffix(f".{leaf}"), leaf
+    return bare, ""
+
+
+def to_mlx(name: str) -> str:
+    """Translate a canonical (PEFT or HF) tensor name to MLX's parameter path."""
+    path, leaf = split_name(name)
+    return f"{path}.{_LEAVES[leaf]}" if leaf else path
+
+
+def from_mlx(path: str) -> str:
+    """Translate an MLX parameter path to its canonical name."""
+    for leaf, short in _LEAVES.items():
+        if path.endswith(f".{short}"):
+            return f"{PEFT_PREFIX}{path.removesuffix(short)}{leaf}"
+    return path
+
+
+def read_arrays(tree: Any) -> Arrays:
+    """Return a tree of MLX arrays as float32 numpy under canonical names, in PEFT's orientation."""
+    found = {}
+    for path, array in tree_flatten(tree):
+        value = np.array(array.astype(mx.float32))
+        found[from_mlx(path)] = np.ascontiguousarray(value.T) if path.endswith((".lora_a", ".lora_b")) else value
+    return found
+
+
+def to_tree(arrays: Arrays) -> list[tuple[str, mx.array]]:
+    """Return canonical numpy arrays as (MLX path, float32 array)."""
+    found = []
+    for name, value in arrays.items():
+        path = to_mlx(name)
+        found.append((path, mx.array(np.ascontiguousarray(value.T) if path.endswith((".lora_a", ".lora_b")) else value)))
+    return found
+
+
+def write_weights(model: nn.Module, arrays: Arrays, source: Path | None = None) -> None:
+    """Load canonical arrays into a model's parameters, keeping each parameter's type for whole models.
+
+    Raises:
+        RecipeError: a tensor of another shape than the model's.
+    """
+    current = dict(tree_flatten(model.parameters()))
+    fresh = []
+    for path, value in to_tree(arrays):
+        if path not in current or current[path].shape != value.shape:
+            raise RecipeError(f"{source or 'weights'}: made for another base model: {path} is {value.shape}, the model has {getattr(current.get(path), 'shape', 'none')}.")
+        adapter = path.endswith((".lora_a", ".lora_b", ".m"))
+        fresh.append((path, value if adapter else value.astype(current[path].dtype)))
+    model.update(tree_unflatten(fresh))
+    mx.eval(model.parameters())
+
+
+class PackedMask:
+    """Stands where mlx-lm expects a cache and gives each layer a block-diagonal mask, so that packed rows stay apart.
+
+    Rotary attention is relative, so positions need no reset at a document's start.
+    """
+
+    offset = 0
+
+    def __init__(self, segments: mx.array) -> None:
+        """segments: [B, T]."""
+        self.segments = segments
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """Return [B, 1, T, T]: same document, not later, and inside the window of a sliding-window layer."""
+        place = mx.arange(length)
+        mask = (self.segments[:, None, :, None] == self.segments[:, None, None, :]) & (place[:, None] >= place[None])
+        return mask & (place[:, None] < place[None] + window_size) if window_size else mask
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+
+Head = Callable[[mx.array], mx.array]
+
+
+def split_head(model: nn.Module) -> tuple[Callable[..., mx.array], Head]:
+    """Return (body, head): body(ids, cache) -> [B, T, D] and head([S, D]) -> [S, V], so that logits are made where needed.
+
+    Models that do more between the two (scaling, soft capping) are found by comparing with the model's own output; for
+    them the body returns all logits and the head passes them through.
+    """
+    inner = getattr(model, "model", None)
+    if inner is not None:
+        tied = "lm_head" not in model
+        head: Head = inner.embed_tokens.as_linear if tied else model.lm_head
+        probe = mx.array([[1, 2, 3]])
+        own, ours = model(probe), head(inner(probe))
+        if own.shape == ours.shape and bool(mx.allclose(own, ours, atol=1e-3).item()):
+            return inner, head
+    return model, lambda logits: logits
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute each block's activations in the backward pass.
+
+    Each block gets a class of its own, so no class of mlx-lm is changed.
+    """
+    for layer in model.layers:
+        original = type(layer)
+
+        def call(self: Any, *args: Any, _original: Any = original, **kwargs: Any) -> mx.array:
+            def inner(parameters: Any, *inner_args: Any) -> mx.array:
+                self.update(parameters)
+                return _original.__call__(self, *inner_args, **kwargs)
+
+            return mx.checkpoint(inner)(self.trainable_parameters(), *args)
+
+        layer.__class__ = type(f"Checkpointed{original.__name__}", (original,), {"__call__": call})

@@ -1,0 +1,185 @@
+"""The seam between the product and its engines: what an engine must offer, and how one is found.
+
+Engines are entry points of the group `smolmlx.backends` and import this package, never the other way round.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from smolmlx.errors import BackendError, nearest
+
+if TYPE_CHECKING:
+    from smolmlx.data.batches import Batch
+    from smolmlx.data.chat import Tokenizer
+    from smolmlx.models import BaseModel
+    from smolmlx.plan import Plan
+    from smolmlx.session import Session
+
+GROUP = "smolmlx.backends"
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do here. Tuples hold the values a recipe may ask for."""
+
+    device: str
+    """cpu, gpu (Metal), cuda or mps."""
+    device_name: str
+    dtype: str
+    """What `model.dtype: auto` becomes."""
+    dtype_reason: str
+    dtypes: tuple[str, ...]
+    stages: tuple[str, ...]
+    methods: tuple[str, ...]
+    quantize: tuple[str, ...]
+    optimizers: tuple[str, ...]
+    memory_bytes: int | None = None
+    """Memory the device can use, when known."""
+    notes: tuple[str, ...] = ()
+    """What a user should know: which path was chosen and why."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Value that cannot be honoured -> why, and what would help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How to continue a prompt. Temperature 0 is greedy and deterministic."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 32
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Answer to the prompt at `index`; the token that ended it is not part of it."""
+
+    index: int
+    ids: tuple[int, ...]
+    finished: bool
+    """False when max_tokens cut it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Per supervised position of a batch, in the order of `Batch.index`; padding is left in."""
+
+    log_probs: FloatArray
+    """[S] log-probability of the target, nats."""
+    correct: npt.NDArray[np.bool_]
+    """[S] whether the target is the most likely token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How to load a base model for generation or scoring."""
+
+    device: str | None = None
+    dtype: str = "auto"
+    quantize: str = "none"
+
+
+class Trainer(Protocol):
+    def fit(self, plan: Plan, session: Session) -> None:
+        """Run the optimizer steps that `session` still wants, reporting each to it; leave the trained weights with it."""
+
+
+class Generator(Protocol):
+    def generate(self, prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:
+        """Answer token prompts of different lengths in batches; completions come as they finish."""
+
+    def score(self, batches: Iterable[Batch]) -> Iterator[Score]:
+        """Yield the log-probabilities of each batch's targets."""
+
+    def logits(self, ids: Sequence[int]) -> FloatArray:
+        """Return [T, V] float32 logits of one sequence (verification)."""
+
+
+class Backend(Protocol):
+    name: str
+
+    def capabilities(self, device: str | None = None) -> Capabilities: ...
+    def check(self, knobs: Mapping[str, Any]) -> Sequence[str]:
+        """Return what is wrong with the recipe's block of engine knobs."""
+
+    def trainer(self) -> Trainer: ...
+    def generator(self, model: BaseModel, adapter: Path | None, tokenizer: Tokenizer, how: Loading) -> Generator: ...
+    def versions(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The engine that will run, where, and why."""
+
+    backend: Backend
+    device: str | None
+    reason: str
+
+
+def installed() -> dict[str, Callable[[], Backend]]:
+    """Return engine name -> loader for every entry point; loading one imports its package."""
+    return {point.name: point.load for point in entry_points(group=GROUP)}
+
+
+def load(name: str) -> Backend:
+    """Load an engine by name.
+
+    Raises:
+        BackendError: unknown, or its packages are not installed.
+    """
+    found = installed()
+    if name not in found:
+        raise BackendError(f"--backend {name}: unknown engine.{nearest(name, found)} Installed: {', '.join(found) or 'none'}.")
+    try:
+        backend: Backend = found[name]()
+    except ImportError as error:
+        raise BackendError(f"--backend {name}: its packages are not installed ({error}). pip install 'smolmlx[{name}]'.") from error
+    return backend
+
+
+def choose(name: str = "auto", device: str | None = None) -> Choice:
+    """Pick the engine: Metal -> mlx; NVIDIA -> cuda; else whichever is installed, on the CPU (mlx first).
+
+    Raises:
+        BackendError: nothing fits, with what to install.
+    """
+    if name != "auto":
+        backend = load(name)
+        backend.capabilities(device)  # an impossible device is refused here
+        return Choice(backend, device, "asked for" + (f" with device {device}" if device else ""))
+    known = installed()
+    if platform.system() == "Darwin" and platform.machine() == "arm64" and _has("mlx", known, "mlx.core"):
+        return Choice(load("mlx"), device, "Apple Silicon")
+    if _has("cuda", known, "torch") and has_nvidia() and device in (None, "cuda"):
+        return Choice(load("cuda"), device, "an NVIDIA GPU is here")
+    for candidate, module, where in (("mlx", "mlx.core", None), ("cuda", "torch", "cpu")):
+        if _has(candidate, known, module):
+            return Choice(load(candidate), device or where, "no GPU here; the CPU runs it, slowly for models over 100M parameters")
+    others = [other for other in known if other not in ("mlx", "cuda")]
+    if others:
+        return Choice(load(others[0]), device, "the only engine installed")
+    raise BackendError("no engine is installed. On a Mac: pip install 'smolmlx[mlx]'. On NVIDIA: pip install 'smolmlx[cuda]'.")
+
+
+def has_nvidia() -> bool:
+    """Whether an NVIDIA driver is present, without importing torch."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists() or Path("/dev/dxg").exists()
+
+
+def _has(name: str, known: Mapping[str, Any], module: str) -> bool:
+    parent = module.split(".", maxsplit=1)[0]
+    return name in known and importlib.util.find_spec(parent) is not None

@@ -1,0 +1,192 @@
+"""From rows to token rows: masks, over-long rows, and an account of everything that cannot be trained as it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from smolmlx.data.chat import Encoded, HistoryRewritten, Rendered, Tokenizer, encode_rendered, find_spans
+from smolmlx.data.formats import Example
+from smolmlx.errors import DataError
+
+TOO_LONG = "longer than max_length"
+NO_TARGET = "no supervised token"
+CUT_PROMPT = "prompt cut from the left"
+SPLIT_ROWS = "answer continued in another row"
+LAST_TURN = "trained on the last turn only"
+LOST = (TOO_LONG, NO_TARGET)
+"""Reasons for which a row is not trained at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How rows become tokens; part of the cache key."""
+
+    max_length: int
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    history: Literal["refuse", "last_turn"] = "refuse"
+    overlong: Literal["drop", "truncate_prompt", "split"] = "drop"
+    chunks: bool = False
+    """Join all text into rows of exactly max_length tokens (pretraining)."""
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Account:
+    """What happened to the rows, in numbers."""
+
+    rows: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    """Reason -> where it was met first."""
+
+    def note(self, reason: str, where: str) -> None:
+        self.reasons[reason] += 1
+        self.first.setdefault(reason, where)
+
+    @property
+    def lost(self) -> int:
+        return sum(self.reasons[reason] for reason in LOST)
+
+
+def encode_rows(examples: Iterable[Example], tokenizer: Tokenizer, how: Encoding, account: Account) -> Iterator[Encoded]:
+    """Yield token rows of at most `how.max_length` tokens; `account` is filled as they pass.
+
+    Raises:
+        DataError: a row whose template rewrites history (with `history: refuse`), or that cannot be rendered.
+    """
+    if how.chunks:
+        yield from _chunks(examples, tokenizer, how.max_length, account)
+        return
+    for example in examples:
+        account.rows += 1
+        for encoded in _encode_one(example, tokenizer, how, account):
+            if any(encoded.mask[1:]):
+                yield encoded
+            else:
+                account.note(NO_TARGET, example.where)
+
+
+def _encode_one(example: Example, tokenizer: Tokenizer, how: Encoding, account: Account) -> Iterator[Encoded]:
+    try:
+        encoded = encode_example(example, tokenizer, how, account)
+    except _NothingToLearn:
+        account.note(NO_TARGET, example.where)
+        return
+    except DataError as error:
+        raise DataError(f"{example.where}: {error}.") from error
+    if len(encoded.ids) <= how.max_length:
+        yield encoded
+    elif how.overlong == "split":
+        account.note(SPLIT_ROWS, example.where)
+        yield from split_row(encoded, how.max_length)
+    else:
+        shorter = _cut_prompt(example, tokenizer, how, encoded) if how.overlong == "truncate_prompt" else None
+        account.note(CUT_PROMPT if shorter else TOO_LONG, example.where)
+        if shorter:
+            yield shorter
+
+
+class _NothingToLearn(DataError):
+    """The row has no assistant turn."""
+
+
+def encode_example(example: Example, tokenizer: Tokenizer, how: Encoding, account: Account | None = None) -> Encoded:
+    """Tokenize one row whole, whatever its length.
+
+    Raises:
+        DataError: the chat template and the row do not go together.
+    """
+    if example.text is not None:
+        ids = encode_document(example.text, tokenizer)
+        return Encoded(ids, [True] * len(ids), (len(ids),))
+    messages = (*example.messages, *example.chosen)  # a preference row is supervised by its chosen answer
+    if not any(message["role"] == "assistant" for message in messages):
+        raise _NothingToLearn("no assistant turn")
+    try:
+        rendered = find_spans(tokenizer, messages, last_only=how.loss_on == "completion", variables=how.template_args)
+    except HistoryRewritten:
+        if how.history == "refuse":
+            raise
+        rendered = find_spans(tokenizer, messages, last_only=True, variables=how.template_args)
+        if account is not None:
+            account.note(LAST_TURN, example.where)
+    if example.chosen:
+        rendered = Rendered(rendered.text, rendered.spans[-1:])
+    encoded = encode_rendered(tokenizer, rendered)
+    if how.loss_on == "all":
+        return Encoded(encoded.ids, [True] * len(encoded.ids), encoded.turn_ends)
+    return encoded
+
+
+def encode_document(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokenize plain text: what the tokenizer puts in front (a BOS, once) and one end-of-document token behind."""
+    ids = tokenizer.encode(text, special=True)
+    bos = tokenizer.special("bos_token")
+    if bos and len(ids) > 1 and ids[0] == ids[1] == tokenizer.token_id(bos):
+        ids = ids[1:]
+    end = document_end(tokenizer)
+    if end is not None and ids[-1:] != [end]:
+        ids.append(end)
+    return ids
+
+
+def document_end(tokenizer: Tokenizer) -> int | None:
+    """The token between documents: <|endoftext|> where the vocabulary has it, since eos may be the end of a chat turn."""
+    found = tokenizer.token_id("<|endoftext|>")
+    return found if found is not None else (tokenizer.eos_ids[0] if tokenizer.eos_ids else None)
+
+
+def split_row(encoded: Encoded, max_length: int) -> Iterator[Encoded]:
+    """Cut an over-long row into windows so that every supervised token is supervised exactly once.
+
+    Each window after the first repeats a quarter of `max_length` as context that is not trained.
+    """
+    context = max_length // 4
+    done = 0
+    while done < len(encoded.ids):
+        start = max(0, done - context)
+        end = min(start + max_length, len(encoded.ids))
+        mask = [i >= done and supervised for i, supervised in enumerate(encoded.mask[start:end], start)]
+        if any(mask):
+            yield Encoded(encoded.ids[start:end], mask)
+        done = end
+
+
+def _cut_prompt(example: Example, tokenizer: Tokenizer, how: Encoding, encoded: Encoded) -> Encoded | None:
+    """Shorten the longest message that is not the assistant's, from the left, until the row fits; None if it cannot."""
+    if example.text is not None:
+        return None
+    messages = [dict(message) for message in example.messages]
+    for _ in range(4):  # cutting moves token boundaries a little, so a second pass may be needed
+        prompts = [m for m in messages if m["role"] != "assistant" and isinstance(m.get("content"), str)]
+        if not prompts:
+            return None
+        longest = max(prompts, key=lambda message: len(message["content"]))
+        offsets = tokenizer.fast.encode(longest["content"], add_special_tokens=False).offsets
+        excess = len(encoded.ids) - how.max_length
+        if excess >= len(offsets):
+            return None
+        longest["content"] = longest["content"][offsets[excess][0] :].lstrip()
+        shorter = Example(example.where, tuple(messages), None, example.chosen, example.rejected)
+        encoded = encode_example(shorter, tokenizer, how)
+        if len(encoded.ids) <= how.max_length:
+            return encoded
+    return None
+
+
+def _chunks(examples: Iterable[Example], tokenizer: Tokenizer, length: int, account: Account) -> Iterator[Encoded]:
+    """Join documents end to end and cut rows of `length` tokens; the last row is what is left."""
+    buffer: list[int] = []
+    for example in examples:
+        account.rows += 1
+        if example.text is None:
+            raise DataError(f"{example.where}: stage pretrain wants text rows; this row holds messages. Use stage: sft.")
+        buffer += encode_document(example.text, tokenizer)
+        while len(buffer) >= length:
+            yield Encoded(buffer[:length], [True] * length)
+            del buffer[:length]
+    if len(buffer) > 1:
+        yield Encoded(buffer, [True] * len(buffer))

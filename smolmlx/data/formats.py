@@ -1,0 +1,402 @@
+"""Files of rows: find out what they are, read them one by one, and turn each into messages or text.
+
+Formats are detected from the columns, named, and can be steered with a column mapping; nothing is registered. Every
+problem of a file is collected with its line before anything is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from smolmlx.errors import DataError, nearest
+
+Role = Literal["system", "user", "assistant", "tool"]
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row, in the one shape the data plane works on: messages, plain text, or a preference pair."""
+
+    where: str
+    """`file:line`, for messages to the user."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    text: str | None = None
+    chosen: tuple[Mapping[str, Any], ...] = ()
+    rejected: tuple[Mapping[str, Any], ...] = ()
+
+    def characters(self) -> str:
+        """All text of the row, for hashes and duplicate counts."""
+        if self.text is not None:
+            return self.text
+        return "\n".join(f"{m['role']}: {m.get('content')}" for m in (*self.messages, *self.chosen, *self.rejected))
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A named layout of columns."""
+
+    name: str
+    columns: tuple[str, ...]
+    """Columns that must be there."""
+    optional: tuple[str, ...] = ()
+    kind: Literal["chat", "text", "preference"] = "chat"
+
+
+# First match wins: the more specific layouts stand first.
+FORMATS = (
+    Format("preference", ("prompt", "chosen", "rejected"), kind="preference"),
+    Format("preference-implicit", ("chosen", "rejected"), kind="preference"),
+    Format("messages", ("messages",)),
+    Format("sharegpt", ("conversations",), ("system",)),
+    Format("alpaca", ("instruction", "output"), ("input", "system")),
+    Format("prompt-completion", ("prompt", "completion"), ("system",)),
+    Format("prompt-response", ("prompt", "response"), ("system",)),
+    Format("instruction-response", ("instruction", "response"), ("system",)),
+    Format("question-answer", ("question", "answer"), ("system",)),
+    Format("input-output", ("input", "output"), ("system",)),
+    Format("text", ("text",), kind="text"),
+)
+BY_NAME = {form.name: form for form in FORMATS}
+_SHAREGPT_ROLES: Mapping[str, Role] = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool", "function": "tool",
+}  # fmt: skip
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".txt", ".md")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Files that hold the same kind of rows, their format, and how columns are renamed."""
+
+    files: tuple[Path, ...]
+    form: Format
+    columns: Mapping[str, str]
+    system: str | None = None
+
+    def content_hash(self) -> str:
+        """Hash of all bytes of all files and of how they are read."""
+        digest = hashlib.sha256(repr((self.form.name, sorted(self.columns.items()), self.system)).encode())
+        for path in self.files:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yield every row.
+
+        Raises:
+            DataError: with up to 20 bad rows named, once the whole source has been read.
+        """
+        problems: list[str] = []
+        count = 0
+        for where, raw in read_rows(self.files, problems):
+            count += 1
+            try:
+                yield to_example(raw, self.form, where, self.columns, self.system)
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+            raise DataError(", ".join(str(path) for path in self.files), [*problems[:20], *more])
+        if not count:
+            raise DataError(f"{self.files[0]}: no rows. Check the path; an empty file cannot be trained on.")
+
+
+def open_source(
+    paths: str | Sequence[str],
+    *,
+    form: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    system: str | None = None,
+    split: str = "train",
+    folders: Sequence[Path] = (),
+) -> Source:
+    """Find the files behind a recipe's `data.train` and detect their format.
+
+    Args:
+        split: which files of a dataset folder or hub id to take.
+        folders: where relative paths are tried, in order.
+
+    Raises:
+        DataError: missing file, unknown suffix or schema (with the columns seen), or an unknown format name.
+    """
+    columns = dict(columns or {})
+    names = [paths] if isinstance(paths, str) else list(paths)
+    files = tuple(file for name in names for file in _expand(name, split, folders))
+    if form != "auto":
+        if form not in BY_NAME:
+            raise DataError(f"data.format: unknown format '{form}'.{nearest(form, BY_NAME)} Known: {', '.join(BY_NAME)}.")
+        return Source(files, BY_NAME[form], columns, system)
+    problems: list[str] = []
+    first = next(read_rows(files, problems), None)
+    if first is None:
+        if problems:
+            raise DataError(str(files[0]), problems[:20])
+        raise DataError(f"{files[0]}: no rows. Check the path; an empty file cannot be trained on.")
+    return Source(files, detect(first[1], columns, str(files[0])), columns, system)
+
+
+def detect(raw: Raw, columns: Mapping[str, str], where: str) -> Format:
+    """Name the format of a row by its columns.
+
+    Raises:
+        DataError: no known format has these columns.
+    """
+    seen = set(raw) | {field for field, column in columns.items() if column in raw}
+    for form in FORMATS:
+        if set(form.columns) <= seen:
+            return form
+    known = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in FORMATS)
+    raise DataError(
+        f"{where}: unknown schema: columns {', '.join(sorted(map(str, raw))) or '(none)'}. Known: {known}. "
+        "Rename columns, or map them in the recipe, e.g. data.columns: {prompt: your_column, completion: your_other_column}."
+    )
+
+
+def _expand(name: str, split: str, folders: Sequence[Path]) -> Iterator[Path]:
+    path = _locate(name, folders)
+    if path is None:
+        looks_like_id = name.count("/") == 1 and not name.endswith(_SUFFIXES) and not name.startswith((".", "/", "~"))
+        if not looks_like_id:
+            raise DataError(f"{name}: no such file or folder. Paths are looked up from the working folder, then from the recipe's.")
+        path = _download(name)
+    if path.is_dir():
+        yield from _files_of(path, split)
+    elif path.name.lower().endswith(_SUFFIXES):
+        yield path
+    else:
+        raise DataError(f"{path}: unknown kind of file. Known: {', '.join(_SUFFIXES)}, or a folder of those.")
+
+
+def _locate(name: str, folders: Sequence[Path]) -> Path | None:
+    plain = Path(name).expanduser()
+    for candidate in (plain, *(folder / plain for folder in folders)):
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """Files of a dataset folder that belong to a split, by the naming the hub uses (train-00000-of-1, train/, train.jsonl)."""
+    found = [path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(_SUFFIXES[:6]) and not _is_metadata(path)]
+    named = [path for path in found if split in path.relative_to(folder).as_posix().lower()]
+    others = [path for path in found if not any(s in path.relative_to(folder).as_posix().lower() for s in ("valid", "test", "dev", "eval"))]
+    chosen = named or (others if split == "train" else [])
+    if not chosen:
+        raise DataError(f"{folder}: no data files for split '{split}' here (looked for {', '.join(_SUFFIXES[:6])}).")
+    return chosen
+
+
+def _is_metadata(path: Path) -> bool:
+    return path.name in {"dataset_infos.json", "dataset_info.json", "state.json", "manifest.json"} or path.name.startswith(".")
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError as error:
+        raise DataError(f"{name}: not a local path, and huggingface_hub is not installed. pip install 'smolmlx[mlx]' or [cuda].") from error
+    patterns = [f"*{suffix}" for suffix in _SUFFIXES[:6]]
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise DataError(f"{name}: no such file, and no such dataset on the hub (or it is gated: `hf auth login`).") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise DataError(f"{name}: no such file, not in the hub cache, and the hub cannot be reached.") from error
+
+
+def read_rows(files: Iterable[Path], problems: list[str]) -> Iterator[tuple[str, Raw]]:
+    """Yield (`file:line`, row) of each file in turn; what cannot be read is added to `problems`."""
+    for path in files:
+        if not path.is_file():
+            problems.append(f"{path}: no such file")
+            continue
+        name = path.name.lower()
+        if name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _read_jsonl(path, problems)
+        elif name.endswith((".json", ".json.gz")):
+            yield from _read_json(path, problems)
+        elif name.endswith(".csv"):
+            yield from _read_csv(path)
+        elif name.endswith(".parquet"):
+            yield from _read_parquet(path)
+        else:
+            yield f"{path}:1", {"text": path.read_text(encoding="utf-8-sig", errors="replace")}
+
+
+def _open_text(path: Path) -> io.TextIOBase:
+    if path.name.lower().endswith(".gz"):
+        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _read_jsonl(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
+    try:
+        with _open_text(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    problems.append(f"{path}:{number}: not valid JSON: {error}")
+                    continue
+                if isinstance(row, dict):
+                    yield f"{path}:{number}", row
+                else:
+                    problems.append(f"{path}:{number}: expected an object, got {type(row).__name__}")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        problems.append(f"{path}: cannot be read as UTF-8 text: {error}")
+
+
+def _read_json(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
+    try:
+        with _open_text(path) as file:
+            tree = json.load(file)
+    except (ValueError, gzip.BadGzipFile, EOFError) as error:
+        problems.append(f"{path}: not valid JSON: {error}. (One object per line? Then name it .jsonl.)")
+        return
+    if isinstance(tree, dict):  # {"data": [...]} and its kind: the one list of objects inside
+        lists = [value for value in tree.values() if isinstance(value, list)]
+        tree = lists[0] if len(lists) == 1 else None
+    if not isinstance(tree, list):
+        problems.append(f"{path}: expected a JSON array of objects")
+        return
+    for number, row in enumerate(tree, 1):
+        if isinstance(row, dict):
+            yield f"{path}:row {number}", row
+        else:
+            problems.append(f"{path}:row {number}: expected an object, got {type(row).__name__}")
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Raw]]:
+    csv.field_size_limit(1 << 28)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for row in (reader := csv.DictReader(file)):
+            yield f"{path}:{reader.line_num}", {key: value for key, value in row.items() if key is not None}
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Raw]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install 'smolmlx[parquet]'.") from error
+    number = 0
+    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}:row {number}", row
+
+
+def to_example(raw: Raw, form: Format, where: str, columns: Mapping[str, str], system: str | None) -> Example:
+    """Turn one raw row into messages, text or a pair.
+
+    Raises:
+        DataError: a missing or wrongly typed field, or a bad role.
+    """
+    row = {**raw, **{field: raw[column] for field, column in columns.items() if column in raw}}
+    missing = [name for name in form.columns if row.get(name) is None]
+    if missing:
+        raise DataError(f"{where}: missing field {', '.join(repr(m) for m in missing)} of format '{form.name}' (has: {', '.join(map(str, raw))})")
+    if form.kind == "text":
+        return Example(where, text=_text(row, "text", where))
+    if form.kind == "preference":
+        return _preference(row, where, system)
+    return Example(where, _with_system(_turns(row, form, where), row.get("system") or system))
+
+
+def _turns(row: Raw, form: Format, where: str) -> tuple[Mapping[str, Any], ...]:
+    if form.name == "messages":
+        return _messages(row["messages"], where)
+    if form.name == "sharegpt":
+        return _sharegpt(row["conversations"], where)
+    ask, answer = form.columns
+    if isinstance(row[ask], list):  # conversational prompt/completion
+        return (*_messages(row[ask], where), *_messages(row[answer], where))
+    question = _text(row, ask, where)
+    if form.name == "alpaca" and row.get("input"):
+        question = f"{question}\n\n{_text(row, 'input', where)}"
+    return ({"role": "user", "content": question}, {"role": "assistant", "content": _text(row, answer, where)})
+
+
+def _with_system(messages: tuple[Mapping[str, Any], ...], system: Any) -> tuple[Mapping[str, Any], ...]:
+    if not system or (messages and messages[0]["role"] == "system"):
+        return messages
+    return ({"role": "system", "content": str(system)}, *messages)
+
+
+def _text(row: Raw, field: str, where: str) -> str:
+    value = row[field]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # a CSV-like answer such as 42
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field '{field}' should be text, got {type(value).__name__}")
+    return value
+
+
+def _messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a JSON list inside CSV or parquet
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise DataError(f"{where}: messages are not valid JSON: {error}") from error
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: messages should be a list of {{role, content}} that is not empty")
+    found = []
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or "role" not in message:
+            raise DataError(f"{where}: message {index + 1} should be an object with role and content")
+        if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
+            raise DataError(f"{where}: message {index + 1} has unknown role '{message['role']}' (known: system, user, assistant, tool)")
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise DataError(f"{where}: message {index + 1} has no text content")
+        found.append({key: item for key, item in message.items() if item is not None})
+    return tuple(found)
+
+
+def _sharegpt(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: conversations should be a list of {{from, value}} that is not empty")
+    found = []
+    for index, turn in enumerate(value):
+        if isinstance(turn, dict) and "role" in turn:
+            return _messages(value, where)
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise DataError(f"{where}: turn {index + 1} should be an object with from and value")
+        role = _SHAREGPT_ROLES.get(str(turn.get("from")).lower())
+        if role is None:
+            raise DataError(f"{where}: turn {index + 1} is from '{turn.get('from')}' (known: {', '.join(_SHAREGPT_ROLES)})")
+        found.append({"role": role, "content": turn["value"]})
+    return tuple(found)
+
+
+def _preference(row: Raw, where: str, system: str | None) -> Example:
+    """Explicit prompt, or chosen and rejected that share their first messages."""
+    sides = [_side(row[name], where) for name in ("chosen", "rejected")]
+    if row.get("prompt") is not None:
+        prompt = _side(row["prompt"], where, role="user")
+        return Example(where, _with_system(prompt, row.get("system") or system), None, *sides)
+    shared = 0
+    while shared < min(map(len, sides)) - 1 and sides[0][shared] == sides[1][shared]:
+        shared += 1
+    if not shared:
+        raise DataError(f"{where}: chosen and rejected share no prompt; give a prompt column, or full conversations that begin alike")
+    prompt = _with_system(sides[0][:shared], row.get("system") or system)
+    return Example(where, prompt, None, sides[0][shared:], sides[1][shared:])
+
+
+def _side(value: Any, where: str, role: Role = "assistant") -> tuple[Mapping[str, Any], ...]:
+    if isinstance(value, str):
+        return ({"role": role, "content": value},)
+    return _messages(value, where)

@@ -1,0 +1,59 @@
+"""The four families of errors a user can meet, each with its exit code (design/cli.md).
+
+An error says what was passed, what was expected and what to type next; `problems` lists everything that is wrong with
+one input at once. Our own broken invariants are `assert`s, not these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class SmolError(Exception):
+    """Base of all errors meant for users; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems = tuple(problems)
+        if problems:
+            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+            message = f"{message}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)
+        super().__init__(message)
+
+
+class RunError(SmolError):
+    """The run itself failed: NaN loss, out of memory, disk full."""
+
+    exit_code = 1
+
+
+class RecipeError(SmolError):
+    """Bad usage or a recipe that cannot be honoured."""
+
+    exit_code = 2
+
+
+class BackendError(SmolError):
+    """No engine, no device, or an environment that cannot do what was asked."""
+
+    exit_code = 3
+
+
+class DataError(SmolError):
+    """Rows that cannot be read or cannot teach anything."""
+
+    exit_code = 4
+
+
+class VerificationError(RunError):
+    """Something that was produced does not equal what it should be."""
+
+    exit_code = 5
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest known name, or an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{match[0]}'?" if match else ""

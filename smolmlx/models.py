@@ -1,0 +1,265 @@
+"""Where a base model lies and what its files say, without loading weights or an engine.
+
+Reads config.json and safetensors headers only, so that a plan can name every trainable parameter, and refuse what
+cannot be trained, before anything heavy starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from smolmlx.errors import BackendError, RecipeError
+
+EMBEDDED = "tiny"
+# A header longer than this is not a model but an attack or a broken file (safetensors' own limit).
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model on disk, or one to be made from `config`."""
+
+    name: str
+    """As the user wrote it."""
+    folder: Path
+    revision: str | None
+    """Commit of a hub id, when known."""
+    config: Mapping[str, Any]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Unquantized shape of every weight, by Hugging Face name."""
+        return {name: shape for name, (shape, _) in read_headers(self.folder).items()}
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The MLX quantization block of the config, if the base is already quantized."""
+        found = self.config.get("quantization")
+        return found if isinstance(found, dict) else None
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", False))
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return module path -> (in, out) of every linear layer inside the transformer blocks."""
+        quantization = self.quantization
+        found = {}
+        for name, shape in self.shapes.items():
+            if not name.endswith(".weight") or len(shape) != 2 or ".layers." not in name:
+                continue
+            rows, columns = shape
+            scales = self.shapes.get(name.removesuffix("weight") + "scales")
+            if quantization and scales:
+                columns = scales[1] * int(quantization["group_size"])
+            found[name.removesuffix(".weight")] = (columns, rows)
+        return found
+
+    def num_parameters(self) -> int:
+        """Count parameters, a tied head once; for a quantized base the count before quantization."""
+        linears = self.linear_shapes()
+        total = sum(rows * columns for rows, columns in linears.values())
+        for name, shape in self.shapes.items():
+            module = name.rpartition(".")[0]
+            if module in linears and not name.endswith(".bias"):
+                continue
+            total += int(np.prod(shape))
+        return total
+
+    def fingerprint(self) -> str:
+        """Hash of config and weight headers and sizes: cheap, and different for different bases."""
+        digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True, default=str).encode())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                file.seek(-min(1 << 20, path.stat().st_size), os.SEEK_END)
+                digest.update(file.read())
+        return digest.hexdigest()[:16]
+
+
+def embedded_folder() -> Path:
+    """Return the folder of the embedded tiny model, in a checkout or in an installed wheel."""
+    return files_root() / "data" / "tiny" / "model"
+
+
+def files_root() -> Path:
+    """Return the folder that holds recipes/ and data/: the checkout, or `smolmlx/_files` of a wheel."""
+    package = Path(__file__).resolve().parent
+    return package / "_files" if (package / "_files").is_dir() else package.parent
+
+
+def find_model(name: str, revision: str | None = None) -> BaseModel:
+    """Locate a model by local folder, `tiny`, or hub id (from the cache when offline).
+
+    Raises:
+        RecipeError: a .gguf file, a folder without weights or config, an adapter folder.
+        BackendError: a hub id that is missing, gated or not reachable.
+    """
+    if name.lower().endswith(".gguf"):
+        raise RecipeError(
+            f"{name}: a GGUF file is an export for inference and cannot be fine-tuned. Use the original model's "
+            "safetensors folder or hub id, and export to GGUF after training."
+        )
+    if name == EMBEDDED:
+        return open_model(embedded_folder(), name)
+    if Path(name).expanduser().is_dir():
+        return open_model(Path(name).expanduser(), name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/")
+    if looks_local:
+        raise RecipeError(f"{name}: no such model folder. Pass a folder with config.json and *.safetensors, a hub id, or 'tiny'.")
+    folder, commit = _download(name, revision)
+    return open_model(folder, name, commit)
+
+
+def open_model(folder: Path, name: str | None = None, revision: str | None = None) -> BaseModel:
+    """Read the config of a local model folder.
+
+    Raises:
+        RecipeError: the folder is not a model that can be trained.
+    """
+    name = name or str(folder)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise RecipeError(f"{name}: this is an adapter folder, not a base model. Pass it as --adapter and its base as --model.")
+        if any(folder.glob("*.gguf")):
+            raise RecipeError(f"{name}: holds only GGUF files, which cannot be fine-tuned. Use the original safetensors model.")
+        raise RecipeError(f"{name}: no config.json in this folder, so it is not a model. Download the whole model folder.")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{config_file}: not valid JSON ({error}). Download the file again.") from error
+    if not any(folder.glob("*.safetensors")):
+        other = "pytorch_model.bin is a pickle, which is not read" if any(folder.glob("*.bin")) else "the folder has only a config"
+        raise RecipeError(f"{name}: no *.safetensors weights ({other}). Download the weights, or convert them to safetensors.")
+    return BaseModel(name, folder, revision, with_rope_theta(config))
+
+
+def with_rope_theta(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose rope_theta stands at the top level, where mlx-lm looks for it.
+
+    transformers 5 saves it only inside `rope_parameters`; mlx-lm 0.32's Llama then silently uses 10000.
+    """
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
+        return {**config, "rope_theta": rope["rope_theta"]}
+    return dict(config)
+
+
+def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return weight name -> (shape, safetensors dtype) over all shards of a folder.
+
+    Raises:
+        RecipeError: a file that is truncated or not safetensors.
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, entry in read_header(path).items():
+            if name != "__metadata__":
+                found[name] = (tuple(entry["shape"]), str(entry["dtype"]))
+    return found
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the JSON header of one safetensors file; see `read_headers`."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise RecipeError(f"{path}: not a whole safetensors file (header of {length} bytes in a file of {size}). Fetch it again.")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise RecipeError(f"{path}: the safetensors header is not JSON. Fetch the file again.") from error
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if ends and size < 8 + length + max(ends):
+        raise RecipeError(f"{path}: truncated: {size} bytes, but its header promises {8 + length + max(ends)}. Fetch it again.")
+    assert isinstance(header, dict)
+    return header
+
+
+def make_model(config: Mapping[str, Any], folder: Path, seed: int) -> BaseModel:
+    """Draw the first weights of a Llama-type model and save them, so that every engine starts from the same ones.
+
+    Normal(0, initializer_range) for matrices and embeddings, ones for norms, as in transformers' Llama.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    full = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", **config}
+    rng = np.random.default_rng([seed, 0x1417])
+    std = float(full.get("initializer_range", 0.02))
+    weights = {
+        name: np.ones(shape, np.float32)
+        if len(shape) == 1
+        else rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
+        for name, shape in llama_shapes(full).items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
+    return BaseModel("from config", folder, None, full)
+
+
+def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every weight of a dense Llama-type model (grouped-query attention, SwiGLU, RMSNorm).
+
+    Raises:
+        RecipeError: the config lacks a key or its sizes do not fit each other.
+    """
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [f"model.config.{key}: missing." for key in keys if key not in config]
+    if missing:
+        raise RecipeError("model.config", missing)
+    vocab, width, inner, layers, heads = (int(config[key]) for key in keys)
+    kv_heads = int(config.get("num_key_value_heads", heads))
+    if width % heads or heads % kv_heads:
+        raise RecipeError(f"model.config: {width} wide with {heads} heads and {kv_heads} key-value heads does not divide evenly.")
+    head = int(config.get("head_dim") or width // heads)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width)}
+    for layer in range(layers):
+        block = f"model.layers.{layer}."
+        shapes |= {
+            f"{block}input_layernorm.weight": (width,),
+            f"{block}self_attn.q_proj.weight": (heads * head, width),
+            f"{block}self_attn.k_proj.weight": (kv_heads * head, width),
+            f"{block}self_attn.v_proj.weight": (kv_heads * head, width),
+            f"{block}self_attn.o_proj.weight": (width, heads * head),
+            f"{block}post_attention_layernorm.weight": (width,),
+            f"{block}mlp.gate_proj.weight": (inner, width),
+            f"{block}mlp.up_proj.weight": (inner, width),
+            f"{block}mlp.down_proj.weight": (width, inner),
+        }
+    shapes["model.norm.weight"] = (width,)
+    if not config.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = (vocab, width)
+    return shapes
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError as error:
+        raise BackendError(f"{name}: not a local folder, and huggingface_hub is not installed. pip install 'smolmlx[mlx]' or [cuda].") from error
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise BackendError(f"{name}: gated. Accept its terms on its hub page, then run `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise BackendError(f"{name}: no such model on the hub (or it is private: `hf auth login`).") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise BackendError(f"{name}: not a local folder, not in the cache, and the hub cannot be reached. Pass a folder, or go online once.") from error
+    return folder, folder.name

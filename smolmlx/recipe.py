@@ -1,0 +1,360 @@
+"""What the user wrote: a YAML file, checked strictly, with the origin of every value kept.
+
+Unknown keys, wrong types and impossible combinations are all reported at once. Nothing here touches data, weights or
+an engine; `plan.resolve` does that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from smolmlx.errors import RecipeError, nearest
+
+Stage = Literal["pretrain", "sft"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["none", "4bit", "8bit"]
+
+
+class Section(BaseModel):
+    """A frozen block of a recipe that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Model(Section):
+    id: str | None = None
+    """A hub id, a local folder, or `tiny` (the embedded model). Left out when `config` makes a model from scratch."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id; the commit that was used is recorded in the run."""
+    config: dict[str, Any] | None = None
+    """A Llama-type config.json as a mapping: the model is made from scratch (stage pretrain)."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer, when it is not the model's own."""
+    chat_template: str | None = None
+    """`chatml` or a path to a Jinja file, for a tokenizer that has none or has the wrong one."""
+    dtype: Dtype = "auto"
+    """Weights' type. auto: bfloat16 on a device that has it, float32 on a CPU."""
+    quantize: Quantize = "none"
+    """Quantize the frozen base (QLoRA)."""
+
+
+class Data(Section):
+    train: str | list[str]
+    """File, list of files, local dataset folder or hub id."""
+    validation: str | list[str] | None = None
+    """Like `train`; or a share of the train rows is held out with `validation_share`."""
+    validation_share: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of the train rows held out, chosen from the seed, when `validation` is not given."""
+    format: str = "auto"
+    """auto, or one of the names `smolmlx data inspect` prints."""
+    columns: dict[str, str] = {}
+    """Field the format wants -> column of the file, e.g. {prompt: question, completion: answer}."""
+    system: str | None = None
+    """A system message for every row that has none."""
+    template_args: dict[str, Any] = {}
+    """Extra variables for the chat template, e.g. {enable_thinking: false}."""
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    """assistant: every assistant turn and its end-of-turn token; completion: the last one; all: every token."""
+    history: Literal["refuse", "last_turn"] = "refuse"
+    """What to do when the chat template rewrites earlier turns, so that they cannot be trained as they are served."""
+    max_length: int = Field(1024, ge=8)
+    """Longest row in tokens."""
+    overlong: Literal["drop", "truncate_prompt", "split"] = "drop"
+    """Rows over max_length: drop them, cut their prompt from the left, or split the answer into continuation rows."""
+    allow_affected: bool = False
+    """Go on although more than half of the rows cannot be trained as they are."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Several rows behind each other in one, isolated. auto: whichever is estimated to be cheaper."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first N rows only."""
+
+
+class Train(Section):
+    method: Literal["lora", "full"] = "lora"
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, whatever `epochs` says. The schedule is laid over these steps."""
+    batch_size: int = Field(8, ge=1)
+    """Rows (or packs) per micro-batch."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches per optimizer step."""
+    learning_rate: float = Field(2e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: float = Field(0.0, ge=0)
+    """Below 1: share of all steps; from 1: number of steps."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Where linear and cosine end, as a share of learning_rate."""
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled; never on norms and biases."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Clip the global gradient norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = True
+    """Compile the training step where the engine can and it pays."""
+    seed: int = Field(0, ge=0)
+
+
+class Lora(Section):
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names as in PEFT: `q_proj`, or a full path."""
+    rslora: bool = False
+    dora: bool = False
+    last_layers: int | None = Field(None, ge=1)
+    """Only the last N transformer blocks."""
+
+
+class Eval(Section):
+    every: int | Literal["epoch", "end"] = "epoch"
+    """Steps between evaluations on the validation rows, each epoch, or once at the end."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a better validation loss."""
+    keep_best: bool = True
+    """Leave the weights of the best evaluation behind instead of the last ones."""
+
+
+class Save(Section):
+    every: int | Literal["epoch"] | None = None
+    """Steps between checkpoints; none: only when interrupted and at the end."""
+    keep_last: int = Field(2, ge=1)
+
+
+class Samples(Section):
+    prompts: list[str] = []
+    """Answered before and after training, same template and decoding, into samples.md."""
+    max_tokens: int = Field(160, ge=1)
+
+
+class Evaluate(Section):
+    suite: Literal["notes", "loss"] = "notes"
+    data: str
+    """Held-out rows the trained model is scored on."""
+    train: str | None = None
+    """Rows the copy and random controls take their answers from (notes)."""
+    ood: str | None = None
+    """Out-of-distribution rows, scored apart."""
+    max_tokens: int = Field(256, ge=1)
+    batch_size: int = Field(32, ge=1)
+    limit: int | None = Field(None, ge=1)
+
+
+class Recipe(Section):
+    """One stage of training, or a pipeline of stages."""
+
+    stage: Stage = "sft"
+    description: str = ""
+    model: Model = Model()
+    data: Data
+    train: Train = Train()
+    lora: Lora = Lora()
+    eval: Eval = Eval()
+    save: Save = Save()
+    samples: Samples = Samples()
+    evaluate: Evaluate | None = None
+    loggers: list[Literal["wandb", "tensorboard", "trackio"]] = []
+    mlx: dict[str, Any] = {}
+    """Knobs of the MLX engine, checked by it."""
+    cuda: dict[str, Any] = {}
+    """Knobs of the PyTorch engine, checked by it."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Recipe:
+        problems = list(_impossible(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _impossible(recipe: Recipe) -> Iterator[str]:
+    """Yield every combination of values that no engine could honour."""
+    model, data, train = recipe.model, recipe.data, recipe.train
+    if (model.id is None) == (model.config is None):
+        yield "model: give either `id` (a model to start from) or `config` (a model made from scratch)."
+    if model.config is not None and recipe.stage != "pretrain":
+        yield f"model.config: a model made from scratch knows nothing to fine-tune (stage {recipe.stage}). Use stage: pretrain."
+    if model.config is not None and train.method == "lora":
+        yield "train.method: 'lora' needs a base model; a model made from scratch trains with method: full."
+    if model.config is not None and model.tokenizer is None:
+        yield "model.tokenizer: a model made from scratch needs a tokenizer folder."
+    if train.method == "full" and model.quantize != "none":
+        yield f"model.quantize: '{model.quantize}' weights are frozen; full training needs quantize: none."
+    if recipe.stage == "pretrain" and data.loss_on == "completion":
+        yield "data.loss_on: 'completion' has no meaning for stage pretrain, which trains on every token."
+    if data.validation is not None and data.validation_share:
+        yield "data.validation_share: give a validation file or a share, not both."
+    if recipe.eval.patience and data.validation is None and not data.validation_share:
+        yield "eval.patience: early stopping needs data.validation or data.validation_share."
+    if recipe.lora.dora and recipe.lora.dropout > 0:
+        yield "lora.dropout: the engines' DoRA formulas differ with dropout; set lora.dropout to 0."
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A recipe with where it came from and the origin of each value that is not a default."""
+
+    recipe: Recipe
+    source: str
+    """Path or name, for messages."""
+    origins: Mapping[str, str]
+    """Dotted key -> `recipe`, `--set`, or a flag such as `--max-steps`; all other keys are defaults."""
+    folder: Path
+    """Relative paths in the recipe are tried against the working folder, then against this one."""
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text; people mean a number."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML in which 1e-4 is a number.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+    """
+    return yaml.load(text, Loader=_Yaml)  # noqa: S506 - a SafeLoader subclass
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a recipe file as a plain mapping.
+
+    Raises:
+        RecipeError: no such file, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file. `smolmlx recipes ls` lists the shipped ones.")
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: expected a mapping of sections (model, data, train, ...), got {type(tree).__name__}.")
+    return tree
+
+
+def build(
+    tree: Mapping[str, Any],
+    *,
+    source: str,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, tuple[str, Any]] | None = None,
+) -> Loaded:
+    """Check a recipe mapping, with `key=value` overrides and flags laid over it.
+
+    Args:
+        overrides: `--set` arguments, each `dotted.key=value`; the value is read as YAML.
+        flags: dotted key -> (flag as typed, value), e.g. {"train.max_steps": ("--max-steps", 3)}.
+
+    Raises:
+        RecipeError: with every unknown key, wrong type and impossible combination.
+    """
+    merged = _copy(tree)
+    origins = {key: "recipe" for key in _leaves(merged)}
+    for text in overrides:
+        key, value = _parse_override(text)
+        _put(merged, key, value)
+        origins[key] = "--set"
+    for key, (flag, value) in (flags or {}).items():
+        _put(merged, key, value)
+        origins[key] = flag
+    try:
+        recipe = Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(source, [p for item in error.errors() for p in _explain(dict(item))]) from error
+    return Loaded(recipe, source, origins, folder)
+
+
+def load(
+    path: Path, overrides: Sequence[str] = (), flags: Mapping[str, tuple[str, Any]] | None = None
+) -> Loaded:
+    """Read and check a recipe file; see `build`."""
+    return build(read(path), source=str(path), folder=path.resolve().parent, overrides=overrides, flags=flags)
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Return every value of a recipe under its dotted key, defaults included."""
+    return dict(_leaf_items(recipe.model_dump(mode="json")))
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, dict) else value for key, value in tree.items()}
+
+
+def _leaf_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaf_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _leaves(tree: Mapping[str, Any]) -> Iterator[str]:
+    return (key for key, _ in _leaf_items(tree))
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {text}: expected key=value, for example --set train.learning_rate=1e-4.")
+    try:
+        return key.strip(), parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text}: the value is not valid YAML: {error}") from error
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise RecipeError(f"--set {dotted}: '{parent}' is a value, not a section.")
+    tree[last] = value
+
+
+def _explain(error: dict[str, Any]) -> Iterator[str]:
+    """Turn one pydantic error into lines in this project's words."""
+    location = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "list[", "constrained", "function-"))]
+    dotted = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        yield f"{dotted}: unknown key.{nearest(location[-1], known) or ' Known: ' + ', '.join(known) + '.'}"
+    elif error["type"] == "missing":
+        yield f"{dotted}: missing. Add it to the recipe or pass --set {dotted}=..."
+    elif error["type"] == "value_error":
+        yield from str(error["ctx"]["error"]).split("\n")
+    else:
+        yield f"{dotted}: {error['msg'][0].lower()}{error['msg'][1:]} (got {error['input']!r})."
+
+
+def _known_keys(parents: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for name in parents:
+        field = section.model_fields.get(name)
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not found:
+            return []
+        section = found[0]
+    return sorted(section.model_fields)

@@ -1,0 +1,289 @@
+"""The state of a training run and every decision about it that is not arithmetic.
+
+When to evaluate, save and stop, what is best, how far we are: decided here once. An engine computes steps and hands
+numbers over, so both engines behave alike and either can go on where the other stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from smolmlx.errors import RunError
+from smolmlx.plan import Plan
+from smolmlx.rundir import RunDir, publish, write_text
+
+Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened: `step`, `eval`, `checkpoint` or `note`."""
+
+    kind: str
+    step: int
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What an engine reports of one optimizer step."""
+
+    loss: float
+    """Mean nats per supervised token of the whole step."""
+    grad_norm: float
+    """Global norm before clipping."""
+    num_correct: int | None = None
+    """Supervised targets at the argmax, where it costs nothing to count."""
+    peak_bytes: int | None = None
+
+
+@dataclass(slots=True)
+class State:
+    """Everything besides weights and moments that a resumed run needs; engine-neutral JSON.
+
+    Random numbers need no state: dropout of step k is drawn from (seed, k), row order from (seed, epoch).
+    """
+
+    step: int = 0
+    """Optimizer steps done."""
+    num_tokens: int = 0
+    num_supervised: int = 0
+    seconds: float = 0.0
+    """Time spent in steps, over all sittings."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    bad_evals: int = 0
+    """Evaluations since the best one."""
+    stopped: bool = False
+    """Early stopping has struck."""
+    plan: str = ""
+    """Fingerprint of the plan; another plan cannot continue this run."""
+
+
+class Weights(Protocol):
+    """How a session reads and writes an engine's weights, as float32 numpy under canonical (PEFT or HF) names."""
+
+    def weights(self) -> Arrays: ...
+    def optimizer(self) -> Arrays:
+        """`<name>.exp_avg` and `<name>.exp_avg_sq`, oriented like the weights."""
+
+    def load(self, weights: Arrays, optimizer: Arrays | None, step: int) -> None: ...
+
+
+@dataclass
+class Session:
+    """One run of one stage."""
+
+    plan: Plan
+    run: RunDir
+    on_event: Callable[[Event], None] = lambda event: None
+    state: State = field(default_factory=State)
+    interrupted: bool = False
+    """Set from a signal handler; the engine's loop sees `wants_step` turn false."""
+    _engine: Weights | None = None
+    _saved_step: int = -1
+    _clock: float = 0.0
+
+    def attach(self, engine: Weights) -> None:
+        """Bring the engine's weights to where the run stands: the start, or the last checkpoint.
+
+        Raises:
+            RunError: the checkpoint is broken or belongs to another plan.
+        """
+        self._engine = engine
+        checkpoint = self.run.last_checkpoint()
+        if checkpoint is None:
+            start = self.run.start / self.plan.weights_name
+            if start.is_file():  # full training of an existing model starts from its own weights
+                engine.load(load_arrays(start), None, 0)
+        else:
+            self.state = read_state(checkpoint)
+            if self.state.plan != self.plan.fingerprint():
+                raise RunError(f"{checkpoint}: made by another plan (recipe, data, template or model changed). Start a new run instead of --resume.")
+            weights = load_arrays(checkpoint / self.plan.weights_name)
+            engine.load(weights, load_arrays(checkpoint / "optimizer.safetensors"), self.state.step)
+            self._saved_step = self.state.step
+        self.state.plan = self.plan.fingerprint()
+        self._trim_metrics()
+        self._clock = time.perf_counter()
+
+    @property
+    def base_folder(self) -> Path:
+        """Folder of the base weights: the model's own, or the run's for a model made from scratch."""
+        return self.plan.model.folder if self.plan.recipe.model.config is None else self.run.start
+
+    @property
+    def wants_step(self) -> bool:
+        return self.state.step < self.plan.steps and not self.interrupted and not self.state.stopped
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the step about to be taken."""
+        return float(self.plan.learning_rates[self.state.step])
+
+    def record_step(self, result: StepResult) -> None:
+        """Count a finished step and write its row.
+
+        Raises:
+            RunError: the loss is not a number; a checkpoint of the step before is kept.
+        """
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        supervised, tokens = self.plan.train.step_tokens(self.state.step)
+        values: dict[str, Any] = {
+            "loss": result.loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": result.grad_norm,
+            "num_tokens": self.state.num_tokens + tokens,
+            "num_supervised": self.state.num_supervised + supervised,
+            "epoch": (self.state.step + 1) / self.plan.train.steps_per_epoch,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_bytes": result.peak_bytes,
+        }
+        if result.num_correct is not None:
+            values["accuracy"] = result.num_correct / max(1, supervised)
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+            raise RunError(self._not_finite(result))
+        self.state.step += 1
+        self.state.num_tokens += tokens
+        self.state.num_supervised += supervised
+        self.state.seconds += seconds
+        self._write("step", values)
+
+    def _not_finite(self, result: StepResult) -> str:
+        last = self.run.last_checkpoint()
+        kept = f" The last checkpoint is {last}." if last else ""
+        return (
+            f"step {self.state.step + 1}: the loss is {result.loss} with gradient norm {result.grad_norm}. Lower train.learning_rate "
+            f"(now {self.learning_rate:g}), add train.warmup, or set model.dtype: float32.{kept}"
+        )
+
+    @property
+    def wants_eval(self) -> bool:
+        return self.plan.validation is not None and self.state.step in self.plan.eval_steps
+
+    def record_eval(self, nats: float, tokens: int, correct: int) -> None:
+        """Take a token-weighted evaluation over the whole validation set; keep the weights if it is the best."""
+        loss = nats / max(1, tokens)
+        better = self.state.best_loss is None or loss < self.state.best_loss
+        if better:
+            self.state.best_loss, self.state.best_step, self.state.bad_evals = loss, self.state.step, 0
+            if self.plan.recipe.eval.keep_best:
+                assert self._engine is not None
+                with publish(self.run.checkpoints / "best") as folder:
+                    save_arrays(self._engine.weights(), folder / self.plan.weights_name)
+        else:
+            self.state.bad_evals += 1
+        patience = self.plan.recipe.eval.patience
+        self.state.stopped = patience is not None and self.state.bad_evals >= patience
+        perplexity = math.exp(min(loss, 700.0))
+        self._write("eval", {"val_loss": loss, "val_perplexity": perplexity, "val_accuracy": correct / max(1, tokens), "best": better})
+        self._clock = time.perf_counter()
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        return self.state.step in self.plan.save_steps or (self.interrupted and self.state.step != self._saved_step)
+
+    def save_checkpoint(self) -> None:
+        """Write weights, moments and state in one rename; drop checkpoints beyond `save.keep_last`."""
+        assert self._engine is not None
+        target = self.run.checkpoint(self.state.step)
+        with publish(target) as folder:
+            save_arrays(self._engine.weights(), folder / self.plan.weights_name)
+            save_arrays(self._engine.optimizer(), folder / "optimizer.safetensors")
+            write_text(folder / "state.json", json.dumps(asdict(self.state), indent=2) + "\n")
+        self._saved_step = self.state.step
+        for old in self.run.list_checkpoints()[: -self.plan.recipe.save.keep_last]:
+            shutil.rmtree(old)
+        self.on_event(Event("checkpoint", self.state.step, {"path": str(target)}))
+        self._clock = time.perf_counter()
+
+    def final_weights(self) -> Arrays:
+        """Return the weights to leave behind: the best evaluated ones, or the last."""
+        assert self._engine is not None
+        best = self.run.checkpoints / "best" / self.plan.weights_name
+        if self.plan.recipe.eval.keep_best and self.state.best_step is not None and best.is_file():
+            return load_arrays(best)
+        return self._engine.weights()
+
+    def note(self, text: str) -> None:
+        self.on_event(Event("note", self.state.step, {"text": text}))
+
+    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+        row = {"step": self.state.step, "kind": kind, **values}
+        with self.run.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.on_event(Event(kind, self.state.step, values))
+
+    def _trim_metrics(self) -> None:
+        """Drop rows of steps that will be taken again."""
+        rows = [row for row in read_metrics(self.run) if row["step"] <= self.state.step]
+        if rows or self.run.metrics.exists():
+            write_text(self.run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_metrics(run: RunDir) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl; a last line cut by a kill is left out."""
+    if not run.metrics.is_file():
+        return []
+    rows = []
+    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def write_csv(run: RunDir) -> None:
+    """Write metrics.csv, one row per step and evaluation, from metrics.jsonl."""
+    rows = read_metrics(run)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(run.path / "metrics.csv", text.getvalue())
+
+
+def read_state(checkpoint: Path) -> State:
+    """Read state.json of a checkpoint.
+
+    Raises:
+        RunError: broken, or written by a newer version.
+    """
+    try:
+        tree = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return State(**{item.name: tree[item.name] for item in fields(State)})
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{checkpoint}: state.json is broken ({error!r}). Delete this checkpoint folder to go on from the one before.") from error
+
+
+def save_arrays(arrays: Arrays, path: Path) -> None:
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata={"format": "pt"})
+
+
+def load_arrays(path: Path) -> Arrays:
+    """Read a safetensors file as float32 numpy arrays.
+
+    Raises:
+        RunError: missing or broken.
+    """
+    try:
+        return {name: array.astype(np.float32, copy=False) for name, array in load_file(path).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RunError(f"{path}: cannot be read ({error}). Delete this checkpoint folder to go on from the one before.") from error

@@ -1,0 +1,239 @@
+"""The verbs: train, evaluate, generate. Each is a short function over plan, session and engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smolmlx import rundir
+from smolmlx.backend import Backend, Choice, Decoding, Generator, Loading
+from smolmlx.data.chat import Tokenizer
+from smolmlx.data.formats import Example, open_source
+from smolmlx.models import make_model
+from smolmlx.plan import Plan, adapter_config, initial_adapter
+from smolmlx.rundir import RunDir, publish, write_text
+from smolmlx.session import Event, Session, read_metrics, save_arrays, write_csv
+
+OnEvent = Callable[[Event], None]
+
+
+class Interrupted(Exception):
+    """The user pressed Ctrl-C (or the system asked to stop); a checkpoint was written."""
+
+    def __init__(self, run: RunDir, step: int) -> None:
+        super().__init__(f"interrupted after step {step}; a checkpoint is in {run.path}")
+        self.run = run
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a finished run came to; also report.json."""
+
+    steps: int
+    num_tokens: int
+    num_supervised: int
+    seconds: float
+    first_loss: float
+    final_loss: float
+    best_val_loss: float | None
+    best_step: int | None
+    stopped_early: bool
+    peak_bytes: int | None
+    tokens_per_second: float
+
+
+def start_run(plan: Plan, out: Path, name: str) -> RunDir:
+    """Make the run's folder and write what every engine starts from: recipe, plan, environment, first weights."""
+    run = rundir.create(name, out)
+    recipe = plan.recipe
+    write_text(run.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+    run.write_json("plan.json", plan.to_json())
+    run.write_json("env.json", environment(plan))
+    with rundir.writing(run.path):
+        if recipe.model.config is not None:
+            make_model(plan.model.config, run.start, recipe.train.seed)
+        elif not plan.full:
+            run.start.mkdir()
+            save_arrays(dict(initial_adapter(plan)), run.start / plan.weights_name)
+    return run
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """Return what this run ran on."""
+    names = ("smolmlx", "mlx", "mlx-lm", "torch", "transformers", "trl", "peft", "unsloth", "numpy", "tokenizers")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "backend": plan.backend,
+        "device": plan.capabilities.device_name,
+        "dtype": plan.dtype,
+        "versions": versions,
+        "command": sys.argv,
+        "origins": dict(plan.loaded.origins),
+        "source": plan.loaded.source,
+    }
+
+
+def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda event: None) -> Report:
+    """Train one stage in `run`, or go on with it from its last checkpoint.
+
+    Leaves adapter/ (or model/), metrics.csv, samples.md and report.json behind.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
+        RunError: the run failed; checkpoints stay.
+    """
+    session = Session(plan, run, on_event)
+    before = answer_samples(plan, choice.backend, None, run) if plan.recipe.samples.prompts and not (run.path / "samples.json").exists() else None
+    if before is not None:
+        run.write_json("samples.json", {"before": before})
+    with _signals(session):
+        choice.backend.trainer().fit(plan, session)
+    if session.interrupted and session.state.step < plan.steps and not session.state.stopped:
+        raise Interrupted(run, session.state.step)
+    save_result(plan, session)
+    write_csv(run)
+    if plan.recipe.samples.prompts:
+        write_samples(plan, choice.backend, run)
+    report = summarise(plan, session)
+    run.write_json("report.json", {name: getattr(report, name) for name in report.__slots__})
+    return report
+
+
+@contextmanager
+def _signals(session: Session) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end training after the step at hand; a second Ctrl-C ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if session.interrupted:
+            raise KeyboardInterrupt
+        session.interrupted = True
+        session.note("stopping after this step; a checkpoint will be written (again to stop at once)")
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def save_result(plan: Plan, session: Session) -> None:
+    """Leave the trained weights behind in a layout that stock PEFT or transformers loads."""
+    run = session.run
+    target = run.model if plan.full else run.adapter
+    with publish(target) as folder:
+        save_arrays(session.final_weights(), folder / plan.weights_name)
+        name = "config.json" if plan.full else "adapter_config.json"
+        tree = dict(plan.model.config) if plan.full else adapter_config(plan)
+        if plan.full:
+            tree["torch_dtype"] = "float32"
+        write_text(folder / name, json.dumps(tree, indent=2) + "\n")
+        copy_tokenizer(plan.tokenizer, folder)
+        if plan.full:
+            eos = list(plan.tokenizer.eos_ids)
+            write_text(folder / "generation_config.json", json.dumps({"eos_token_id": eos, "pad_token_id": plan.tokenizer.pad_id}) + "\n")
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy tokenizer files, with the template that was trained on."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "tokenizer.model"):
+        source = tokenizer.folder / name
+        if source.is_file():
+            (folder / name).write_bytes(source.read_bytes())
+    if tokenizer.template_text:
+        config = {**tokenizer.config, "chat_template": tokenizer.template_text}
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def summarise(plan: Plan, session: Session) -> Report:
+    rows = [row for row in read_metrics(session.run) if row["kind"] == "step"]
+    state = session.state
+    tail = rows[-max(1, len(rows) // 20) :]
+    weights = [row["num_supervised"] for row in rows]
+    counts = [b - a for a, b in zip([0, *weights[:-1]], weights, strict=True)][-len(tail) :]
+    final = sum(row["loss"] * count for row, count in zip(tail, counts, strict=True)) / max(1, sum(counts))
+    peaks = [row["peak_bytes"] for row in rows if row.get("peak_bytes")]
+    return Report(
+        state.step, state.num_tokens, state.num_supervised, state.seconds, rows[0]["loss"], final, state.best_loss, state.best_step,
+        state.stopped, max(peaks) if peaks else None, state.num_tokens / max(state.seconds, 1e-9),
+    )  # fmt: skip
+
+
+def open_generator(plan: Plan, backend: Backend, adapter: Path | None, run: RunDir) -> Generator:
+    """Load the base (before), or the trained adapter or model (after), the way it was trained."""
+    from smolmlx.models import open_model
+
+    model = plan.model
+    if plan.recipe.model.config is not None:
+        model = open_model(run.start)
+    if adapter == run.model:
+        model, adapter = open_model(run.model), None
+    how = Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none")
+    return backend.generator(model, adapter, plan.tokenizer, how)
+
+
+def answer(generator: Generator, tokenizer: Tokenizer, prompts: Sequence[Sequence[Mapping[str, Any]]], how: Decoding, template_args: Mapping[str, Any], on_done: Callable[[int], None] = lambda done: None) -> list[str]:
+    """Answer conversations with the template the model was trained with; answers come back in order."""
+    tokens = [tokenizer.encode(tokenizer.prompt(messages, **template_args)) for messages in prompts]
+    answers = [""] * len(prompts)
+    for done, completion in enumerate(generator.generate(tokens, how), 1):
+        answers[completion.index] = tokenizer.decode(completion.ids).strip()
+        on_done(done)
+    return answers
+
+
+def answer_samples(plan: Plan, backend: Backend, adapter: Path | None, run: RunDir) -> list[str]:
+    recipe = plan.recipe
+    generator = open_generator(plan, backend, adapter, run)
+    if plan.tokenizer.template_text is None:
+        tokens = [plan.tokenizer.encode(prompt) for prompt in recipe.samples.prompts]
+        found = {c.index: plan.tokenizer.decode(c.ids) for c in generator.generate(tokens, Decoding(max_tokens=recipe.samples.max_tokens))}
+        return [found[i] for i in range(len(tokens))]
+    system = ({"role": "system", "content": recipe.data.system},) if recipe.data.system else ()
+    prompts = [(*system, {"role": "user", "content": prompt}) for prompt in recipe.samples.prompts]
+    return answer(generator, plan.tokenizer, prompts, Decoding(max_tokens=recipe.samples.max_tokens), recipe.data.template_args)
+
+
+def write_samples(plan: Plan, backend: Backend, run: RunDir) -> None:
+    """Answer the recipe's prompts again and put both answers side by side into samples.md."""
+    before = run.read_json("samples.json")["before"]
+    after = answer_samples(plan, backend, run.model if plan.full else run.adapter, run)
+    run.write_json("samples.json", {"prompts": plan.recipe.samples.prompts, "before": before, "after": after})
+    parts = ["# Before and after\n\nGreedy decoding, the same template and limits on both sides.\n"]
+    for number, (prompt, old, new) in enumerate(zip(plan.recipe.samples.prompts, before, after, strict=True), 1):
+        parts.append(f"## {number}\n\n{_quote(prompt)}\n\n**Before**\n\n{_quote(old)}\n\n**After**\n\n{_quote(new)}\n")
+    write_text(run.path / "samples.md", "\n".join(parts))
+
+
+def _quote(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.splitlines()) or "> (nothing)"
+
+
+def read_prompts(path: str, folders: Sequence[Path] = ()) -> Iterator[tuple[Example, tuple[Mapping[str, Any], ...]]]:
+    """Yield each row with its messages up to the last assistant turn: what a model is asked."""
+    for example in open_source(path, folders=folders):
+        messages = list(example.messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        yield example, tuple(messages)
