@@ -1,0 +1,112 @@
+"""What the PyTorch engine offers on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from smolmlx.backend import Capabilities, Generator, Loading, Trainer
+from smolmlx.data.chat import Tokenizer
+from smolmlx.errors import BackendError, nearest
+from smolmlx.models import BaseModel
+
+# Set before any of these libraries is imported; a user who set them keeps what was set.
+_QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+KNOBS = {"unsloth": ("auto", "on", "off"), "attention": ("sdpa", "eager", "flash_attention_2")}
+
+
+def quiet() -> None:
+    """Switch off telemetry and noise of the libraries below."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+class CudaBackend:
+    """The engine behind `--backend cuda`."""
+
+    name = "cuda"
+
+    def capabilities(self, device: str | None = None) -> Capabilities:
+        quiet()
+        import torch
+
+        found = pick_device(device)
+        gpu = found == "cuda"
+        eight_bit = gpu and importlib.util.find_spec("bitsandbytes") is not None
+        wide = gpu and torch.cuda.is_bf16_supported()
+        why_not = "It needs an NVIDIA GPU and bitsandbytes (pip install bitsandbytes)."
+        return Capabilities(
+            device=found,
+            device_name=torch.cuda.get_device_name() if gpu else found.upper(),
+            dtype="bfloat16" if wide else "float32",
+            dtype_reason="the GPU computes in bfloat16" if wide else f"bfloat16 is slow or missing on {found}",
+            dtypes=("float32", "bfloat16", "float16"),
+            stages=("pretrain", "sft"),
+            methods=("lora", "full"),
+            quantize=("none", "4bit", "8bit") if eight_bit else ("none",),
+            optimizers=("adamw", *(("adamw_fused",) if gpu else ()), *(("adamw_8bit",) if eight_bit else ())),
+            memory_bytes=torch.cuda.get_device_properties(0).total_memory if gpu else None,
+            missing={
+                "4bit": why_not, "8bit": why_not, "adamw_8bit": why_not,
+                "adamw_fused": "torch's fused AdamW is for CUDA; use adamw.",
+            },
+        )  # fmt: skip
+
+    def check(self, knobs: Mapping[str, Any]) -> Sequence[str]:
+        problems = []
+        for key, value in knobs.items():
+            if key not in KNOBS:
+                problems.append(f"cuda.{key}: unknown key.{nearest(key, KNOBS)} Known: {', '.join(KNOBS)}.")
+            elif value not in KNOBS[key] and not (key == "unsloth" and isinstance(value, bool)):
+                problems.append(f"cuda.{key}: '{value}' is not one of {', '.join(KNOBS[key])}.")
+        return problems
+
+    def trainer(self) -> Trainer:
+        quiet()
+        from smolmlx_cuda.trainer import TrlTrainer
+
+        return TrlTrainer()
+
+    def generator(self, model: BaseModel, adapter: Path | None, tokenizer: Tokenizer, how: Loading) -> Generator:
+        quiet()
+        from smolmlx_cuda.generator import TorchGenerator
+
+        return TorchGenerator(model, adapter, tokenizer, how)
+
+    def versions(self) -> Mapping[str, str]:
+        found = {}
+        for name in ("torch", "transformers", "trl", "peft", "accelerate", "unsloth", "bitsandbytes"):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        return found
+
+
+def pick_device(device: str | None) -> str:
+    """Return cuda, mps or cpu.
+
+    Raises:
+        BackendError: no CUDA, and no other device was asked for.
+    """
+    import torch
+
+    if device in (None, "cuda", "gpu"):
+        if torch.cuda.is_available():
+            return "cuda"
+        raise BackendError(
+            "--backend cuda: no NVIDIA GPU is visible to torch"
+            + (" (its build has no CUDA)" if not torch.version.cuda else " (check nvidia-smi and the driver)")
+            + ". To run the PyTorch engine on the CPU, add --device cpu; on a Mac use --backend mlx."
+        )
+    if device == "mps":
+        if torch.backends.mps.is_available():
+            return "mps"
+        raise BackendError("--device mps: torch sees no Metal device here. Use --device cpu.")
+    if device == "cpu":
+        return "cpu"
+    raise BackendError(f"--device {device}: the PyTorch engine knows cuda, mps and cpu.")

@@ -1,0 +1,188 @@
+"""Load transformers' models, put PEFT adapters on them, and read and write weights under canonical names.
+
+B batch, T tokens, S supervised positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from smolmlx.data.batches import Batch
+from smolmlx.errors import BackendError, RecipeError
+from smolmlx.plan import Plan
+from smolmlx.session import Arrays
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Logits beyond this are made in pieces, each recomputed in the backward pass.
+_LOGIT_BYTES = 1 << 30
+_CPU_LOGIT_BYTES = 256 << 20
+
+
+def load_base(folder: Path, dtype: str, device: str, quantize: str = "none", attention: str = "sdpa") -> Any:
+    """Load a base model onto a device.
+
+    Raises:
+        BackendError: transformers has no such architecture.
+        RecipeError: the weights do not fit the config.
+    """
+    quantization = None
+    if quantize != "none":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=quantize == "4bit", load_in_8bit=quantize == "8bit", bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], attn_implementation=attention, quantization_config=quantization, local_files_only=True
+        )
+    except (ValueError, KeyError) as error:
+        raise BackendError(f"{folder}: transformers cannot load this model: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        raise RecipeError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model if quantization else model.to(device)
+
+
+def add_lora(model: Any, plan: Plan) -> Any:
+    """Put an untrained PEFT adapter on a model; its weights are loaded afterwards."""
+    lora = plan.recipe.lora
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted(plan.targets),  # type: ignore[arg-type]
+        use_rslora=lora.rslora, use_dora=lora.dora, bias="none", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Put a PEFT adapter folder on a base model.
+
+    Raises:
+        RecipeError: not an adapter, or made for another base.
+    """
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
+    json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"{folder}: made for another base model: {str(error).splitlines()[0]}") from error
+
+
+def canonical(name: str) -> str:
+    """Return the stored name of a parameter: PEFT's without its adapter name."""
+    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default", "")
+
+
+def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {canonical(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def read_weights(model: Any) -> Arrays:
+    return {name: to_numpy(parameter) for name, parameter in trainable(model).items()}
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    found: np.ndarray[Any, np.dtype[Any]] = tensor.detach().cpu().float().numpy().copy()
+    return found
+
+
+def write_weights(model: Any, arrays: Arrays) -> None:
+    """Copy canonical arrays into the trainable parameters.
+
+    Raises:
+        RecipeError: names or shapes that do not fit.
+    """
+    parameters = trainable(model)
+    with torch.no_grad():
+        for name, value in arrays.items():
+            if name not in parameters or tuple(parameters[name].shape) != value.shape:
+                raise RecipeError(f"weights made for another model: {name} has shape {value.shape} there.")
+            parameters[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
+
+
+class Losses:
+    """Nats and correct targets at the supervised positions; logits are made for those alone."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.body, self.head = split_head(model)
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+
+    def positions(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (nats, correct) of each supervised position: [S], [S].
+
+        Args:
+            inputs: as made by `to_inputs`.
+        """
+        # use_cache must be off: a cache makes transformers drop the isolation of packed documents.
+        hidden = self.body(input_ids=inputs["ids"], position_ids=inputs.get("positions"), use_cache=False)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[inputs["index"]]  # [S, D]
+        limit = _LOGIT_BYTES if hidden.is_cuda else _CPU_LOGIT_BYTES
+        rows = max(64, limit // (4 * self.vocabulary))
+        if hidden.shape[0] <= rows:
+            return self._piece(hidden, inputs["labels"])
+        pieces = [
+            checkpoint(self._piece, part, labels, use_reentrant=False)
+            for part, labels in zip(hidden.split(rows), inputs["labels"].split(rows), strict=True)
+        ]
+        return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
+
+    def _piece(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.head(hidden).float()  # [S, V]
+        nats = cross_entropy(logits, labels, reduction="none")
+        with torch.no_grad():
+            correct = logits.gather(1, labels[:, None]).squeeze(1) >= logits.max(dim=1).values
+        return nats, correct
+
+    def totals(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (nats, correct) summed over a batch."""
+        nats, correct = self.positions(inputs)
+        return (nats * inputs["weights"]).sum(), (correct * inputs["weights"]).sum()
+
+
+def split_head(model: Any) -> tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """Return (body, head) such that head(body(ids)) equals the model's logits.
+
+    Found by comparing on three tokens; a model that does more between the two gives all logits, passed through.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner, head = base.base_model, base.get_output_embeddings()
+
+    def body(**inputs: Any) -> torch.Tensor:
+        found: torch.Tensor = inner(**inputs).last_hidden_state
+        return found
+
+    def whole(**inputs: Any) -> torch.Tensor:
+        found: torch.Tensor = base(**inputs).logits
+        return found
+
+    probe = torch.tensor([[1, 2, 3]], device=base.device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        same = inner is not base and head is not None and torch.allclose(whole(input_ids=probe), head(body(input_ids=probe)), atol=1e-3)
+    model.train(training)
+    return (body, head) if same else (whole, lambda logits: logits)
+
+
+def to_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the tensors of a batch; positions only where rows are packed, since they are what isolates documents."""
+    found = {
+        "ids": torch.from_numpy(batch.ids).long(),
+        "index": torch.from_numpy(batch.index).long(),
+        "labels": torch.from_numpy(batch.labels).long(),
+        "weights": torch.from_numpy(batch.weights),
+    }
+    if batch.packed:
+        found["positions"] = torch.from_numpy(batch.positions).long()
+    return found

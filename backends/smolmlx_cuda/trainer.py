@@ -1,0 +1,258 @@
+"""TRL's SFTTrainer, told what to do: our batches in our order, our schedule, our loss, our checkpoints.
+
+TRL owns the loop (and with it devices, precision and distribution); a callback hands each step to the session.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from smolmlx.errors import RunError
+from smolmlx.plan import Plan
+from smolmlx.session import Arrays, Session, StepResult
+from smolmlx_cuda.model import Losses, add_lora, load_base, read_weights, to_inputs, to_numpy, trainable, write_weights
+
+Inputs = dict[str, torch.Tensor]
+
+
+class TrlTrainer:
+    """Runs a plan's steps through TRL."""
+
+    def fit(self, plan: Plan, session: Session) -> None:
+        """Train until the session wants no more; see `backend.Trainer`."""
+        try:
+            engine = Engine(plan, session)
+            session.attach(engine)
+            if session.wants_step:
+                with tempfile.TemporaryDirectory(prefix="smolmlx-trl-") as scratch:
+                    engine.run(scratch)
+        except torch.OutOfMemoryError as error:
+            raise RunError(_out_of_memory(plan)) from error
+
+
+def _out_of_memory(plan: Plan) -> str:
+    train = plan.recipe.train
+    half = max(1, train.batch_size // 2)
+    return (
+        f"out of GPU memory at {train.batch_size} rows of {max(plan.train.widths)} tokens. Turn one of these, first the first: "
+        f"--set train.batch_size={half} --set train.accumulation={train.accumulation * train.batch_size // half} (same result); "
+        "--set train.gradient_checkpointing=true; --set model.quantize=4bit; "
+        f"--set data.max_length={max(plan.train.widths) // 2}."
+    )
+
+
+class Engine:
+    """A loaded model with its optimizer; reads and writes weights for the session."""
+
+    def __init__(self, plan: Plan, session: Session) -> None:
+        recipe = plan.recipe
+        self.plan, self.session = plan, session
+        self.device = plan.capabilities.device
+        base = load_base(session.base_folder, plan.dtype, self.device, recipe.model.quantize, str(recipe.cuda.get("attention", "sdpa")))
+        self.model = base if plan.full else add_lora(base, plan)
+        if plan.full:
+            self.model.requires_grad_(True)
+        self.model.train()
+        self.losses = Losses(self.model)
+        self.parameters = trainable(self.model)
+        self.adam = make_optimizer(plan, self.parameters)
+
+    def run(self, scratch: str) -> None:
+        """Let TRL run the steps that are left."""
+        plan, start = self.plan, self.session.state.step
+        rates = plan.learning_rates / plan.recipe.train.learning_rate
+        schedule = LambdaLR(self.adam, lambda k: float(rates[min(start + k, plan.steps - 1)]))
+        watch = Watch(self)
+        accumulation = plan.recipe.train.accumulation
+        work = [{"step": step, "micro": micro} for step in range(start, plan.steps) for micro in range(accumulation)]
+        trainer = PlannedTrainer(
+            self, watch,
+            model=self.model,
+            args=self._arguments(scratch, plan.steps - start),
+            train_dataset=Dataset.from_list(work),
+            data_collator=self.collate,
+            processing_class=PreTrainedTokenizerFast(tokenizer_file=str(plan.tokenizer.folder / "tokenizer.json"), **special_tokens(plan)),
+            optimizers=(self.adam, schedule),
+            callbacks=[watch],
+        )  # fmt: skip
+        # TRL patches the model's forward; our loss goes through the body and the head, which stay as they are.
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.train()
+
+    def _arguments(self, scratch: str, steps: int) -> SFTConfig:
+        train = self.plan.recipe.train
+        return SFTConfig(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=1,  # one item of the data set is a whole micro-batch
+            gradient_accumulation_steps=train.accumulation,
+            learning_rate=train.learning_rate,
+            max_grad_norm=0.0,  # clipped by Watch, which also reports the norm
+            gradient_checkpointing=train.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            use_cpu=self.device == "cpu",
+            bf16=False,  # the weights already have their type; autocast would round the float32 adapters
+            fp16=False,
+            seed=train.seed,
+            logging_strategy="no",
+            save_strategy="no",
+            eval_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=self.device == "cuda",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+        )
+
+    def collate(self, items: Sequence[dict[str, int]]) -> Inputs:
+        """Turn one (step, micro-batch) into tensors; a micro-batch missing at an epoch's end has no supervised token."""
+        (item,) = items
+        batches = self.plan.train.step(item["step"])
+        total = sum(batch.num_supervised for batch in batches)
+        present = item["micro"] < len(batches)
+        inputs = to_inputs(batches[item["micro"] if present else 0])
+        if not present:
+            inputs["weights"] = torch.zeros_like(inputs["weights"])
+        inputs["denominator"] = torch.tensor(float(max(1, total)))
+        return inputs
+
+    def evaluate(self) -> tuple[float, int, int]:
+        """Return (nats, supervised tokens, correct) over the whole validation set."""
+        assert self.plan.validation is not None
+        self.model.eval()
+        nats, tokens, correct = 0.0, 0, 0
+        with torch.no_grad():
+            for batch in self.plan.validation.evaluation():
+                more, right = self.losses.totals(self.to_device(to_inputs(batch)))
+                nats, tokens, correct = nats + float(more), tokens + batch.num_supervised, correct + int(right)
+        self.model.train()
+        return nats, tokens, correct
+
+    def to_device(self, inputs: Inputs) -> Inputs:
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def weights(self) -> Arrays:
+        return read_weights(self.model)
+
+    def optimizer(self) -> Arrays:
+        found: Arrays = {}
+        for name, parameter in self.parameters.items():
+            for key, value in self.adam.state.get(parameter, {}).items():
+                if key != "step" and torch.is_tensor(value):
+                    found[f"{name}.{key}"] = value.detach().cpu().numpy() if value.dtype == torch.uint8 else to_numpy(value)
+        return found
+
+    def load(self, weights: Arrays, optimizer: Arrays | None, step: int) -> None:
+        write_weights(self.model, weights)
+        if optimizer is None:
+            return
+        for name, parameter in self.parameters.items():
+            entry: dict[str, Any] = {
+                key.rpartition(".")[2]: torch.from_numpy(np.array(value)).to(parameter.device)
+                for key, value in optimizer.items()
+                if key.rpartition(".")[0] == name
+            }
+            entry["step"] = torch.tensor(float(step)) if "exp_avg" in entry else step
+            self.adam.state[parameter] = entry
+
+
+def make_optimizer(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Return AdamW over two groups: matrices, which decay, and norms and biases, which do not."""
+    train = plan.recipe.train
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if train.optimizer == "adamw_8bit":
+        import bitsandbytes
+
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps)
+        return optimizer
+    fused = True if train.optimizer == "adamw_fused" else None
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=fused)
+
+
+class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer whose loss and order come from the plan."""
+
+    def __init__(self, engine: Engine, watch: Watch, **options: Any) -> None:
+        self.engine, self.watch = engine, watch
+        super().__init__(**options)
+        # The loss is already divided by the supervised tokens of the whole step; Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return batches, 1  # the denominator travels with each micro-batch
+
+    def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        nats, correct = self.engine.losses.totals(inputs)
+        loss = nats / inputs["denominator"]
+        self.watch.add(loss.detach(), correct)
+        return (loss, {}) if return_outputs else loss
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Seeds, clips, and hands every finished step to the session."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.loss: torch.Tensor | float = 0.0
+        self.correct: torch.Tensor | float = 0.0
+        self.norm: torch.Tensor | float = 0.0
+
+    def add(self, loss: torch.Tensor, correct: torch.Tensor) -> None:
+        self.loss, self.correct = self.loss + loss, self.correct + correct
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Dropout of a step is a function of (seed, step) alone, so a resumed run draws the same.
+        seed = np.random.SeedSequence([self.engine.plan.recipe.train.seed, self.engine.session.state.step])
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        self.loss, self.correct = 0.0, 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        most = self.engine.plan.recipe.train.max_grad_norm
+        self.norm = torch.nn.utils.clip_grad_norm_(list(self.engine.parameters.values()), most)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        engine, session = self.engine, self.engine.session
+        session.record_step(StepResult(float(self.loss), float(self.norm), int(self.correct), peak_bytes(engine.device)))
+        if session.wants_eval:
+            session.record_eval(*engine.evaluate())
+        if session.wants_checkpoint:
+            session.save_checkpoint()
+        control.should_training_stop = not session.wants_step
+        return control
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory held: by torch's allocator on a GPU, by the process on a CPU."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def special_tokens(plan: Plan) -> dict[str, str]:
+    """Return the pad and eos token that TRL asks for; it never tokenizes here."""
+    eos = plan.tokenizer.special("eos_token") or plan.tokenizer.fast.id_to_token(plan.tokenizer.eos_ids[0] if plan.tokenizer.eos_ids else 0)
+    return {"eos_token": eos, "pad_token": plan.tokenizer.special("pad_token") or eos}

@@ -1,0 +1,340 @@
+"""The suites of `smolmlx eval` that score strings and counts: `notes` for several systems side by side, and `loss`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from smolmlx.errors import DataError
+from smolmlx.evals.bootstrap import DRAWS, Interval, bootstrap_difference, bootstrap_mean, difference_sentence
+from smolmlx.evals.controls import nearest_copy, random_reference
+from smolmlx.evals.metrics import is_formulaic, perplexity, reference_overlap, token_weighted_mean
+from smolmlx.evals.notes import BOILERPLATE, compat_compliance, content, follow_up_valid, rubric, strict_compliance
+
+COPY_CONTROL = "copy control"
+RANDOM_CONTROL = "random control"
+CONTROLS = ("base", COPY_CONTROL, RANDOM_CONTROL)
+"""Names under which systems are taken as controls unless the caller says otherwise."""
+
+METRICS = (
+    "compliance",
+    "compat",
+    "compat_v1",
+    "follow_up_valid",
+    "content_alignment",
+    "f1",
+    "key_term_recall",
+    "unsupported",
+    "formulaic",
+    "rubric",
+    "lexical_diversity",
+    "specificity",
+    "num_words",
+    "num_bullets",
+    "words_per_point",
+)
+"""Fields of NotesScore that are averaged over rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRow:
+    """One row to score against: `reference` is the wanted output."""
+
+    id: str
+    input: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotesScore:
+    """Every metric of one output; a bool counts as 0 or 1 in a mean."""
+
+    id: str
+    compliance: bool
+    """The strict rule."""
+    problems: tuple[str, ...]
+    """What the strict rule found."""
+    compat: bool
+    compat_v1: bool
+    follow_up_valid: bool
+    content_alignment: float
+    precision: float
+    recall: float
+    f1: float
+    key_term_recall: float
+    unsupported: float
+    formulaic: bool
+    rubric: int
+    rubric_parts: tuple[int, int, int, int]
+    """Summary, bullets, limitation, follow-up: 0 to 3 each."""
+    lexical_diversity: float
+    specificity: float
+    num_words: int
+    num_bullets: int
+    words_per_point: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A paired difference of two systems in one metric: system - control."""
+
+    system: str
+    control: str
+    metric: str
+    interval: Interval
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotesReport:
+    """The notes suite's result for all systems, over the same rows."""
+
+    ids: tuple[str, ...]
+    scores: Mapping[str, tuple[NotesScore, ...]]
+    summary: Mapping[str, Mapping[str, Interval]]
+    """System -> metric -> mean and interval."""
+    differences: tuple[Difference, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """The n of every mean and interval."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class LossSummary:
+    """Token-weighted loss of a data set."""
+
+    num_rows: int
+    num_tokens: int
+    """Supervised tokens."""
+    loss: float
+    """Mean nats per supervised token."""
+    perplexity: float
+    accuracy: float
+    """Share of supervised tokens at the argmax."""
+
+
+def rows_from_records(records: Iterable[Mapping[str, object]]) -> tuple[EvalRow, ...]:
+    """Read notes records (`id`, `input`, `output`); raises DataError with every record that lacks one as text."""
+    rows, problems = [], []
+    for number, record in enumerate(records, start=1):
+        missing = [name for name in ("id", "input", "output") if not isinstance(record.get(name), str)]
+        if missing:
+            problems.append(f"row {number}: no text in {', '.join(missing)} (fields: {', '.join(map(str, record))})")
+        else:
+            rows.append(EvalRow(str(record["id"]), str(record["input"]), str(record["output"])))
+    if problems:
+        raise DataError("notes records need 'id', 'input' and 'output' as text", problems)
+    return tuple(rows)
+
+
+def select_rows(
+    rows: Sequence[EvalRow], *, ids: Sequence[str] | None = None, limit: int | None = None
+) -> tuple[EvalRow, ...]:
+    """Keep the rows of the given ids, in the data's order, then the first `limit`; raises DataError on unknown ids."""
+    unknown = sorted(set(ids or ()) - {row.id for row in rows})
+    if unknown:
+        raise DataError("ids that the data does not have", unknown)
+    kept = [row for row in rows if ids is None or row.id in set(ids)]
+    return tuple(kept[:limit])
+
+
+def control_outputs(train: Sequence[EvalRow], rows: Sequence[EvalRow], *, seed: int = 0) -> dict[str, tuple[str, ...]]:
+    """Return the outputs of the two controls that need no model, under the names `compare_notes` knows them by."""
+    references = [row.reference for row in train]
+    copied = nearest_copy([row.input for row in train], references, [row.input for row in rows])
+    drawn = random_reference(references, [row.reference for row in rows], seed=seed)
+    return {COPY_CONTROL: copied, RANDOM_CONTROL: drawn}
+
+
+def score_notes(
+    rows: Sequence[EvalRow], outputs: Sequence[str], boilerplate: Sequence[str] = BOILERPLATE
+) -> tuple[NotesScore, ...]:
+    """Score one output per row."""
+    if len(rows) != len(outputs):
+        raise ValueError(f"score_notes: {len(rows)} rows but {len(outputs)} outputs")
+    return tuple(score_note(row, output, boilerplate) for row, output in zip(rows, outputs, strict=True))
+
+
+def score_note(row: EvalRow, output: str, boilerplate: Sequence[str] = BOILERPLATE) -> NotesScore:
+    """Score one output by every metric of the notes task."""
+    strict, marks, made = strict_compliance(output), rubric(output), content(output)
+    overlap = reference_overlap(output, row.reference, row.input)
+    return NotesScore(
+        id=row.id,
+        compliance=strict.passed,
+        problems=strict.problems,
+        compat=compat_compliance(output).passed,
+        compat_v1=compat_compliance(output, "compat_v1").passed,
+        follow_up_valid=follow_up_valid(output),
+        content_alignment=overlap.content_alignment,
+        precision=overlap.precision,
+        recall=overlap.recall,
+        f1=overlap.f1,
+        key_term_recall=overlap.key_term_recall,
+        unsupported=overlap.unsupported,
+        formulaic=is_formulaic(output, boilerplate),
+        rubric=marks.total,
+        rubric_parts=(marks.summary, marks.bullets, marks.limitation, marks.follow_up),
+        lexical_diversity=made.lexical_diversity,
+        specificity=made.specificity,
+        num_words=made.num_words,
+        num_bullets=made.num_bullets,
+        words_per_point=made.words_per_point,
+    )
+
+
+def compare_notes(
+    rows: Sequence[EvalRow],
+    outputs: Mapping[str, Sequence[str]],
+    *,
+    controls: Sequence[str] = CONTROLS,
+    also: Sequence[tuple[str, str]] = (),
+    boilerplate: Sequence[str] = BOILERPLATE,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> NotesReport:
+    """Score several systems on the same rows and compare each with every control present, row by row.
+
+    `outputs` maps a system's name to one output per row; `also` names further pairs to compare, such as
+    ("dpo", "sft"). Raises ValueError for no rows or an unknown name in `also`.
+    """
+    unknown = sorted({name for pair in also for name in pair} - set(outputs))
+    if not rows or unknown:
+        raise ValueError(f"compare_notes: {f'no outputs for {unknown}' if unknown else 'no rows'}")
+    scores = {system: score_notes(rows, made, boilerplate) for system, made in outputs.items()}
+    columns = {
+        system: {metric: [float(getattr(score, metric)) for score in made] for metric in METRICS}
+        for system, made in scores.items()
+    }
+    summary = {
+        system: {metric: bootstrap_mean(values, draws=draws, seed=seed) for metric, values in column.items()}
+        for system, column in columns.items()
+    }
+    against = [name for name in controls if name in outputs]
+    pairs = [(system, control) for system in outputs if system not in against for control in against]
+    differences = tuple(
+        difference
+        for pair in dict.fromkeys([*pairs, *also])
+        for difference in _differences(pair, columns, draws=draws, seed=seed)
+    )
+    return NotesReport(tuple(row.id for row in rows), scores, summary, differences)
+
+
+def _differences(
+    pair: tuple[str, str], columns: Mapping[str, Mapping[str, Sequence[float]]], *, draws: int, seed: int
+) -> list[Difference]:
+    system, control = pair
+    found = []
+    for metric in METRICS:
+        interval = bootstrap_difference(columns[system][metric], columns[control][metric], draws=draws, seed=seed)
+        found.append(Difference(system, control, metric, interval, difference_sentence(interval, metric, *pair)))
+    return found
+
+
+def notes_dict(report: NotesReport) -> dict[str, object]:
+    """Return the whole report as plain dicts, lists, numbers and strings, ready for json.dumps."""
+    return {
+        "suite": "notes",
+        "n": report.num_rows,
+        "ids": list(report.ids),
+        "systems": {
+            system: {metric: asdict(interval) for metric, interval in metrics.items()}
+            for system, metrics in report.summary.items()
+        },
+        "differences": [asdict(difference) for difference in report.differences],
+        "rows": {system: [_plain(asdict(score)) for score in scores] for system, scores in report.scores.items()},
+    }
+
+
+def notes_rows_csv(report: NotesReport) -> str:
+    """Return one line per system and row, with every metric; bools as 0 and 1, strict problems joined by '; '."""
+    lines = [
+        [system, score.id, *(_cell(getattr(score, metric)) for metric in METRICS), "; ".join(score.problems)]
+        for system, scores in report.scores.items()
+        for score in scores
+    ]
+    return _csv([["system", "id", *METRICS, "problems"], *lines])
+
+
+def notes_summary_csv(report: NotesReport) -> str:
+    """Return one line per system and metric: n, mean and interval."""
+    lines = [
+        [system, metric, interval.num_rows, interval.mean, interval.low, interval.high]
+        for system, metrics in report.summary.items()
+        for metric, interval in metrics.items()
+    ]
+    return _csv([["system", "metric", "n", "mean", "low", "high"], *lines])
+
+
+def notes_markdown(report: NotesReport) -> str:
+    """Return a table of metrics by systems with intervals, and the differences as sentences."""
+    systems = list(report.summary)
+    head = [f"metric (n={report.num_rows})", *(system.replace("|", "\\|") for system in systems)]
+    body = [[metric, *(_spread(report.summary[system][metric]) for system in systems)] for metric in METRICS]
+    table = [_table_line(head), _table_line(["---"] * len(head)), *map(_table_line, body)]
+    sentences = [f"- {difference.sentence}" for difference in report.differences]
+    return "\n".join([*table, *([""] if sentences else []), *sentences]) + "\n"
+
+
+def summarise_loss(scores: Iterable[tuple[float, int, int]]) -> LossSummary:
+    """Summarise (sum of nats, supervised tokens, correct tokens) per row; raises ValueError where no token counts."""
+    rows = list(scores)
+    num_tokens = sum(count for _, count, _ in rows)
+    loss = token_weighted_mean((nats, count) for nats, count, _ in rows)
+    accuracy = sum(correct for _, _, correct in rows) / num_tokens
+    return LossSummary(len(rows), num_tokens, loss, perplexity(loss), accuracy)
+
+
+def loss_dict(summary: LossSummary) -> dict[str, object]:
+    """Return the summary ready for json.dumps; a number JSON cannot hold (an infinite perplexity) is None."""
+    values = {name: value if math.isfinite(value) else None for name, value in asdict(summary).items()}
+    return {"suite": "loss", **values}
+
+
+def loss_csv(summaries: Mapping[str, LossSummary]) -> str:
+    """Return one line per system."""
+    return _csv(
+        [
+            ["system", *LossSummary.__dataclass_fields__],
+            *([system, *asdict(made).values()] for system, made in summaries.items()),
+        ]
+    )
+
+
+def loss_markdown(summaries: Mapping[str, LossSummary]) -> str:
+    """Return one table line per system."""
+    lines = [[system.replace("|", "\\|"), *_loss_cells(made)] for system, made in summaries.items()]
+    head = ["system", "loss", "perplexity", "accuracy", "tokens", "rows"]
+    return "\n".join(map(_table_line, [head, ["---"] * len(head), *lines])) + "\n"
+
+
+def _loss_cells(made: LossSummary) -> list[str]:
+    shares = (f"{value:.6g}" for value in (made.loss, made.perplexity, made.accuracy))
+    return [*shares, str(made.num_tokens), str(made.num_rows)]
+
+
+def _plain(values: Mapping[str, object]) -> dict[str, object]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _cell(value: bool | int | float) -> int | float:
+    return int(value) if isinstance(value, bool) else value
+
+
+def _csv(lines: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(interval: Interval) -> str:
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
