@@ -25,7 +25,7 @@ from smolmlx.data.encode import Encoding
 from smolmlx.data.formats import Source, open_source
 from smolmlx.data.store import TokenStore, encode_source
 from smolmlx.errors import DataError, RecipeError, nearest
-from smolmlx.models import BaseModel, find_model, llama_shapes
+from smolmlx.models import BaseModel, files_root, find_model, llama_shapes
 from smolmlx.recipe import Loaded, Recipe, Train
 
 PEFT_PREFIX = "base_model.model."
@@ -213,7 +213,7 @@ def open_tokenizer(loaded: Loaded, model: BaseModel) -> Tokenizer:
     named = loaded.recipe.model.tokenizer
     folder = model.folder
     if named:
-        candidates = [Path(named).expanduser(), loaded.folder / named]
+        candidates = [Path(named).expanduser(), loaded.folder / named, files_root() / named]
         folder = next((path for path in candidates if path.is_dir()), candidates[0])
         if not folder.is_dir():
             raise RecipeError(f"model.tokenizer: {named}: no such folder.")
@@ -260,7 +260,7 @@ def _encode(loaded: Loaded, tokenizer: Tokenizer, on_rows: Callable[[int], None]
     recipe = loaded.recipe
     data = recipe.data
     how = encoding(recipe)
-    options: dict[str, Any] = {"form": data.format, "columns": data.columns, "system": data.system, "folders": (loaded.folder,)}
+    options: dict[str, Any] = {"form": data.format, "columns": data.columns, "system": data.system, "folders": (loaded.folder, files_root())}
     source = open_source(data.train, **options)
     share, seed = data.validation_share, recipe.train.seed
 
@@ -280,6 +280,14 @@ def _encode(loaded: Loaded, tokenizer: Tokenizer, on_rows: Callable[[int], None]
     if validation is not None and not len(validation):
         raise DataError(f"{data.validation or data.train}: no validation row can be scored (see data.max_length and the share).")
     return source, train, validation
+
+
+def locate(path: str, loaded: Loaded) -> str:
+    """Find a file named in a recipe: from the working folder, the recipe's folder, then the shipped files."""
+    for folder in (Path(), loaded.folder, files_root()):
+        if (folder / path).exists():
+            return str(folder / path)
+    return path
 
 
 def encoding(recipe: Recipe) -> Encoding:

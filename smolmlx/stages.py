@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ import yaml
 from smolmlx import rundir
 from smolmlx.backend import Backend, Choice, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
-from smolmlx.data.formats import Example, open_source
-from smolmlx.models import make_model
-from smolmlx.plan import Plan, adapter_config, initial_adapter
+from smolmlx.evals.run import Evaluation, Meter, Settings, System, answer, evaluate, write
+from smolmlx.models import BaseModel, make_model, open_model
+from smolmlx.plan import Plan, adapter_config, encoding, initial_adapter, locate
 from smolmlx.rundir import RunDir, publish, write_text
 from smolmlx.session import Event, Session, read_metrics, save_arrays, write_csv
 
@@ -88,6 +88,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "command": sys.argv,
         "origins": dict(plan.loaded.origins),
         "source": plan.loaded.source,
+        "folder": str(plan.loaded.folder),
     }
 
 
@@ -180,10 +181,34 @@ def summarise(plan: Plan, session: Session) -> Report:
     )  # fmt: skip
 
 
+def trained_model(plan: Plan, run: RunDir) -> tuple[BaseModel, Path | None]:
+    """Return the base and adapter a finished run left behind."""
+    return (open_model(run.model), None) if plan.full else (plan.model, run.adapter)
+
+
+def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter) -> Evaluation:
+    """Score base and trained model as the recipe's `evaluate` block says, into eval/ of the run."""
+    wanted = plan.recipe.evaluate
+    assert wanted is not None
+    base = open_model(run.start) if plan.recipe.model.config is not None else plan.model
+    model, adapter = trained_model(plan, run)
+    systems = [System("base", base), System(plan.recipe.stage, model, adapter)]
+    settings = Settings(
+        data=locate(wanted.data, plan.loaded), suite=wanted.suite,
+        train=locate(wanted.train, plan.loaded) if wanted.train else None,
+        ood=locate(wanted.ood, plan.loaded) if wanted.ood else None,
+        decoding=Decoding(max_tokens=wanted.max_tokens, batch_size=wanted.batch_size), limit=wanted.limit,
+        template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system,
+        loading=Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none"),
+        encoding=encoding(plan.recipe),
+    )  # fmt: skip
+    found = evaluate(backend, systems, plan.tokenizer, settings, meter)
+    write(found, run.path / "eval")
+    return found
+
+
 def open_generator(plan: Plan, backend: Backend, adapter: Path | None, run: RunDir) -> Generator:
     """Load the base (before), or the trained adapter or model (after), the way it was trained."""
-    from smolmlx.models import open_model
-
     model = plan.model
     if plan.recipe.model.config is not None:
         model = open_model(run.start)
@@ -191,16 +216,6 @@ def open_generator(plan: Plan, backend: Backend, adapter: Path | None, run: RunD
         model, adapter = open_model(run.model), None
     how = Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none")
     return backend.generator(model, adapter, plan.tokenizer, how)
-
-
-def answer(generator: Generator, tokenizer: Tokenizer, prompts: Sequence[Sequence[Mapping[str, Any]]], how: Decoding, template_args: Mapping[str, Any], on_done: Callable[[int], None] = lambda done: None) -> list[str]:
-    """Answer conversations with the template the model was trained with; answers come back in order."""
-    tokens = [tokenizer.encode(tokenizer.prompt(messages, **template_args)) for messages in prompts]
-    answers = [""] * len(prompts)
-    for done, completion in enumerate(generator.generate(tokens, how), 1):
-        answers[completion.index] = tokenizer.decode(completion.ids).strip()
-        on_done(done)
-    return answers
 
 
 def answer_samples(plan: Plan, backend: Backend, adapter: Path | None, run: RunDir) -> list[str]:
@@ -212,7 +227,8 @@ def answer_samples(plan: Plan, backend: Backend, adapter: Path | None, run: RunD
         return [found[i] for i in range(len(tokens))]
     system = ({"role": "system", "content": recipe.data.system},) if recipe.data.system else ()
     prompts = [(*system, {"role": "user", "content": prompt}) for prompt in recipe.samples.prompts]
-    return answer(generator, plan.tokenizer, prompts, Decoding(max_tokens=recipe.samples.max_tokens), recipe.data.template_args)
+    settings = Settings("", decoding=Decoding(max_tokens=recipe.samples.max_tokens), template_args=recipe.data.template_args)
+    return answer(generator, plan.tokenizer, prompts, settings)
 
 
 def write_samples(plan: Plan, backend: Backend, run: RunDir) -> None:
@@ -228,12 +244,3 @@ def write_samples(plan: Plan, backend: Backend, run: RunDir) -> None:
 
 def _quote(text: str) -> str:
     return "\n".join(f"> {line}" for line in text.splitlines()) or "> (nothing)"
-
-
-def read_prompts(path: str, folders: Sequence[Path] = ()) -> Iterator[tuple[Example, tuple[Mapping[str, Any], ...]]]:
-    """Yield each row with its messages up to the last assistant turn: what a model is asked."""
-    for example in open_source(path, folders=folders):
-        messages = list(example.messages)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        yield example, tuple(messages)

@@ -28,6 +28,7 @@ from smolmlx.errors import BackendError, RecipeError  # noqa: E402
 from smolmlx.models import BaseModel, with_rope_theta  # noqa: E402
 from smolmlx.plan import PEFT_PREFIX  # noqa: E402
 from smolmlx.session import Arrays, load_arrays  # noqa: E402
+from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _BITS = {"4bit": 4, "8bit": 8}
@@ -50,6 +51,8 @@ def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str
     model.set_dtype(DTYPES[dtype])
     if quantize != "none":
         nn.quantize(model, group_size=64, bits=_BITS[quantize], class_predicate=lambda path, module: ".layers." in path and _can_quantize(module))
+    if mx.default_device() == mx.cpu:
+        use_fast_math(model)
     model.freeze()
     mx.eval(model.parameters())
     return model

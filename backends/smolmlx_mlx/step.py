@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten  # noq
 
 from smolmlx.data.batches import Batch  # noqa: E402
 from smolmlx.recipe import Train  # noqa: E402
+from smolmlx_mlx import cpu_math  # noqa: E402
 from smolmlx_mlx.model import PackedMask, split_head  # noqa: E402
 
 # Logits beyond this are made in pieces, each recomputed in the backward pass.
@@ -31,6 +32,7 @@ class Losses:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.body, self.head = split_head(model)
+        self._logsumexp = cpu_math.logsumexp if mx.default_device() == mx.cpu else (lambda logits: mx.logsumexp(logits, axis=-1))
 
     def __call__(self, ids: mx.array, segments: mx.array | None, index: mx.array, labels: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
         """Return (nats, correct) over the supervised positions, both scalars.
@@ -58,7 +60,7 @@ class Losses:
         logits = self.head(hidden).astype(mx.float32)  # [S, V]
         target = mx.take_along_axis(logits, labels[:, None], axis=-1).squeeze(-1)
         correct = target >= mx.stop_gradient(logits).max(axis=-1)
-        return mx.logsumexp(logits, axis=-1) - target, correct
+        return self._logsumexp(logits) - target, correct
 
     def _vocabulary(self) -> int:
         return int(self.model.args.vocab_size)

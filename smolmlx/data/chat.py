@@ -58,7 +58,7 @@ class _Generation(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}`: wraps what the assistant says in two marks that survive rendering."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as a plain class attribute
-    OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters; they are taken out again
+    OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which no text may hold; they are taken out again
 
     def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
         line = next(parser.stream).lineno
@@ -242,6 +242,8 @@ def find_spans(
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
     if not turns:
         raise DataError("no assistant turn, so nothing to learn")
+    if last_only:
+        messages = messages[: turns[-1] + 1]  # what follows is not learned, and a template may rewrite the answer for it
     marked = tokenizer._render_marked(messages, False, variables)
     text, marks = _take_marks(marked)
     spans = []
@@ -263,7 +265,8 @@ def _end_of_turn(text: str, start: int, message: Message) -> int:
     content = message.get("content")
     end = len(text.rstrip())
     if isinstance(content, str) and content.strip():
-        behind = text.rfind(content.strip(), start) + len(content.strip())
+        # The first occurrence: an answer such as ">" also ends the end-of-turn token.
+        behind = text.find(content.strip(), start) + len(content.strip())
         if behind >= start + len(content.strip()) and not text[behind:].strip():
             raise DataError(
                 "the chat template writes no end-of-turn token after the assistant's answer, so the model would never learn "

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ _SHAREGPT_ROLES: Mapping[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool", "function": "tool",
 }  # fmt: skip
+_BROKEN_GZIP = (gzip.BadGzipFile, zlib.error, EOFError)
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".txt", ".md")
 
 
@@ -228,9 +230,9 @@ def read_rows(files: Iterable[Path], problems: list[str]) -> Iterator[tuple[str,
         elif name.endswith((".json", ".json.gz")):
             yield from _read_json(path, problems)
         elif name.endswith(".csv"):
-            yield from _read_csv(path)
+            yield from _read_csv(path, problems)
         elif name.endswith(".parquet"):
-            yield from _read_parquet(path)
+            yield from _read_parquet(path, problems)
         else:
             yield f"{path}:1", {"text": path.read_text(encoding="utf-8-sig", errors="replace")}
 
@@ -256,7 +258,7 @@ def _read_jsonl(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
                     yield f"{path}:{number}", row
                 else:
                     problems.append(f"{path}:{number}: expected an object, got {type(row).__name__}")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, *_BROKEN_GZIP) as error:
         problems.append(f"{path}: cannot be read as UTF-8 text: {error}")
 
 
@@ -264,7 +266,7 @@ def _read_json(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
     try:
         with _open_text(path) as file:
             tree = json.load(file)
-    except (ValueError, gzip.BadGzipFile, EOFError) as error:
+    except (ValueError, *_BROKEN_GZIP) as error:
         problems.append(f"{path}: not valid JSON: {error}. (One object per line? Then name it .jsonl.)")
         return
     if isinstance(tree, dict):  # {"data": [...]} and its kind: the one list of objects inside
@@ -280,23 +282,30 @@ def _read_json(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
             problems.append(f"{path}:row {number}: expected an object, got {type(row).__name__}")
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Raw]]:
+def _read_csv(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
     csv.field_size_limit(1 << 28)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for row in (reader := csv.DictReader(file)):
-            yield f"{path}:{reader.line_num}", {key: value for key, value in row.items() if key is not None}
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Raw]]:
     try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for row in (reader := csv.DictReader(file)):
+                yield f"{path}:{reader.line_num}", {key: value for key, value in row.items() if key is not None}
+    except (UnicodeDecodeError, csv.Error) as error:
+        problems.append(f"{path}: cannot be read as CSV in UTF-8: {error}")
+
+
+def _read_parquet(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
+    try:
+        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise DataError(f"{path}: reading parquet needs pyarrow: pip install 'smolmlx[parquet]'.") from error
     number = 0
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}:row {number}", row
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        problems.append(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}")
 
 
 def to_example(raw: Raw, form: Format, where: str, columns: Mapping[str, str], system: str | None) -> Example:

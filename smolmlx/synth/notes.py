@@ -131,6 +131,8 @@ class Phrasebook:
     slots: Mapping[str, tuple[str, ...]]
     lowerable: frozenset[str]
     briefs: Mapping[str, Mapping[str, str]]
+    kin: tuple[tuple[str, ...], ...]
+    """Concepts of nearly one subject, which must share a split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +167,11 @@ class _Usage:
 
     patterns: Counter[str] = field(default_factory=Counter)
     variants: Counter[Variant] = field(default_factory=Counter)
-    asks: Counter[str] = field(default_factory=Counter)
     notes: set[str] = field(default_factory=set)
 
-    def count(self, pattern: Pattern, variant: Variant, ask: str, notes: str) -> None:
+    def count(self, pattern: Pattern, variant: Variant, notes: str) -> None:
         self.patterns[pattern.id] += 1
         self.variants[variant] += 1
-        self.asks[ask] += 1
         self.notes.add(notes)
 
 
@@ -280,14 +280,15 @@ def _gold_faults(row: Mapping[str, str], topic: str, concepts: Mapping[str, Conc
 def read_phrasebook(path: Path, concepts: Sequence[Concept]) -> Phrasebook:
     """Read the patterns, and learn from the bank which sentence openings may be written small."""
     content = _yaml(path)
-    known, briefs = {concept.id for concept in concepts}, content["briefs"]
-    problems = [f"briefs: no concept '{name}' in the bank" for name in briefs if name not in known]
+    briefs, kin = content["briefs"], tuple(map(tuple, content["kin"]))
+    named = {*briefs, *(name for group in kin for name in group)} - {concept.id for concept in concepts}
+    problems = [f"no concept '{name}' in the bank" for name in sorted(named)]
     for name, brief in briefs.items():
         problems += [f"briefs.{name}: {fault}" for text in brief.values() for fault in _sentence_faults(text, ".")]
     if problems:
         raise DataError(str(path), problems)
     slots = {name: tuple(map(str, options)) for name, options in content["slots"].items()}
-    return Phrasebook(tuple(map(_pattern, content["patterns"])), slots, _lowerable(concepts), briefs)
+    return Phrasebook(tuple(map(_pattern, content["patterns"])), slots, _lowerable(concepts), briefs, kin)
 
 
 def _pattern(entry: Mapping[str, Any]) -> Pattern:
@@ -336,13 +337,15 @@ def _draw_splits(by_topic: Mapping[str, Sequence[Concept]], dice: Dice) -> dict[
 
 
 def _is_spread(splits: Mapping[str, str], source: Source) -> bool:
+    if any(len({splits[name] for name in group}) > 1 for group in source.phrasebook.kin):
+        return False
     gold_rows = sum(map(len, source.gold.values()))
     for split in SPLITS:
         members = [concept for concept in source.concepts if splits[concept.id] == split]
         levels = Counter(concept.difficulty for concept in members)
         gold = sum(len(source.gold.get(concept.id, ())) for concept in members)
         share = gold_rows * len(members) / len(source.concepts)
-        if max(levels.values()) - min(levels[level] for level in DIFFICULTIES) > 1 or abs(gold - share) >= 1:
+        if max(levels.values()) - min(levels[level] for level in DIFFICULTIES) > 1 or abs(gold - share) >= 2:
             return False
     return True
 
@@ -403,7 +406,7 @@ def _draft(concept: Concept, pattern: Pattern, book: Phrasebook, usage: _Usage, 
         if not _may_fit(concept, variant, aside["note"], book):
             continue
         for long_share in np.linspace(*LONG_SHARES, DRAFTS).tolist():
-            ask = _rarest(concept.ask, usage.asks, dice)[0]
+            ask = dice.pick(concept.ask)
             told = {name: _wording(fact, long_share, dice) for name, fact in concept.facts.items()}
             notes = _notes(concept, variant, told, aside["note"], ask, book, dice)
             # The passage is the costly half, so answers of the wrong length do not get one.
@@ -411,7 +414,7 @@ def _draft(concept: Concept, pattern: Pattern, book: Phrasebook, usage: _Usage, 
                 continue
             text = _passage(pattern, variant, told, aside, book, dice)
             if fits(text, notes):
-                usage.count(pattern, variant, ask, notes)
+                usage.count(pattern, variant, notes)
                 return text, notes
     return None
 
@@ -444,7 +447,7 @@ def _may_fit(concept: Concept, variant: Variant, aside: str, book: Phrasebook) -
 
 
 def _is_named(concept: Concept, summary: str) -> bool:
-    """Tell whether a summary holds half of the words of the concept's name, whatever their endings, or its id's start."""
+    """Tell whether a summary holds half the words of the concept's name, in any form, or the start of its id."""
     terms, stems = _terms(summary), {term[:_STEM] for term in _terms(concept.name)}
     named = sum(any(term.startswith(stem) for term in terms) for stem in stems)
     return 2 * named >= len(stems) or any(term.startswith(concept.id[:_STEM]) for term in terms)
@@ -455,7 +458,7 @@ def _passage(
 ) -> str:
     """Write a passage that tells every part the variant needs, in one of the pattern's orders."""
     parts = [
-        aside["said"] if part == ASIDE else _led(told[part], _leads(pattern, part, dice), book.lowerable, dice)
+        aside["said"] if part == ASIDE else _led(told[part], pattern, part, book, dice)
         for part in dice.pick(pattern.orders)
         if part in variant.parts
     ]
@@ -485,14 +488,11 @@ def _trimmed(sentence: str) -> str:
     return match["head"] + "." if match and len(match["head"].split()) >= _MIN_TRIMMED_WORDS else sentence
 
 
-def _leads(pattern: Pattern, part: str, dice: Dice) -> Sequence[str]:
-    return pattern.leads[part] if pattern.joint == "\n" or dice.share() < LEAD_SHARE else ("{F}",)
-
-
-def _led(sentence: str, leads: Sequence[str], lowerable: frozenset[str], dice: Dice) -> str:
+def _led(sentence: str, pattern: Pattern, part: str, book: Phrasebook, dice: Dice) -> str:
     """Put connecting words before a fact; words that run into the sentence need one that may start small."""
+    leads = pattern.leads[part] if pattern.joint == "\n" or dice.share() < LEAD_SHARE else ()
     opening = sentence.split()[0].strip(",")
-    small = opening.lower() in lowerable and opening[1:] == opening[1:].lower()
+    small = opening.lower() in book.lowerable and opening[1:] == opening[1:].lower()
     lead = dice.pick([lead for lead in leads if small or "{f}" not in lead] or ["{F}"])
     return lead.replace("{F}", sentence).replace("{f}", sentence[:1].lower() + sentence[1:])
 
@@ -547,19 +547,16 @@ def _json_lines(rows: Iterable[Mapping[str, str]]) -> str:
 def _manifest(folder: Path, rows: Sequence[Mapping[str, str]], files: Mapping[str, str], seed: int) -> dict[str, Any]:
     # ood.jsonl is written by hand and never rebuilt, but the manifest pins it with the sources.
     names = ("concepts/*.yaml", "gold/*.jsonl", "patterns.yaml", "ood.jsonl")
-    sources = [path for name in names for path in sorted(folder.glob(name))]
-    splits = {split: sorted({row["concept"] for row in rows if row["split"] == split}) for split in SPLITS}
+    sources = {path.relative_to(folder).as_posix(): path for name in names for path in sorted(folder.glob(name))}
     counted = ("split", "source", "topic", "difficulty", "pattern")
     return {
         "generator": "python -m smolmlx.synth.notes --out data/notes",
         "seed": seed,
         "rows": len(rows),
         "counts": {name: dict(sorted(Counter(row[name] for row in rows).items())) for name in counted},
-        "concepts": splits,
+        "concepts": {split: sorted({row["concept"] for row in rows if row["split"] == split}) for split in SPLITS},
         "sha256": {name: _sha256(content) for name, content in files.items()},
-        "sources_sha256": {
-            path.relative_to(folder).as_posix(): _sha256(path.read_text(encoding="utf-8")) for path in sources
-        },
+        "sources_sha256": {name: _sha256(path.read_text(encoding="utf-8")) for name, path in sources.items()},
     }
 
 
@@ -592,9 +589,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             for name, content in build_files(options.out, options.seed).items():
                 (options.out / name).write_bytes(content.encode("utf-8"))
-    except (SmolError, OSError) as error:
+    except SmolError as error:
         print(error, file=sys.stderr)
-        return error.exit_code if isinstance(error, SmolError) else DataError.exit_code
+        return error.exit_code
     return 0
 
 

@@ -1,0 +1,57 @@
+"""Options that several verbs share, and the steps from them to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from smolmlx.backend import Choice
+    from smolmlx.plan import Plan
+    from smolmlx.recipe import Loaded
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def engine(function: Function) -> Function:
+    """Add --backend and --device."""
+    function = click.option("--backend", default="auto", show_default=True, metavar="auto|mlx|cuda", help="Engine; auto picks by the hardware.")(function)
+    return click.option("--device", default=None, metavar="D", help="cpu, gpu (mlx), cuda or mps (cuda); left out: the engine's best.")(function)
+
+
+def overrides(function: Function) -> Function:
+    """Add --set."""
+    return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe value, e.g. --set train.learning_rate=1e-4.")(function)
+
+
+def as_json(function: Function) -> Function:
+    """Add --json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)
+
+
+def load_recipe(name: str, sets: Sequence[str], max_steps: int | None = None) -> Loaded:
+    from smolmlx import recipe, shelf
+
+    flags = {"train.max_steps": ("--max-steps", max_steps)} if max_steps else {}
+    return recipe.load(shelf.find(name), sets, flags)
+
+
+def choose(backend: str, device: str | None) -> Choice:
+    """Pick the engine and say which and why."""
+    from smolmlx import backend as backends
+    from smolmlx import console
+
+    with console.status("loading the engine"):
+        choice = backends.choose(backend, device)
+    console.note(f"engine {choice.backend.name}: {choice.reason}")
+    return choice
+
+
+def resolve(loaded: Loaded, choice: Choice) -> Plan:
+    """Resolve a plan with a progress note while rows are tokenized."""
+    from smolmlx import console, plan
+
+    with console.status("reading rows") as say:
+        return plan.resolve(loaded, choice, on_rows=lambda count: say(f"tokenizing: {count:,} rows"))

@@ -1,0 +1,67 @@
+"""`smolmlx recipes`: the shipped recipes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from smolmlx.errors import RecipeError
+
+
+@click.group("recipes")
+def command() -> None:
+    """List, show, copy and check recipes."""
+
+
+@command.command("ls")
+def ls() -> None:
+    """List the shipped recipes."""
+    from smolmlx import console, recipe, shelf
+
+    rows = [(name, str(recipe.read(shelf.find(name)).get("description", ""))) for name in shelf.names()]
+    console.table(rows, ("recipe", "what it does"))
+
+
+@command.command("show")
+@click.argument("name")
+def show(name: str) -> None:
+    """Print a recipe with its header."""
+    from smolmlx import console, shelf
+
+    console.result(shelf.find(name).read_text(encoding="utf-8").rstrip())
+
+
+@command.command("cp")
+@click.argument("name")
+@click.argument("target", type=click.Path())
+def cp(name: str, target: str) -> None:
+    """Copy a recipe to TARGET, to change it."""
+    from smolmlx import console, shelf
+
+    path = Path(target)
+    if path.is_dir():
+        path = path / f"{Path(name).name}.yaml"
+    if path.exists():
+        raise RecipeError(f"{path}: already there. Choose another name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(shelf.find(name), path)
+    console.result(f"{path}\nNext: smolmlx plan {path}")
+
+
+@command.command("validate")
+@click.argument("names", nargs=-1, required=True)
+def validate(names: tuple[str, ...]) -> None:
+    """Check recipes (names or paths) without touching data or models."""
+    from smolmlx import console, recipe, shelf
+
+    problems = []
+    for name in names:
+        try:
+            recipe.load(shelf.find(name))
+            console.result(f"{name}: ok")
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))

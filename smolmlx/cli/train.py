@@ -1,0 +1,168 @@
+"""`smolmlx train`: run a recipe from its data to an evaluated adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from smolmlx.cli import options
+from smolmlx.errors import RunError
+
+if TYPE_CHECKING:
+    from smolmlx.backend import Choice
+    from smolmlx.evals.run import Evaluation
+    from smolmlx.plan import Plan
+    from smolmlx.rundir import RunDir
+    from smolmlx.stages import Report
+
+EPILOG = """\b
+Examples:
+  smolmlx train                                        the quickstart, on the embedded model
+  smolmlx train notes/sft --backend cuda               a shipped recipe on NVIDIA
+  smolmlx train my.yaml --set train.learning_rate=1e-4 --out runs
+  smolmlx train my.yaml --resume                       go on with its last unfinished run
+"""
+
+
+@click.command("train", epilog=EPILOG)
+@click.argument("recipe", required=False)
+@options.engine
+@options.overrides
+@click.option("--out", default="runs", show_default=True, type=click.Path(file_okay=False), help="Folder the run's folder is made in.")
+@click.option("--resume", is_flag=False, flag_value="auto", default=None, metavar="[auto|PATH]", help="Go on with the last unfinished run, or with the one at PATH.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after N optimizer steps.")
+@options.as_json
+def command(recipe: str | None, backend: str, device: str | None, sets: tuple[str, ...], out: str, resume: str | None, max_steps: int | None, as_json: bool) -> None:
+    """Train RECIPE, a shipped name or a path (default: quickstart), then evaluate what it asks for."""
+    from smolmlx import console, stages
+
+    if resume not in (None, "auto") and not Path(str(resume)).exists() and recipe is None:
+        recipe, resume = resume, "auto"  # `--resume my-recipe`: the word was meant as the recipe
+    choice = options.choose(backend, device)
+    if resume:
+        plan, run = _reopen(recipe, choice, sets, out, resume, max_steps)
+        console.note(f"resuming {run.path} after step {_position(run)}")
+    else:
+        plan = options.resolve(options.load_recipe(recipe or "quickstart", sets, max_steps), choice)
+        run = stages.start_run(plan, Path(out), _short(recipe or "quickstart"))
+    _introduce(plan)
+    try:
+        report = _train(plan, choice, run)
+    except stages.Interrupted as stop:
+        console.note(f"{stop}\nGo on with: smolmlx train --resume {run.path}", style="yellow")
+        raise click.exceptions.Exit(130) from stop
+    evaluation = _evaluate(plan, choice, run) if plan.recipe.evaluate else None
+    if as_json:
+        console.print_json({"run": str(run.path), **{n: getattr(report, n) for n in report.__slots__}, "evaluation": evaluation.to_json() if evaluation else None})
+    else:
+        _show(plan, run, report, evaluation)
+
+
+def _short(name: str) -> str:
+    return Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace("/", "-")
+
+
+def _reopen(recipe: str | None, choice: Choice, sets: tuple[str, ...], out: str, resume: str, max_steps: int | None) -> tuple[Plan, RunDir]:
+    """Find an unfinished run and resolve its recorded recipe again."""
+    from smolmlx import recipe as recipes
+    from smolmlx.rundir import RunDir
+
+    run = RunDir(Path(resume)) if resume != "auto" else _latest(Path(out), _short(recipe or "quickstart"))
+    if not (run.path / "recipe.yaml").is_file():
+        raise RunError(f"{run.path}: not a run folder (no recipe.yaml). Pass the folder that `smolmlx train` named.")
+    if run.done:
+        raise RunError(f"{run.path}: this run is finished. Leave --resume out to start a new one.")
+    flags = {"train.max_steps": ("--max-steps", max_steps)} if max_steps else {}
+    tree = recipes.read(run.path / "recipe.yaml")
+    folder = Path(run.read_json("env.json").get("folder", "."))
+    loaded = recipes.build(tree, source=str(run.path / "recipe.yaml"), folder=folder, overrides=sets, flags=flags)
+    return options.resolve(loaded, choice), run
+
+
+def _latest(out: Path, name: str) -> RunDir:
+    from smolmlx.rundir import RunDir
+
+    found = [RunDir(path) for path in sorted(out.glob(f"{name}-*-*")) if (path / "recipe.yaml").is_file()]
+    unfinished = [run for run in found if not run.done]
+    if not unfinished:
+        raise RunError(f"{out}: no unfinished run of '{name}' to resume. Leave --resume out to start a new one.")
+    return unfinished[-1]
+
+
+def _position(run: RunDir) -> int:
+    last = run.last_checkpoint()
+    return int(last.name) if last else 0
+
+
+def _introduce(plan: Plan) -> None:
+    from smolmlx import console
+
+    share = plan.num_trainable / max(1, plan.num_parameters)
+    capabilities = plan.capabilities
+    console.note(f"{capabilities.device_name}, {plan.dtype}: {capabilities.dtype_reason}", style="")
+    console.note(f"{plan.model.name}: {plan.num_trainable:,} of {plan.num_parameters:,} parameters train ({100 * share:.2f} %)", style="")
+    store = plan.train.store
+    console.note(
+        f"{len(store):,} rows ({plan.format_name}), {int(store.supervised.sum()):,} of {int(store.lengths.sum()):,} tokens supervised; "
+        f"{plan.steps} steps of {plan.train.batch_size} x {plan.train.accumulation} rows",
+        style="",
+    )
+    for reason, count in store.account.reasons.items():
+        console.note(f"{count} of {store.account.rows} rows: {reason}", style="yellow")
+    for text in plan.notes:
+        console.note(text, style="yellow")
+
+
+def _train(plan: Plan, choice: Choice, run: RunDir) -> Report:
+    from smolmlx import console, stages
+
+    with console.TrainingDisplay(plan.recipe.stage, plan.steps) as display:
+        return stages.train(plan, choice, run, lambda event: display(event.kind, event.step, event.values))
+
+
+def _evaluate(plan: Plan, choice: Choice, run: RunDir) -> Evaluation:
+    from smolmlx import console, stages
+
+    return stages.evaluate_run(plan, choice.backend, run, console.Counter)
+
+
+def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None) -> None:
+    from smolmlx import console
+
+    rows = [
+        ("loss", f"{report.first_loss:.4f} -> {report.final_loss:.4f} nats per supervised token"),
+        ("time", f"{console.format_seconds(report.seconds)} for {report.steps} steps, {report.tokens_per_second:,.0f} tokens/s"),
+    ]
+    if report.best_val_loss is not None:
+        rows.insert(1, ("validation", f"{report.best_val_loss:.4f} at step {report.best_step}" + (" (stopped early)" if report.stopped_early else "")))
+    if report.peak_bytes:
+        rows.append(("peak memory", console.format_bytes(report.peak_bytes)))
+    console.table(rows)
+    if evaluation:
+        from smolmlx.cli.eval import show
+
+        show(evaluation)
+    _show_samples(run, plan.recipe.samples.prompts)
+    left = "model" if plan.full else "adapter"
+    console.result(f"\nRun: {run.path}  ({left}/, samples.md, metrics.csv, report.json{', eval/' if evaluation else ''})")
+    model = run.model if plan.full else plan.model.name
+    adapter = "" if plan.full else f" --adapter {run.adapter}"
+    console.result(f'Next: smolmlx generate --model {model}{adapter} --prompt "..."')
+
+
+def _show_samples(run: RunDir, prompts: list[str]) -> None:
+    """Print the first two prompts with their answers before and after."""
+    from smolmlx import console
+
+    if not prompts:
+        return
+    samples: Mapping[str, Any] = run.read_json("samples.json")
+    for prompt, before, after in list(zip(prompts, samples["before"], samples["after"], strict=True))[:2]:
+        console.result(f"\nPROMPT\n{_indent(prompt)}\nBEFORE\n{_indent(before)}\nAFTER\n{_indent(after)}")
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines()) or "  (nothing)"

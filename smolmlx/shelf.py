@@ -1,0 +1,44 @@
+"""The shipped recipes: find one by name, list them, read their header."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from smolmlx.errors import RecipeError, nearest
+from smolmlx.models import files_root
+
+
+def folder() -> Path:
+    return files_root() / "recipes"
+
+
+def names() -> list[str]:
+    """Return the names of all shipped recipes, e.g. `quickstart`, `notes/sft`."""
+    return sorted(path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """Return the file of a recipe given by path or by shipped name.
+
+    Raises:
+        RecipeError: neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = folder() / f"{name.removesuffix('.yaml')}.yaml"
+    if shipped.is_file():
+        return shipped
+    if path.suffix in (".yaml", ".yml") or path.is_dir():
+        raise RecipeError(f"{name}: no such recipe file.{nearest(name.removesuffix('.yaml'), names())}")
+    raise RecipeError(f"{name}: no recipe of this name and no such file.{nearest(name, names())} `smolmlx recipes ls` lists them.")
+
+
+def header(path: Path) -> str:
+    """Return the comment block at the top of a recipe: hardware, time, expected result, command."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").removeprefix(" "))
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""What a model folder says is read from config and headers; what cannot be trained is refused with what to use instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from smolmlx import models
+from smolmlx.errors import BackendError, RecipeError
+
+
+@pytest.fixture(scope="module")
+def smollm2(assets: Path) -> models.BaseModel:
+    """SmolLM2-135M: its published config, and the shapes that follow from it."""
+    config = json.loads((assets / "tokenizers/smollm2-135m-instruct/config.json").read_text())
+    model = models.BaseModel("smollm2", Path("."), None, config)
+    model.__dict__["shapes"] = models.llama_shapes(config)
+    return model
+
+
+def lora_size(model: models.BaseModel, rank: int) -> int:
+    return sum(rank * (a + b) for a, b in model.linear_shapes().values())
+
+
+def test_parameter_counts_of_smollm2(smollm2: models.BaseModel) -> None:
+    assert smollm2.num_parameters() == 134_515_008
+    assert lora_size(smollm2, 32) == 9_768_960
+    assert lora_size(smollm2, 6) == 1_831_680
+    assert smollm2.num_parameters() + lora_size(smollm2, 32) == 144_283_968
+    assert smollm2.tied and smollm2.num_layers == 30 and len(smollm2.linear_shapes()) == 30 * 7
+
+
+def test_linear_shapes_are_in_out(smollm2: models.BaseModel) -> None:
+    shapes = smollm2.linear_shapes()
+    assert shapes["model.layers.0.self_attn.k_proj"] == (576, 192)
+    assert shapes["model.layers.29.mlp.down_proj"] == (1536, 576)
+
+
+def test_real_model(assets: Path) -> None:
+    model = models.find_model(str(assets / "models/stories260k"))
+    assert model.num_parameters() == 260_032
+    assert model.shapes == models.llama_shapes(model.config)
+
+
+def test_made_model_is_a_function_of_the_seed(tmp_path: Path) -> None:
+    config = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (1, 1, 2), strict=True):
+        made = models.make_model(config, folder, seed)
+        assert made.shapes == models.llama_shapes(config)
+    first, same, other = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert first == same != other
+    assert models.open_model(folders[0]).fingerprint() == models.open_model(folders[1]).fingerprint()
+    assert models.open_model(folders[0]).fingerprint() != models.open_model(folders[2]).fingerprint()
+
+
+def test_untied_head_is_counted() -> None:
+    config = {"vocab_size": 10, "hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tied = models.llama_shapes({**config, "tie_word_embeddings": True})
+    assert set(models.llama_shapes(config)) - set(tied) == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"vocab_size": 8, "hidden_size": 4}, ["intermediate_size: missing", "num_hidden_layers: missing", "num_attention_heads: missing"]),
+        ({"vocab_size": 8, "hidden_size": 5, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}, ["divide"]),
+        (
+            {"vocab_size": 8, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 2},
+            ["divide"],
+        ),
+    ],
+)
+def test_impossible_configs_are_refused(config: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        models.llama_shapes(config)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_rope_theta_is_lifted_to_the_top() -> None:
+    """mlx-lm reads only the top level and would silently use 10000."""
+    assert models.with_rope_theta({"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}})["rope_theta"] == 1e5
+    assert models.with_rope_theta({"rope_theta": 5, "rope_parameters": {"rope_theta": 7}})["rope_theta"] == 5
+    assert models.with_rope_theta({"a": 1}) == {"a": 1}
+
+
+def test_quantized_shapes_are_unpacked(tmp_path: Path) -> None:
+    """A 4-bit MLX weight packs eight columns into one integer; the scales say how wide the layer is."""
+    arrays = {
+        "model.embed_tokens.weight": np.zeros((10, 64), np.float32),
+        "model.layers.0.mlp.up_proj.weight": np.zeros((128, 8), np.uint32),
+        "model.layers.0.mlp.up_proj.scales": np.zeros((128, 1), np.float32),
+        "model.layers.0.mlp.up_proj.biases": np.zeros((128, 1), np.float32),
+    }
+    save_file(arrays, tmp_path / "model.safetensors")
+    model = models.BaseModel("q", tmp_path, None, {"quantization": {"group_size": 64, "bits": 4}})
+    assert model.linear_shapes() == {"model.layers.0.mlp.up_proj": (64, 128)}
+    assert model.num_parameters() == 10 * 64 + 64 * 128
+
+
+class TestRefusals:
+    def test_gguf_file(self) -> None:
+        with pytest.raises(RecipeError, match="safetensors") as caught:
+            models.find_model("model.Q4_K_M.gguf")
+        assert caught.value.exit_code == 2
+
+    def test_gguf_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "model.gguf").touch()
+        with pytest.raises(RecipeError, match="GGUF"):
+            models.find_model(str(tmp_path))
+
+    def test_missing_folder(self) -> None:
+        with pytest.raises(RecipeError, match="no such model folder"):
+            models.find_model("./nowhere")
+
+    def test_missing_hub_id_while_offline(self) -> None:
+        pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+        with pytest.raises(BackendError, match="not in the cache") as caught:
+            models.find_model("nobody/no-such-model")
+        assert caught.value.exit_code == 3
+
+    def test_adapter_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter_config.json").write_text("{}")
+        with pytest.raises(RecipeError, match="adapter folder, not a base model"):
+            models.find_model(str(tmp_path))
+
+    def test_empty_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match=r"no config\.json"):
+            models.find_model(str(tmp_path))
+
+    def test_config_without_weights(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(RecipeError, match="only a config"):
+            models.find_model(str(tmp_path))
+        (tmp_path / "pytorch_model.bin").touch()
+        with pytest.raises(RecipeError, match="pickle"):
+            models.find_model(str(tmp_path))
+
+    def test_broken_config(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(RecipeError, match="not valid JSON"):
+            models.find_model(str(tmp_path))
+
+    @pytest.mark.parametrize("keep", [4, 40, -10], ids=["no header", "half a header", "half the data"])
+    def test_truncated_weights(self, tmp_path: Path, keep: int) -> None:
+        save_file({"a.layers.0.weight": np.ones((64, 64), np.float32)}, tmp_path / "whole")
+        (tmp_path / "model.safetensors").write_bytes((tmp_path / "whole").read_bytes()[:keep])
+        with pytest.raises(RecipeError, match="again"):
+            models.read_headers(tmp_path)
+
+    def test_header_that_is_not_json(self, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"oops")
+        with pytest.raises(RecipeError, match="not JSON"):
+            models.read_headers(tmp_path)

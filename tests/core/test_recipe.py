@@ -1,0 +1,147 @@
+"""A recipe is checked strictly, all problems at once, and remembers where each value came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolmlx import recipe
+from smolmlx.errors import RecipeError
+
+GOOD: dict[str, Any] = {"model": {"id": "m"}, "data": {"train": "rows.jsonl"}}
+
+
+def build(tree: dict[str, Any], **options: Any) -> recipe.Loaded:
+    return recipe.build(tree, source="r.yaml", folder=Path("."), **options)
+
+
+def problems(tree: dict[str, Any], **options: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        build(tree, **options)
+    assert caught.value.exit_code == 2
+    return list(caught.value.problems)
+
+
+def test_defaults_are_filled_in() -> None:
+    made = build(GOOD).recipe
+    assert (made.stage, made.train.method, made.lora.targets, made.data.loss_on) == ("sft", "lora", "all-linear", "assistant")
+
+
+def test_unknown_keys_name_the_nearest() -> None:
+    found = problems({**GOOD, "train": {"learning_rte": 1e-4}, "lorra": {}})
+    assert found == ["train.learning_rte: unknown key. Did you mean 'learning_rate'?", "lorra: unknown key. Did you mean 'lora'?"]
+
+
+def test_unknown_key_unlike_any_lists_the_known() -> None:
+    (found,) = problems({**GOOD, "save": {"zzz": 1}})
+    assert found == "save.zzz: unknown key. Known: every, keep_last."
+
+
+def test_all_problems_at_once() -> None:
+    found = problems({"model": {"id": "m"}, "data": {"max_length": "long"}, "train": {"batch_size": 0, "schedule": "cosinus"}})
+    assert [line.partition(":")[0] for line in found] == ["data.train", "data.max_length", "train.batch_size", "train.schedule"]
+    assert "'cosine'" in found[3] and "got 'cosinus'" in found[3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"model": {}}, "either `id`"),
+        ({"model": {"id": "m", "config": {}}}, "either `id`"),
+        ({"model": {"config": {}, "tokenizer": "t"}, "train": {"method": "full"}}, "stage: pretrain"),
+        ({"model": {"config": {}, "tokenizer": "t"}, "stage": "pretrain"}, "method: full"),
+        ({"model": {"config": {}}, "stage": "pretrain", "train": {"method": "full"}}, "needs a tokenizer"),
+        ({"model": {"id": "m", "quantize": "4bit"}, "train": {"method": "full"}}, "frozen"),
+        ({"stage": "pretrain", "data": {"train": "x", "loss_on": "completion"}}, "no meaning"),
+        ({"data": {"train": "x", "validation": "y", "validation_share": 0.1}}, "not both"),
+        ({"eval": {"patience": 2}}, "early stopping needs"),
+        ({"lora": {"dora": True, "dropout": 0.1}}, "dropout"),
+    ],
+)
+def test_impossible_combinations_are_refused(changes: dict[str, Any], word: str) -> None:
+    assert any(word in line for line in problems({**GOOD, **changes}))
+
+
+def test_two_impossible_combinations_are_two_problems() -> None:
+    assert len(problems({**GOOD, "eval": {"patience": 1}, "lora": {"dora": True, "dropout": 0.1}})) == 2
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "+1e-4", "0.0001"])
+def test_scientific_numbers_are_numbers(text: str) -> None:
+    assert recipe.parse_yaml(f"x: {text}") == {"x": 1e-4}
+
+
+@pytest.mark.parametrize("text", ["e4", "1e", "v1e4", "1e-4x"])
+def test_words_stay_words(text: str) -> None:
+    assert recipe.parse_yaml(f"x: {text}") == {"x": text}
+
+
+def test_precedence_and_origins() -> None:
+    made = build(
+        {**GOOD, "train": {"epochs": 2, "batch_size": 4, "seed": 1}},
+        overrides=["train.epochs=3", "train.batch_size=6", "lora.targets=[q_proj, v_proj]"],
+        flags={"train.batch_size": ("--batch-size", 8)},
+    )
+    assert (made.recipe.train.seed, made.recipe.train.epochs, made.recipe.train.batch_size) == (1, 3, 8)
+    assert made.recipe.lora.targets == ["q_proj", "v_proj"]
+    assert made.origins["train.seed"] == "recipe"
+    assert made.origins["train.epochs"] == "--set"
+    assert made.origins["train.batch_size"] == "--batch-size"
+    assert "train.learning_rate" not in made.origins
+
+
+def test_overrides_leave_the_tree_alone() -> None:
+    tree = {**GOOD, "train": {"epochs": 2}}
+    build(tree, overrides=["train.epochs=3"])
+    assert tree["train"] == {"epochs": 2}
+
+
+@pytest.mark.parametrize("text", ["train.epochs", "=3", "train.epochs=[1"])
+def test_broken_override_is_one_clear_line(text: str) -> None:
+    with pytest.raises(RecipeError, match="--set"):
+        build(GOOD, overrides=[text])
+
+
+def test_override_below_a_value_is_refused() -> None:
+    with pytest.raises(RecipeError, match="'stage' is a value, not a section"):
+        build({**GOOD, "stage": "sft"}, overrides=["stage.x=1"])
+
+
+def test_recipe_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        build(GOOD).recipe.train.epochs = 3  # type: ignore[misc]
+
+
+def test_files_that_are_not_recipes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        recipe.load(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(RecipeError, match="expected a mapping"):
+        recipe.load(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        recipe.load(tmp_path / "broken.yaml")
+
+
+def test_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("\ufeffmodel: {id: m}\ndata: {train: x}\ntrain: {learning_rate: 1e-4}\n", encoding="utf-8")
+    loaded = recipe.load(tmp_path / "r.yaml")
+    assert loaded.recipe.train.learning_rate == 1e-4
+    assert loaded.folder == tmp_path.resolve()
+
+
+def test_flatten_shows_every_value() -> None:
+    flat = recipe.flatten(build(GOOD).recipe)
+    assert flat["train.learning_rate"] == 2e-4 and flat["data.train"] == "rows.jsonl" and "lora.r" in flat
+
+
+def test_every_field_is_documented() -> None:
+    """Names that say it all may go without a docstring; those with a unit or a choice may not."""
+    plain = {"stage", "description", "model", "data", "train", "lora", "eval", "save", "samples", "evaluate", "loggers"}
+    plain |= {"method", "epochs", "learning_rate", "schedule", "optimizer", "betas", "eps", "seed", "r", "alpha", "dropout", "rslora", "dora"}
+    plain |= {"keep_last", "max_tokens", "suite", "batch_size", "limit", "quantize"}
+    sections = [recipe.Model, recipe.Data, recipe.Train, recipe.Lora, recipe.Eval, recipe.Save, recipe.Samples, recipe.Recipe]
+    bare = [f"{s.__name__}.{name}" for s in sections for name, field in s.model_fields.items() if not field.description and name not in plain]
+    assert not bare
