@@ -1,2 +1,24 @@
-"""smolmlx: fine-tune small language models with one recipe on MLX and on PyTorch."""
+"""smolmlx: fine-tune small language models with one recipe on MLX and on PyTorch.
+
+The verbs of the command line as functions. Names are looked up when first used, so that importing the package loads no
+array library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+__all__ = ["Model", "Run", "__version__", "evaluate", "load", "train"]
+
+if TYPE_CHECKING:
+    from smolmlx.api import Model, Run, evaluate, load, train
+
+_IN_API = {"Model", "Run", "evaluate", "load", "train"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _IN_API:
+        return getattr(importlib.import_module("smolmlx.api"), name)
+    raise AttributeError(f"module 'smolmlx' has no attribute '{name}'")

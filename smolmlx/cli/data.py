@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,8 +110,8 @@ def _open(name: str, columns: Mapping[str, str]) -> Source:
 
     try:
         return open_source(name, columns=columns)
-    except (OSError, ValueError, csv.Error) as error:  # no permission; not UTF-8, or not parquet
-        raise DataError(f"{name}: cannot be read: {error}") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
 def _open_all(names: Sequence[str], columns: Mapping[str, str]) -> dict[str, Source]:
@@ -335,7 +334,7 @@ def _token_lines(found: Look) -> list[tuple[str, str]]:
         lines.append(("supervised", f"{tokens['supervised_share']:.1%} of {tokens['tokens']:,} tokens"))
     for reason, count in tokens["affected_rows"].items():
         first = f" (first {_short(tokens['first'][reason])})" if reason in tokens["first"] else ""
-        lines.append((reason, f"{count:,} rows{first}"))
+        lines.append((reason, f"{count:,}{first}"))
     return lines
 
 
@@ -376,9 +375,9 @@ def validate(files: tuple[str, ...], notes: bool, columns: dict[str, str], as_js
                 console.result(f"{report['file']}: ok, {report['rows']:,} rows, format {report['format']}")
     bad = ", ".join(str(report["file"]) for report in reports if report["problems"])
     if problems and as_json:
-        raise DataError(f"{bad}: {len(problems)} problems; the JSON on stdout lists them.")
+        raise DataError(f"{bad}: {len(problems)} problem(s), listed in the JSON on stdout.")
     if problems:
-        raise DataError(bad, problems)
+        raise DataError(bad, problems) if len(problems) > 1 else DataError(problems[0])
 
 
 def _holds_notes(name: str) -> bool:
@@ -387,7 +386,7 @@ def _holds_notes(name: str) -> bool:
 
     try:
         _, row = next(read_rows([Path(name)], []), ("", {}))
-    except (OSError, ValueError, SmolError):
+    except (OSError, SmolError):
         return False
     return set(row) >= _NOTES_FIELDS
 
@@ -470,16 +469,18 @@ def prepare(source: str, target: Path, to: Any, columns: dict[str, str], as_json
         counts = {"rows": tally.rows, "kept": tally.kept, "dropped": dict(tally.reasons), "first": tally.first}
         console.print_json({"input": source, "output": str(target), "format": opened.form.name, "to": layout, **counts})
         return
-    console.table(_reason_rows(tally), ("rows", "count", "first"))
-    console.result(f"\n{target}: {tally.kept:,} rows as {layout}\nNext: smolmlx data split {target} DIR")
+    for line in _reason_lines(tally):
+        console.result(line)
+    console.result(f"\n{target}: written, as {layout}\nNext: smolmlx data split {target} DIR")
 
 
-def _reason_rows(tally: Tally) -> list[tuple[str, str, str]]:
-    rows = [("read", f"{tally.rows:,}", "")]
-    rows += [
-        (f"- {reason}", f"{count:,}", _short(tally.first[reason])) for reason, count in tally.reasons.most_common()
-    ]
-    return [*rows, ("kept", f"{tally.kept:,}", "")]
+def _reason_lines(tally: Tally) -> list[str]:
+    """Lay out what was read, dropped and kept; not in a table, which would break long places."""
+    rows = [("rows read", tally.rows, "")]
+    rows += [(f"- {reason}", n, f"first {_short(tally.first[reason])}") for reason, n in tally.reasons.most_common()]
+    rows.append(("rows kept", tally.kept, ""))
+    wide, digits = max(len(name) for name, _, _ in rows), len(f"{tally.rows:,}")
+    return [f"{name:<{wide}}  {count:>{digits},}  {first}".rstrip() for name, count, first in rows]
 
 
 @command.command("split", epilog=SPLIT_EPILOG)
@@ -515,7 +516,8 @@ def split(source: str, out_dir: Path, columns: dict[str, str], as_json: bool, **
         )
     headers = ("split", "rows", "share", *(("groups",) if method.group else ()), "sha256")
     how = f"{method.name} by {method.column}" if method.column else method.name
-    console.table(rows, headers, title=f"{out_dir}: {manifest['rows']:,} rows, {how}, seed {method.seed}")
+    console.result(f"{out_dir}: {manifest['rows']:,} rows of {source}, {how}, seed {method.seed}\n")
+    console.table(rows, headers)
     if manifest["left_out"]:
         console.note(f"{manifest['left_out']:,} rows are in no split: --counts asks for fewer than there are.")
     if repeated := manifest["rows_repeated_across_splits"]:

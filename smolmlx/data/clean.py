@@ -7,7 +7,6 @@ answers and unpunctuated chat survive.
 from __future__ import annotations
 
 import contextlib
-import csv
 import datetime
 import decimal
 import hashlib
@@ -95,8 +94,8 @@ def read_pairs(source: Source, problems: list[str]) -> Iterator[tuple[Raw, Examp
                 problems.append(str(error))
                 continue
             yield raw, example
-    except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8, or not parquet
-        problems.append(f"{getattr(error, 'filename', None) or source.files[-1]}: cannot be read: {error}")
+    except OSError as error:
+        problems.append(f"{error.filename or source.files[-1]}: cannot be read: {error.strerror or error}")
 
 
 def text_hash(text: str) -> bytes:
@@ -124,8 +123,8 @@ def find_fault(example: Example, filters: Filters) -> str | None:
             return TOO_LONG
         if _long_run(filters.max_run).search(text):
             return REPEATED
-    # A document may end anywhere, and a rejected answer may be bad in any way.
-    trained = [turn for turn in (*example.messages, *example.chosen) if turn["role"] == "assistant"]
+    # A document may end anywhere; of a pair, only the chosen answer is trained to be given.
+    trained = [turn for turn in example.chosen or example.messages if turn["role"] == "assistant"]
     if not filters.keep_truncated and any(stops_mid_sentence(_content(turn)) for turn in trained):
         return TRUNCATED
     return None

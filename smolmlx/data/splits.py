@@ -28,7 +28,8 @@ SPLITS = ("train", "validation", "test")
 LEFT_OUT = len(SPLITS)
 """Label of a row that no split takes, where counts are fixed."""
 _MADE_BY = "smolmlx data split"
-_ATTEMPTS = 8  # group sizes rarely add up at once; each attempt shuffles anew, and the nearest is taken
+# The last 32 average groups of a split are chosen from 256 at hand, so that their rows add up.
+_RESERVE, _WINDOW = 32, 256
 _MAX_LISTED = 100
 
 
@@ -239,38 +240,49 @@ def _assign_strata(strata: IntArray, sizes: Sequence[int], rng: np.random.Genera
 
 
 def _assign_groups(groups: IntArray, sizes: Sequence[int], rng: np.random.Generator) -> IntArray:
-    """Place whole groups, the larger first, each where it fits with odds as the room left; keep the nearest attempt."""
-    weights = np.bincount(groups)
-    best, best_miss = np.zeros(len(weights), np.int64), len(groups) + 1
-    for _ in range(_ATTEMPTS):
-        order = rng.permutation(len(weights))
-        order = order[np.argsort(-weights[order], kind="stable")]
-        placed = np.empty(len(weights), np.int64)
-        room = list(sizes)
-        for group, weight, draw in zip(order.tolist(), weights[order].tolist(), rng.random(len(order)), strict=True):
-            split = _pick(room, weight, float(draw))
-            placed[group] = split
-            room[split] -= weight
-        empty = sum(size > 0 and left == size for size, left in zip(sizes, room, strict=True))
-        miss = sum(map(abs, room)) + empty * len(groups)
-        if miss < best_miss:
-            best, best_miss = placed, miss
-        if not miss:
-            break
-    return best[groups]
+    """Fill the splits with whole groups in random order, the smallest first; the last takes what is left."""
+    weights = np.bincount(groups).tolist()
+    order: list[int] = rng.permutation(len(weights)).tolist()
+    splits = sorted((split for split in range(LEFT_OUT) if sizes[split]), key=lambda split: (sizes[split], split))
+    last = LEFT_OUT if sizes[LEFT_OUT] else splits.pop()
+    placed = np.full(len(weights), last)
+    for split in splits:
+        chosen = _fill(sizes[split], order, weights)
+        placed[list(chosen)] = split
+        order = [group for group in order if group not in chosen]
+    return placed[groups]
 
 
-def _pick(room: Sequence[int], weight: int, draw: float) -> int:
-    """Return the place of a group: at random by room among those where it fits, else where it overflows least."""
-    fits = [left if left >= weight else 0 for left in room]
-    threshold = draw * sum(fits)
-    if not sum(fits):
-        return max(range(len(room)), key=lambda i: room[i])
-    for split, left in enumerate(fits):
-        threshold -= left
-        if threshold < 0:
-            return split
-    return max(range(len(fits)), key=lambda i: fits[i])
+def _fill(room: int, order: Sequence[int], weights: Sequence[int]) -> set[int]:
+    """Choose groups whose rows add up to `room`, or to as near as was found; at least one group.
+
+    Groups are taken as they come while much room is left; then a subset sum over some of the rest closes the gap.
+    """
+    reserve = _RESERVE * sum(weights) / len(weights)
+    chosen: set[int] = set()
+    for group in order:
+        if room - weights[group] >= reserve:
+            chosen.add(group)
+            room -= weights[group]
+    window = [group for group in order if group not in chosen][:_WINDOW]
+    return chosen | _nearest_sum(room, window, weights, may_be_empty=bool(chosen))
+
+
+def _nearest_sum(room: int, window: Sequence[int], weights: Sequence[int], may_be_empty: bool) -> set[int]:
+    if not window:
+        return set()
+    highest = max(2 * room, min(weights[group] for group in window))
+    reachable = [1]  # bit n of entry i: some of the first i groups add up to n rows
+    for group in window:
+        reachable.append((reachable[-1] | reachable[-1] << weights[group]) & ((1 << highest + 1) - 1))
+    sums = (total for gap in range(highest + 1) for total in (room - gap, room + gap) if total >= (not may_be_empty))
+    total = next(total for total in sums if reachable[-1] >> total & 1)
+    chosen = set()
+    for i in range(len(window) - 1, -1, -1):
+        if not reachable[i] >> total & 1:
+            chosen.add(window[i])
+            total -= weights[window[i]]
+    return chosen
 
 
 def _check_groups(groups: IntArray, labels: IntArray, sizes: Sequence[int], method: Method) -> None:

@@ -1,0 +1,33 @@
+# make demo and make test are all a newcomer needs; both make .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test check parity golden bench clean help
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) scripts/install.py --venv $(VENV)
+	@touch $@
+
+demo: $(STAMP) ## train the quickstart on the embedded model and evaluate it (minutes, two CPU cores, no hub)
+	$(BIN)/smolmlx train quickstart
+
+test: $(STAMP) ## all tests
+	$(BIN)/pytest
+
+check: $(STAMP) ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy smolmlx backends
+
+parity: $(STAMP) ## measure MLX = PyTorch again and rewrite docs/parity.md
+	$(BIN)/python tests/parity/publish.py
+
+golden: $(STAMP) ## record the golden files again
+	$(BIN)/pytest tests/golden --record
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,145 @@
+"""The verbs from Python: train, load, generate, evaluate. The command line is a thin skin over the same functions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolmlx import backend as backends
+from smolmlx import recipe as recipes
+from smolmlx import shelf, stages
+from smolmlx.backend import Backend, Decoding, Generator, Loading
+from smolmlx.data.chat import Tokenizer
+from smolmlx.data.encode import Encoding
+from smolmlx.errors import RecipeError
+from smolmlx.evals.run import Evaluation, Settings, System
+from smolmlx.evals.run import evaluate as run_suite
+from smolmlx.models import BaseModel, find_model, open_model
+from smolmlx.plan import resolve
+from smolmlx.rundir import RunDir
+from smolmlx.session import Event
+from smolmlx.stages import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    report: Report
+    adapter: Path | None
+    """Adapter folder in PEFT layout; None after full training."""
+    model: str
+    """What the adapter stands on, or the trained model's folder."""
+    backend: str
+    device: str
+    evaluation: Evaluation | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model, ready to answer and to be scored."""
+
+    base: BaseModel
+    adapter: Path | None
+    tokenizer: Tokenizer
+    backend: Backend
+    loading: Loading
+    generator: Generator
+
+    def generate(self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, system: str | None = None, **decoding: Any) -> list[str]:
+        """Answer prompts, each a user message or a list of messages; answers come back in order.
+
+        Args:
+            decoding: fields of `backend.Decoding`: max_tokens, temperature, top_p, seed, batch_size.
+        """
+        head = ({"role": "system", "content": system},) if system else ()
+        messages = [(*head, {"role": "user", "content": p}) if isinstance(p, str) else tuple(p) for p in prompts]
+        tokens = [self.tokenizer.encode(self.tokenizer.prompt(found)) for found in messages]
+        answers = [""] * len(tokens)
+        for completion in self.generator.generate(tokens, Decoding(**decoding)):
+            answers[completion.index] = self.tokenizer.decode(completion.ids).strip()
+        return answers
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] = "quickstart",
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    set: Mapping[str, Any] | None = None,  # noqa: A002 - the word of the command line
+    out: str | Path = "runs",
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Run:
+    """Train a recipe (a shipped name, a path, or a mapping) and evaluate what it asks for. Silent unless `on_event` prints.
+
+    Raises:
+        SmolError: one of the four families of `smolmlx.errors`.
+    """
+    flags = {key: ("set", value) for key, value in (set or {}).items()}
+    if isinstance(recipe, Mapping):
+        loaded = recipes.build(recipe, source="recipe", folder=Path.cwd(), flags=flags)
+        name = "run"
+    else:
+        loaded = recipes.load(shelf.find(str(recipe)), flags=flags)
+        name = Path(str(recipe)).stem
+    choice = backends.choose(backend, device)
+    plan = resolve(loaded, choice)
+    folder = stages.start_run(plan, Path(out), name)
+    report = stages.train(plan, choice, folder, on_event)
+    found = stages.evaluate_run(plan, choice.backend, folder, _silent) if plan.recipe.evaluate else None
+    model, adapter = stages.trained_model(plan, folder)
+    return Run(folder.path, report, adapter, str(model.folder), choice.backend.name, plan.capabilities.device, found)
+
+
+@contextlib.contextmanager
+def _silent(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda done: None
+
+
+def load(source: Run | str | Path | tuple[str | Path, str | Path], *, backend: str = "auto", device: str | None = None, dtype: str = "auto", quantize: str = "none") -> Model:
+    """Load a run, a run's folder, a model (id or folder), or a (model, adapter) pair.
+
+    Raises:
+        RecipeError: the folder is neither a model nor a finished run.
+        BackendError: no engine.
+    """
+    base, adapter = _locate(source)
+    if isinstance(source, Run) and backend == "auto" and device is None:
+        backend, device = source.backend, source.device
+    choice = backends.choose(backend, device)
+    has_own = adapter is not None and (adapter / "tokenizer.json").is_file()
+    tokenizer = Tokenizer(adapter if has_own and adapter else base.folder)
+    how = Loading(choice.device, dtype, quantize)
+    return Model(base, adapter, tokenizer, choice.backend, how, choice.backend.generator(base, adapter, tokenizer, how))
+
+
+def _locate(source: Run | str | Path | tuple[str | Path, str | Path]) -> tuple[BaseModel, Path | None]:
+    if isinstance(source, Run):
+        return find_model(source.model), source.adapter
+    if isinstance(source, tuple):
+        return find_model(str(source[0])), Path(source[1])
+    run = RunDir(Path(source))
+    if run.done:
+        if run.model.is_dir():
+            return open_model(run.model), None
+        config = run.read_json("adapter/adapter_config.json")
+        return find_model(str(config["base_model_name_or_path"]), config.get("revision")), run.adapter
+    if (run.path / "recipe.yaml").is_file():
+        raise RecipeError(f"{source}: this run is not finished. Go on with: smolmlx train --resume {source}")
+    return find_model(str(source)), None
+
+
+def evaluate(model: Model, data: str, suite: str = "loss", *, train: str | None = None, ood: str | None = None, limit: int | None = None, max_length: int = 2048, **decoding: Any) -> Evaluation:
+    """Score a model (and its base, when it carries an adapter) on rows, as `smolmlx eval` does."""
+    systems = [System("base", model.base)]
+    if model.adapter is not None:
+        systems.append(System("adapter", model.base, model.adapter))
+    settings = Settings(
+        data=data, suite=suite, train=train, ood=ood, limit=limit, decoding=Decoding(**decoding), loading=model.loading,
+        encoding=Encoding(max_length=max_length),
+    )  # fmt: skip
+    return run_suite(model.backend, systems, model.tokenizer, settings, _silent)
