@@ -40,6 +40,16 @@ from job import Job  # noqa: E402 - from peers/, which other environments run to
 Tree = dict[str, Any]
 RANK, ALPHA, BATCH, RATE, MAX_LENGTH = 16, 32.0, 4, 1e-4, 1024
 HELD_OUT_ROWS = 8
+COLUMNS = [
+    "",
+    "s/step",
+    "rows/s (range)",
+    "supervised tokens/s",
+    "peak GB",
+    "final loss",
+    "rows/s ratio",
+    "memory ratio",
+]
 RATIOS = ("speed_ratio", "memory_ratio")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 TINY = {
@@ -135,10 +145,15 @@ def main() -> None:
 
 def describe_work(options: argparse.Namespace, rows: Rows) -> Tree:
     return {
-        "shape": options.shape, "rows": options.rows, "batch": BATCH, "rank": RANK, "alpha": ALPHA, "learning_rate": RATE,
-        "warmup": options.warmup, "steps": options.steps, "repeats": options.repeats, "tokens_per_row": rows.tokens,
-        "supervised_per_row": rows.supervised, "length_spread": rows.spread,
-    }  # fmt: skip
+        **{name: getattr(options, name) for name in ("shape", "rows", "warmup", "steps", "repeats")},
+        "batch": BATCH,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "learning_rate": RATE,
+        "tokens_per_row": rows.tokens,
+        "supervised_per_row": rows.supervised,
+        "length_spread": rows.spread,
+    }
 
 
 def parse_options() -> argparse.Namespace:
@@ -331,12 +346,13 @@ def table(report: Tree) -> str:
     """Return the Markdown table with what was the same and what was not."""
     work, place = report["work"], report["machine"]
     lines = [
-        f"{work['shape']}, {work['rows']} rows of {work['tokens_per_row']:.0f} tokens, {work['supervised_per_row']:.0f} of "
-        f"them supervised, batch {work['batch']}, LoRA r {work['rank']}, float32. {place['cpu']}, {place['cores']} cores. "
+        f"{work['shape']}, {work['rows']} rows of {work['tokens_per_row']:.0f} tokens "
+        f"({work['supervised_per_row']:.0f} supervised), batch {work['batch']}, LoRA r {work['rank']}, float32. "
+        f"{place['cpu']}, {place['cores']} cores. "
         f"Medians of {work['repeats']} runs of {work['steps']} steps after {work['warmup']}. {report['date'][:10]}.",
         "",
-        "| | s/step | rows/s (range) | supervised tokens/s | peak GB | held-out loss | rows/s ratio | memory ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
     ]
     for name, row in report["summary"].items():
         low, high = row["rows_per_second_range"]

@@ -22,8 +22,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", default=".venv")
     venv = Path(parser.parse_args().venv)
-    if sys.version_info < (3, 10):
-        sys.exit(f"smolmlx needs Python 3.10 or newer; {sys.executable} is {platform.python_version()}. Pass make PYTHON=python3.11 ...")
+    if sys.version_info < (3, 10):  # noqa: UP036 - the interpreter is the user's
+        sys.exit(
+            f"smolmlx needs Python 3.10 or newer; {sys.executable} is {platform.python_version()}. Pass make PYTHON=python3.11 ..."
+        )
     run(sys.executable, "-m", "venv", str(venv))
     python = str(venv / "bin" / "python")
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")

@@ -50,7 +50,9 @@ class Model:
     loading: Loading
     generator: Generator
 
-    def generate(self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, system: str | None = None, **decoding: Any) -> list[str]:
+    def generate(
+        self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, system: str | None = None, **decoding: Any
+    ) -> list[str]:
         """Answer prompts, each a user message or a list of messages; answers come back in order.
 
         Args:
@@ -70,7 +72,7 @@ def train(
     *,
     backend: str = "auto",
     device: str | None = None,
-    set: Mapping[str, Any] | None = None,  # noqa: A002 - the word of the command line
+    set: Mapping[str, Any] | None = None,
     out: str | Path = "runs",
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Run:
@@ -100,7 +102,14 @@ def _silent(title: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda done: None
 
 
-def load(source: Run | str | Path | tuple[str | Path, str | Path], *, backend: str = "auto", device: str | None = None, dtype: str = "auto", quantize: str = "none") -> Model:
+def load(
+    source: Run | str | Path | tuple[str | Path, str | Path],
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    dtype: str = "auto",
+    quantize: str = "none",
+) -> Model:
     """Load a run, a run's folder, a model (id or folder), or a (model, adapter) pair.
 
     Raises:
@@ -133,7 +142,17 @@ def _locate(source: Run | str | Path | tuple[str | Path, str | Path]) -> tuple[B
     return find_model(str(source)), None
 
 
-def evaluate(model: Model, data: str, suite: str = "loss", *, train: str | None = None, ood: str | None = None, limit: int | None = None, max_length: int = 2048, **decoding: Any) -> Evaluation:
+def evaluate(
+    model: Model,
+    data: str,
+    suite: str = "loss",
+    *,
+    train: str | None = None,
+    ood: str | None = None,
+    limit: int | None = None,
+    max_length: int = 2048,
+    **decoding: Any,
+) -> Evaluation:
     """Score a model (and its base, when it carries an adapter) on rows, as `smolmlx eval` does."""
     systems = [System("base", model.base)]
     if model.adapter is not None:

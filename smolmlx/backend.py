@@ -143,11 +143,15 @@ def load(name: str) -> Backend:
     """
     found = installed()
     if name not in found:
-        raise BackendError(f"--backend {name}: unknown engine.{nearest(name, found)} Installed: {', '.join(found) or 'none'}.")
+        raise BackendError(
+            f"--backend {name}: unknown engine.{nearest(name, found)} Installed: {', '.join(found) or 'none'}."
+        )
     try:
         backend: Backend = found[name]()
     except ImportError as error:
-        raise BackendError(f"--backend {name}: its packages are not installed ({error}). pip install 'smolmlx[{name}]'.") from error
+        raise BackendError(
+            f"--backend {name}: its packages are not installed ({error}). pip install 'smolmlx[{name}]'."
+        ) from error
     return backend
 
 
@@ -168,11 +172,15 @@ def choose(name: str = "auto", device: str | None = None) -> Choice:
         return Choice(load("cuda"), device, "an NVIDIA GPU is here")
     for candidate, module, where in (("mlx", "mlx.core", None), ("cuda", "torch", "cpu")):
         if _has(candidate, known, module):
-            return Choice(load(candidate), device or where, "no GPU here; the CPU runs it, slowly for models over 100M parameters")
+            return Choice(
+                load(candidate), device or where, "no GPU here; the CPU runs it, slowly for models over 100M parameters"
+            )
     others = [other for other in known if other not in ("mlx", "cuda")]
     if others:
         return Choice(load(others[0]), device, "the only engine installed")
-    raise BackendError("no engine is installed. On a Mac: pip install 'smolmlx[mlx]'. On NVIDIA: pip install 'smolmlx[cuda]'.")
+    raise BackendError(
+        "no engine is installed. On a Mac: pip install 'smolmlx[mlx]'. On NVIDIA: pip install 'smolmlx[cuda]'."
+    )
 
 
 def has_nvidia() -> bool:

@@ -13,7 +13,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -41,7 +50,9 @@ def print_json(tree: Any) -> None:
 
 def table(rows: Sequence[Sequence[str]], headers: Sequence[str] = (), title: str | None = None) -> None:
     """Print a table on stdout; numbers (and columns that look like them) to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", show_header=bool(headers), box=None, padding=(0, 2, 0, 0))
+    made = Table(
+        title=title, title_justify="left", title_style="bold", show_header=bool(headers), box=None, padding=(0, 2, 0, 0)
+    )
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(headers)
     for index, column in enumerate(columns):
         numeric = all(_numeric(cell) for cell in column) and index > 0
@@ -124,7 +135,11 @@ class TrainingDisplay:
         elif kind == "eval":
             best = " (best)" if values["best"] else ""
             accuracy = f"accuracy {values['val_accuracy']:.3f}"
-            self.console.print(escape(f"  step {step}: validation loss {values['val_loss']:.4f}, perplexity {values['val_perplexity']:.2f}, {accuracy}{best}"))
+            self.console.print(
+                escape(
+                    f"  step {step}: validation loss {values['val_loss']:.4f}, perplexity {values['val_perplexity']:.2f}, {accuracy}{best}"
+                )
+            )
         elif kind == "note":
             self.console.print(escape(f"  {values['text']}"), style="yellow")
 

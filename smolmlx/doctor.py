@@ -28,7 +28,9 @@ class Check:
 def check() -> list[Check]:
     """Check every installed engine, and name those that could be installed."""
     names = list(backend.installed())
-    return [_check(name) for name in names] or [Check("engines", False, "none installed", fix="pip install 'smolmlx[mlx]' or 'smolmlx[cuda]'")]
+    return [_check(name) for name in names] or [
+        Check("engines", False, "none installed", fix="pip install 'smolmlx[mlx]' or 'smolmlx[cuda]'")
+    ]
 
 
 def _check(name: str) -> Check:
@@ -65,4 +67,9 @@ def verdict() -> str:
 
 
 def to_json(checks: list[Check]) -> dict[str, Any]:
-    return {"smolmlx": __version__, "python": sys.version.split()[0], "engines": [asdict(item) for item in checks], "verdict": verdict()}
+    return {
+        "smolmlx": __version__,
+        "python": sys.version.split()[0],
+        "engines": [asdict(item) for item in checks],
+        "verdict": verdict(),
+    }

@@ -120,7 +120,9 @@ def find_model(name: str, revision: str | None = None) -> BaseModel:
         return open_model(Path(name).expanduser(), name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/")
     if looks_local:
-        raise RecipeError(f"{name}: no such model folder. Pass a folder with config.json and *.safetensors, a hub id, or 'tiny'.")
+        raise RecipeError(
+            f"{name}: no such model folder. Pass a folder with config.json and *.safetensors, a hub id, or 'tiny'."
+        )
     folder, commit = _download(name, revision)
     return open_model(folder, name, commit)
 
@@ -135,17 +137,29 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
     config_file = folder / "config.json"
     if not config_file.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise RecipeError(f"{name}: this is an adapter folder, not a base model. Pass it as --adapter and its base as --model.")
+            raise RecipeError(
+                f"{name}: this is an adapter folder, not a base model. Pass it as --adapter and its base as --model."
+            )
         if any(folder.glob("*.gguf")):
-            raise RecipeError(f"{name}: holds only GGUF files, which cannot be fine-tuned. Use the original safetensors model.")
-        raise RecipeError(f"{name}: no config.json in this folder, so it is not a model. Download the whole model folder.")
+            raise RecipeError(
+                f"{name}: holds only GGUF files, which cannot be fine-tuned. Use the original safetensors model."
+            )
+        raise RecipeError(
+            f"{name}: no config.json in this folder, so it is not a model. Download the whole model folder."
+        )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecipeError(f"{config_file}: not valid JSON ({error}). Download the file again.") from error
     if not any(folder.glob("*.safetensors")):
-        other = "pytorch_model.bin is a pickle, which is not read" if any(folder.glob("*.bin")) else "the folder has only a config"
-        raise RecipeError(f"{name}: no *.safetensors weights ({other}). Download the weights, or convert them to safetensors.")
+        other = (
+            "pytorch_model.bin is a pickle, which is not read"
+            if any(folder.glob("*.bin"))
+            else "the folder has only a config"
+        )
+        raise RecipeError(
+            f"{name}: no *.safetensors weights ({other}). Download the weights, or convert them to safetensors."
+        )
     return BaseModel(name, folder, revision, with_rope_theta(config))
 
 
@@ -180,14 +194,18 @@ def read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise RecipeError(f"{path}: not a whole safetensors file (header of {length} bytes in a file of {size}). Fetch it again.")
+            raise RecipeError(
+                f"{path}: not a whole safetensors file (header of {length} bytes in a file of {size}). Fetch it again."
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise RecipeError(f"{path}: the safetensors header is not JSON. Fetch the file again.") from error
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     if ends and size < 8 + length + max(ends):
-        raise RecipeError(f"{path}: truncated: {size} bytes, but its header promises {8 + length + max(ends)}. Fetch it again.")
+        raise RecipeError(
+            f"{path}: truncated: {size} bytes, but its header promises {8 + length + max(ends)}. Fetch it again."
+        )
     assert isinstance(header, dict)
     return header
 
@@ -225,7 +243,9 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     vocab, width, inner, layers, heads = (int(config[key]) for key in keys)
     kv_heads = int(config.get("num_key_value_heads", heads))
     if width % heads or heads % kv_heads:
-        raise RecipeError(f"model.config: {width} wide with {heads} heads and {kv_heads} key-value heads does not divide evenly.")
+        raise RecipeError(
+            f"model.config: {width} wide with {heads} heads and {kv_heads} key-value heads does not divide evenly."
+        )
     head = int(config.get("head_dim") or width // heads)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width)}
     for layer in range(layers):
@@ -250,9 +270,16 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
     except ImportError as error:
-        raise BackendError(f"{name}: not a local folder, and huggingface_hub is not installed. pip install 'smolmlx[mlx]' or [cuda].") from error
+        raise BackendError(
+            f"{name}: not a local folder, and huggingface_hub is not installed. pip install 'smolmlx[mlx]' or [cuda]."
+        ) from error
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -261,5 +288,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
     except RepositoryNotFoundError as error:
         raise BackendError(f"{name}: no such model on the hub (or it is private: `hf auth login`).") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise BackendError(f"{name}: not a local folder, not in the cache, and the hub cannot be reached. Pass a folder, or go online once.") from error
+        raise BackendError(
+            f"{name}: not a local folder, not in the cache, and the hub cannot be reached. Pass a folder, or go online once."
+        ) from error
     return folder, folder.name

@@ -80,7 +80,10 @@ class Plan:
         if self.full:
             return self.num_parameters
         lora = self.recipe.lora
-        return sum(lora.r * (width_in + width_out) + (width_out if lora.dora else 0) for width_in, width_out in self.targets.values())
+        return sum(
+            lora.r * (width_in + width_out) + (width_out if lora.dora else 0)
+            for width_in, width_out in self.targets.values()
+        )
 
     @cached_property
     def num_parameters(self) -> int:
@@ -94,7 +97,10 @@ class Plan:
     def fingerprint(self) -> str:
         """Hash of all that decides what is learned; a checkpoint belongs to one fingerprint, an engine does not matter."""
         recipe = self.recipe.model_dump(mode="json", include={"stage", "model", "train", "lora", "eval"})
-        for section, free in (("train", ("gradient_checkpointing", "compile", "optimizer")), ("model", ("dtype", "id", "tokenizer"))):
+        for section, free in (
+            ("train", ("gradient_checkpointing", "compile", "optimizer")),
+            ("model", ("dtype", "id", "tokenizer")),
+        ):
             for key in free:
                 recipe[section].pop(key)
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
@@ -143,7 +149,9 @@ class Plan:
         }
 
 
-def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | None = None, start: Path | None = None) -> Plan:
+def resolve(
+    loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | None = None, start: Path | None = None
+) -> Plan:
     """Turn a recipe into a plan for one engine on this machine.
 
     Args:
@@ -156,10 +164,17 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
     """
     recipe = loaded.recipe
     capabilities = choice.backend.capabilities(choice.device)
-    problems = [*_unsupported(recipe, capabilities, choice.backend.name), *choice.backend.check(engine_knobs(recipe, choice.backend.name))]
+    problems = [
+        *_unsupported(recipe, capabilities, choice.backend.name),
+        *choice.backend.check(engine_knobs(recipe, choice.backend.name)),
+    ]
     if problems:
         raise RecipeError(loaded.source, problems)
-    model = _from_config(recipe) if recipe.model.config is not None else find_model(str(start or recipe.model.id), recipe.model.revision)
+    model = (
+        _from_config(recipe)
+        if recipe.model.config is not None
+        else find_model(str(start or recipe.model.id), recipe.model.revision)
+    )
     targets = {} if recipe.train.method == "full" else select_targets(model, recipe)
     tokenizer = open_tokenizer(loaded, model)
     source, train_store, validation_store = _encode(loaded, tokenizer, on_rows)
@@ -203,7 +218,7 @@ def _from_config(recipe: Recipe) -> BaseModel:
     """A model that does not exist yet: its shapes come from the config; weights are drawn when the run starts."""
     config = dict(recipe.model.config or {})
     shapes = llama_shapes(config)
-    model = BaseModel("made from config", Path("."), None, {"model_type": "llama", **config})
+    model = BaseModel("made from config", Path(), None, {"model_type": "llama", **config})
     model.__dict__["shapes"] = shapes  # fills the cached property, since no file holds them yet
     return model
 
@@ -229,7 +244,9 @@ def select_targets(model: BaseModel, recipe: Recipe) -> dict[str, tuple[int, int
     lora = recipe.lora
     linear = model.linear_shapes()
     if lora.last_layers:
-        linear = {name: shape for name, shape in linear.items() if _layer_of(name) >= model.num_layers - lora.last_layers}
+        linear = {
+            name: shape for name, shape in linear.items() if _layer_of(name) >= model.num_layers - lora.last_layers
+        }
     if lora.targets == "all-linear":
         return linear
     chosen: dict[str, tuple[int, int]] = {}
@@ -256,11 +273,18 @@ def _missing_target(target: str, model: BaseModel, linear: Mapping[str, Any]) ->
     return f"{target}: no such linear layer.{nearest(target, suffixes)} Known: {', '.join(suffixes)}."
 
 
-def _encode(loaded: Loaded, tokenizer: Tokenizer, on_rows: Callable[[int], None] | None) -> tuple[Source, TokenStore, TokenStore | None]:
+def _encode(
+    loaded: Loaded, tokenizer: Tokenizer, on_rows: Callable[[int], None] | None
+) -> tuple[Source, TokenStore, TokenStore | None]:
     recipe = loaded.recipe
     data = recipe.data
     how = encoding(recipe)
-    options: dict[str, Any] = {"form": data.format, "columns": data.columns, "system": data.system, "folders": (loaded.folder, files_root())}
+    options: dict[str, Any] = {
+        "form": data.format,
+        "columns": data.columns,
+        "system": data.system,
+        "folders": (loaded.folder, files_root()),
+    }
     source = open_source(data.train, **options)
     share, seed = data.validation_share, recipe.train.seed
 
@@ -269,16 +293,28 @@ def _encode(loaded: Loaded, tokenizer: Tokenizer, on_rows: Callable[[int], None]
 
     keep = (lambda index: not held_out(index)) if share else None
     name = f"share {share} seed {seed}"
-    train = encode_source(source, tokenizer, how, keep=keep, keep_name=f"not {name}" if share else "all", limit=data.limit, on_rows=on_rows)
+    train = encode_source(
+        source,
+        tokenizer,
+        how,
+        keep=keep,
+        keep_name=f"not {name}" if share else "all",
+        limit=data.limit,
+        on_rows=on_rows,
+    )
     _check_account(train, loaded, data.train)
     validation = None
     if data.validation is not None:
         other = open_source(data.validation, split="validation", **options)
         validation = encode_source(other, tokenizer, how, on_rows=on_rows)
     elif share:
-        validation = encode_source(source, tokenizer, how, keep=held_out, keep_name=name, limit=data.limit, on_rows=on_rows)
+        validation = encode_source(
+            source, tokenizer, how, keep=held_out, keep_name=name, limit=data.limit, on_rows=on_rows
+        )
     if validation is not None and not len(validation):
-        raise DataError(f"{data.validation or data.train}: no validation row can be scored (see data.max_length and the share).")
+        raise DataError(
+            f"{data.validation or data.train}: no validation row can be scored (see data.max_length and the share)."
+        )
     return source, train, validation
 
 
@@ -331,7 +367,14 @@ def _choose_packing(recipe: Recipe, store: TokenStore, model: BaseModel, pad_id:
     train = recipe.train
 
     def plan(pack_to: int | None) -> BatchPlan:
-        return plan_batches(store, batch_size=train.batch_size, accumulation=train.accumulation, seed=train.seed, pack_to=pack_to, pad_id=pad_id)
+        return plan_batches(
+            store,
+            batch_size=train.batch_size,
+            accumulation=train.accumulation,
+            seed=train.seed,
+            pack_to=pack_to,
+            pad_id=pad_id,
+        )
 
     apart = plan(None)
     wanted = recipe.data.packing
@@ -344,7 +387,9 @@ def _choose_packing(recipe: Recipe, store: TokenStore, model: BaseModel, pad_id:
     # Packing also changes how many rows an optimizer step sees, so it must be clearly cheaper to be chosen.
     chosen = packed if costs[1] < 0.8 * costs[0] else apart
     name = "packed rows" if chosen is packed else "length-sorted batches"
-    notes.append(f"{name}: estimated cost of an epoch {costs[1] / costs[0]:.2f}x when packed (data.packing: on|off decides otherwise).")
+    notes.append(
+        f"{name}: estimated cost of an epoch {costs[1] / costs[0]:.2f}x when packed (data.packing: on|off decides otherwise)."
+    )
     return chosen
 
 
@@ -448,8 +493,10 @@ def estimate_memory(plan: Plan) -> int:
     # Flash attention keeps no [T, T] scores; on a CPU they are kept.
     scores = heads * row * 2 if plan.capabilities.device == "cpu" else 0
     per_block = tokens * (10 * width + 4 * inner + scores) * wide
-    blocks = per_block + plan.model.num_layers * tokens * width * wide if plan.recipe.train.gradient_checkpointing else per_block * plan.model.num_layers
+    blocks = (
+        per_block + plan.model.num_layers * tokens * width * wide
+        if plan.recipe.train.gradient_checkpointing
+        else per_block * plan.model.num_layers
+    )
     head = plan.train.gather * int(config.get("vocab_size", 0)) * 4 * 2
     return int(plan.num_parameters * per_weight + plan.num_trainable * 16 + blocks + head)
-
-

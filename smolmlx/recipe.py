@@ -229,7 +229,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: the text is not YAML.
     """
-    return yaml.load(text, Loader=_Yaml)  # noqa: S506 - a SafeLoader subclass
+    return yaml.load(text, Loader=_Yaml)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -245,7 +245,9 @@ def read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: expected a mapping of sections (model, data, train, ...), got {type(tree).__name__}.")
+        raise RecipeError(
+            f"{path}: expected a mapping of sections (model, data, train, ...), got {type(tree).__name__}."
+        )
     return tree
 
 
@@ -267,7 +269,7 @@ def build(
         RecipeError: with every unknown key, wrong type and impossible combination.
     """
     merged = _copy(tree)
-    origins = {key: "recipe" for key in _leaves(merged)}
+    origins = dict.fromkeys(_leaves(merged), "recipe")
     for text in overrides:
         key, value = _parse_override(text)
         _put(merged, key, value)
@@ -282,9 +284,7 @@ def build(
     return Loaded(recipe, source, origins, folder)
 
 
-def load(
-    path: Path, overrides: Sequence[str] = (), flags: Mapping[str, tuple[str, Any]] | None = None
-) -> Loaded:
+def load(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, tuple[str, Any]] | None = None) -> Loaded:
     """Read and check a recipe file; see `build`."""
     return build(read(path), source=str(path), folder=path.resolve().parent, overrides=overrides, flags=flags)
 
@@ -333,7 +333,11 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _explain(error: dict[str, Any]) -> Iterator[str]:
     """Turn one pydantic error into lines in this project's words."""
-    location = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "list[", "constrained", "function-"))]
+    location = [
+        str(part)
+        for part in error["loc"]
+        if not str(part).startswith(("literal[", "list[", "constrained", "function-"))
+    ]
     dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])

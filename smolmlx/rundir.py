@@ -104,7 +104,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: cannot write: {error.strerror or error}. Free some space, or choose another folder with --out.") from error
+        raise RunError(
+            f"{path}: cannot write: {error.strerror or error}. Free some space, or choose another folder with --out."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -112,7 +112,9 @@ class Session:
         else:
             self.state = read_state(checkpoint)
             if self.state.plan != self.plan.fingerprint():
-                raise RunError(f"{checkpoint}: made by another plan (recipe, data, template or model changed). Start a new run instead of --resume.")
+                raise RunError(
+                    f"{checkpoint}: made by another plan (recipe, data, template or model changed). Start a new run instead of --resume."
+                )
             weights = load_arrays(checkpoint / self.plan.weights_name)
             engine.load(weights, load_arrays(checkpoint / "optimizer.safetensors"), self.state.step)
             self._saved_step = self.state.step
@@ -191,7 +193,10 @@ class Session:
         patience = self.plan.recipe.eval.patience
         self.state.stopped = patience is not None and self.state.bad_evals >= patience
         perplexity = math.exp(min(loss, 700.0))
-        self._write("eval", {"val_loss": loss, "val_perplexity": perplexity, "val_accuracy": correct / max(1, tokens), "best": better})
+        self._write(
+            "eval",
+            {"val_loss": loss, "val_perplexity": perplexity, "val_accuracy": correct / max(1, tokens), "best": better},
+        )
         self._clock = time.perf_counter()
 
     @property
@@ -270,7 +275,9 @@ def read_state(checkpoint: Path) -> State:
         tree = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         return State(**{item.name: tree[item.name] for item in fields(State)})
     except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{checkpoint}: state.json is broken ({error!r}). Delete this checkpoint folder to go on from the one before.") from error
+        raise RunError(
+            f"{checkpoint}: state.json is broken ({error!r}). Delete this checkpoint folder to go on from the one before."
+        ) from error
 
 
 def save_arrays(arrays: Arrays, path: Path) -> None:
@@ -286,4 +293,6 @@ def load_arrays(path: Path) -> Arrays:
     try:
         return {name: array.astype(np.float32, copy=False) for name, array in load_file(path).items()}
     except (OSError, ValueError, SafetensorError) as error:
-        raise RunError(f"{path}: cannot be read ({error}). Delete this checkpoint folder to go on from the one before.") from error
+        raise RunError(
+            f"{path}: cannot be read ({error}). Delete this checkpoint folder to go on from the one before."
+        ) from error

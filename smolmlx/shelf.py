@@ -31,7 +31,9 @@ def find(name: str) -> Path:
         return shipped
     if path.suffix in (".yaml", ".yml") or path.is_dir():
         raise RecipeError(f"{name}: no such recipe file.{nearest(name.removesuffix('.yaml'), names())}")
-    raise RecipeError(f"{name}: no recipe of this name and no such file.{nearest(name, names())} `smolmlx recipes ls` lists them.")
+    raise RecipeError(
+        f"{name}: no recipe of this name and no such file.{nearest(name, names())} `smolmlx recipes ls` lists them."
+    )
 
 
 def header(path: Path) -> str:

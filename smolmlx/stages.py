@@ -57,7 +57,9 @@ def start_run(plan: Plan, out: Path, name: str) -> RunDir:
     """Make the run's folder and write what every engine starts from: recipe, plan, environment, first weights."""
     run = rundir.create(name, out)
     recipe = plan.recipe
-    write_text(run.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+    write_text(
+        run.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    )
     run.write_json("plan.json", plan.to_json())
     run.write_json("env.json", environment(plan))
     with rundir.writing(run.path):
@@ -102,7 +104,11 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
         RunError: the run failed; checkpoints stay.
     """
     session = Session(plan, run, on_event)
-    before = answer_samples(plan, choice.backend, None, run) if plan.recipe.samples.prompts and not (run.path / "samples.json").exists() else None
+    before = (
+        answer_samples(plan, choice.backend, None, run)
+        if plan.recipe.samples.prompts and not (run.path / "samples.json").exists()
+        else None
+    )
     if before is not None:
         run.write_json("samples.json", {"before": before})
     with _signals(session):
@@ -153,12 +159,21 @@ def save_result(plan: Plan, session: Session) -> None:
         copy_tokenizer(plan.tokenizer, folder)
         if plan.full:
             eos = list(plan.tokenizer.eos_ids)
-            write_text(folder / "generation_config.json", json.dumps({"eos_token_id": eos, "pad_token_id": plan.tokenizer.pad_id}) + "\n")
+            write_text(
+                folder / "generation_config.json",
+                json.dumps({"eos_token_id": eos, "pad_token_id": plan.tokenizer.pad_id}) + "\n",
+            )
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Copy tokenizer files, with the template that was trained on."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "tokenizer.model"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "tokenizer.model",
+    ):
         source = tokenizer.folder / name
         if source.is_file():
             (folder / name).write_bytes(source.read_bytes())
@@ -223,11 +238,16 @@ def answer_samples(plan: Plan, backend: Backend, adapter: Path | None, run: RunD
     generator = open_generator(plan, backend, adapter, run)
     if plan.tokenizer.template_text is None:
         tokens = [plan.tokenizer.encode(prompt) for prompt in recipe.samples.prompts]
-        found = {c.index: plan.tokenizer.decode(c.ids) for c in generator.generate(tokens, Decoding(max_tokens=recipe.samples.max_tokens))}
+        found = {
+            c.index: plan.tokenizer.decode(c.ids)
+            for c in generator.generate(tokens, Decoding(max_tokens=recipe.samples.max_tokens))
+        }
         return [found[i] for i in range(len(tokens))]
     system = ({"role": "system", "content": recipe.data.system},) if recipe.data.system else ()
     prompts = [(*system, {"role": "user", "content": prompt}) for prompt in recipe.samples.prompts]
-    settings = Settings("", decoding=Decoding(max_tokens=recipe.samples.max_tokens), template_args=recipe.data.template_args)
+    settings = Settings(
+        "", decoding=Decoding(max_tokens=recipe.samples.max_tokens), template_args=recipe.data.template_args
+    )
     return answer(generator, plan.tokenizer, prompts, settings)
 
 

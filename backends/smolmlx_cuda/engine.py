@@ -15,7 +15,12 @@ from smolmlx.errors import BackendError, nearest
 from smolmlx.models import BaseModel
 
 # Set before any of these libraries is imported; a user who set them keeps what was set.
-_QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+_QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
 KNOBS = {"unsloth": ("auto", "on", "off"), "attention": ("sdpa", "eager", "flash_attention_2")}
 
 

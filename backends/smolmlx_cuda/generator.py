@@ -51,7 +51,14 @@ class TorchGenerator:
         alive = list(range(len(rows)))
         cache = None
         for _ in range(how.max_tokens):
-            out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
             cache = out.past_key_values
             chosen = [_choose(row, how, generators[i]) for i, row in zip(alive, out.logits[:, -1].float(), strict=True)]
             keep = [place for place, token in enumerate(chosen) if token not in stops]
@@ -82,7 +89,9 @@ class TorchGenerator:
 
     def logits(self, ids: Sequence[int]) -> FloatArray:
         with torch.no_grad():
-            found: FloatArray = self.model(torch.tensor([list(ids)], device=self.device)).logits[0].float().cpu().numpy()
+            found: FloatArray = (
+                self.model(torch.tensor([list(ids)], device=self.device)).logits[0].float().cpu().numpy()
+            )
         return found
 
 

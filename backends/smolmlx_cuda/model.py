@@ -38,11 +38,18 @@ def load_base(folder: Path, dtype: str, device: str, quantize: str = "none", att
     quantization = None
     if quantize != "none":
         quantization = BitsAndBytesConfig(
-            load_in_4bit=quantize == "4bit", load_in_8bit=quantize == "8bit", bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
+            load_in_4bit=quantize == "4bit",
+            load_in_8bit=quantize == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=DTYPES[dtype],
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation=attention, quantization_config=quantization, local_files_only=True
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            quantization_config=quantization,
+            local_files_only=True,
         )
     except (ValueError, KeyError) as error:
         raise BackendError(f"{folder}: transformers cannot load this model: {str(error).splitlines()[0]}") from error
@@ -57,7 +64,7 @@ def add_lora(model: Any, plan: Plan) -> Any:
     """Put an untrained PEFT adapter on a model; its weights are loaded afterwards."""
     lora = plan.recipe.lora
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted(plan.targets),  # type: ignore[arg-type]
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted(plan.targets),
         use_rslora=lora.rslora, use_dora=lora.dora, bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
     return get_peft_model(model, config)
@@ -170,7 +177,11 @@ def split_head(model: Any) -> tuple[Callable[..., torch.Tensor], Callable[[torch
     training = model.training
     model.eval()
     with torch.no_grad():
-        same = inner is not base and head is not None and torch.allclose(whole(input_ids=probe), head(body(input_ids=probe)), atol=1e-3)
+        same = (
+            inner is not base
+            and head is not None
+            and torch.allclose(whole(input_ids=probe), head(body(input_ids=probe)), atol=1e-3)
+        )
     model.train(training)
     return (body, head) if same else (whole, lambda logits: logits)
 

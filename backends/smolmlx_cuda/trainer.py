@@ -59,7 +59,13 @@ class Engine:
         recipe = plan.recipe
         self.plan, self.session = plan, session
         self.device = plan.capabilities.device
-        base = load_base(session.base_folder, plan.dtype, self.device, recipe.model.quantize, str(recipe.cuda.get("attention", "sdpa")))
+        base = load_base(
+            session.base_folder,
+            plan.dtype,
+            self.device,
+            recipe.model.quantize,
+            str(recipe.cuda.get("attention", "sdpa")),
+        )
         self.model = base if plan.full else add_lora(base, plan)
         if plan.full:
             self.model.requires_grad_(True)
@@ -152,7 +158,9 @@ class Engine:
         for name, parameter in self.parameters.items():
             for key, value in self.adam.state.get(parameter, {}).items():
                 if key != "step" and torch.is_tensor(value):
-                    found[f"{name}.{key}"] = value.detach().cpu().numpy() if value.dtype == torch.uint8 else to_numpy(value)
+                    found[f"{name}.{key}"] = (
+                        value.detach().cpu().numpy() if value.dtype == torch.uint8 else to_numpy(value)
+                    )
         return found
 
     def load(self, weights: Arrays, optimizer: Arrays | None, step: int) -> None:
@@ -180,7 +188,9 @@ def make_optimizer(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> tor
     if train.optimizer == "adamw_8bit":
         import bitsandbytes
 
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps)
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+            groups, lr=train.learning_rate, betas=train.betas, eps=train.eps
+        )
         return optimizer
     fused = True if train.optimizer == "adamw_fused" else None
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=fused)
@@ -202,7 +212,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         return batches, 1  # the denominator travels with each micro-batch
 
-    def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         nats, correct = self.engine.losses.totals(inputs)
         loss = nats / inputs["denominator"]
         self.watch.add(loss.detach(), correct)
@@ -233,7 +245,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         engine, session = self.engine, self.engine.session
-        session.record_step(StepResult(float(self.loss), float(self.norm), int(self.correct), peak_bytes(engine.device)))
+        session.record_step(
+            StepResult(float(self.loss), float(self.norm), int(self.correct), peak_bytes(engine.device))
+        )
         if session.wants_eval:
             session.record_eval(*engine.evaluate())
         if session.wants_checkpoint:
@@ -254,5 +268,7 @@ def peak_bytes(device: str) -> int:
 
 def special_tokens(plan: Plan) -> dict[str, str]:
     """Return the pad and eos token that TRL asks for; it never tokenizes here."""
-    eos = plan.tokenizer.special("eos_token") or plan.tokenizer.fast.id_to_token(plan.tokenizer.eos_ids[0] if plan.tokenizer.eos_ids else 0)
-    return {"eos_token": eos, "pad_token": plan.tokenizer.special("pad_token") or eos}
+    tokenizer = plan.tokenizer
+    first = tokenizer.eos_ids[0] if tokenizer.eos_ids else 0
+    eos = tokenizer.special("eos_token") or str(tokenizer.fast.id_to_token(first))
+    return {"eos_token": eos, "pad_token": tokenizer.special("pad_token") or eos}

@@ -39,7 +39,9 @@ def _scaled_power(x: mx.array, rounded: mx.array, power: mx.array) -> mx.array:
     """Return e^r 2^n with r = x - n ln 2 in +-ln(2)/2; the polynomial is that of Cephes' expf."""
     n = rounded - _ROUNDER
     r = x - n * _LN2_HIGH - n * _LN2_LOW
-    tail = ((((1.9875691500e-4 * r + 1.3981999507e-3) * r + 8.3334519073e-3) * r + 4.1665795894e-2) * r + 1.6666665459e-1) * r + 5.0000001201e-1
+    tail = (
+        (((1.9875691500e-4 * r + 1.3981999507e-3) * r + 8.3334519073e-3) * r + 4.1665795894e-2) * r + 1.6666665459e-1
+    ) * r + 5.0000001201e-1
     return (tail * r * r + r + 1.0) * power
 
 
@@ -90,7 +92,9 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return gate * sigmoid(gate) * x
 
 
-def attention(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None) -> mx.array:
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
+) -> mx.array:
     """Return what mlx-lm's `scaled_dot_product_attention` returns, [B, H, T, D], for float32 arrays.
 
     Args:
@@ -138,8 +142,12 @@ def _takes_part(call: types.FunctionType) -> bool:
 
 
 def _rebound(call: types.FunctionType) -> Callable[..., Any]:
-    names = {name: _choosing(call.__globals__[name], ours) for name, ours in _REPLACED.items() if name in call.__globals__}
-    fresh = types.FunctionType(call.__code__, {**call.__globals__, **names}, call.__name__, call.__defaults__, call.__closure__)
+    names = {
+        name: _choosing(call.__globals__[name], ours) for name, ours in _REPLACED.items() if name in call.__globals__
+    }
+    fresh = types.FunctionType(
+        call.__code__, {**call.__globals__, **names}, call.__name__, call.__defaults__, call.__closure__
+    )
     fresh.__kwdefaults__ = call.__kwdefaults__
     return fresh
 

@@ -20,6 +20,8 @@ blas.ensure()
 
 import mlx.core as mx  # noqa: E402 - after the BLAS
 
+__all__ = ["mx"]
+
 
 def is_metal() -> bool:
     return bool(mx.metal.is_available())

@@ -21,7 +21,8 @@ class MlxBackend:
     name = "mlx"
 
     def capabilities(self, device: str | None = None) -> Capabilities:
-        from smolmlx_mlx import blas, device as devices
+        from smolmlx_mlx import blas
+        from smolmlx_mlx import device as devices
 
         found = devices.use(device)
         fast = blas.ensure()
@@ -30,7 +31,9 @@ class MlxBackend:
         if not fast.fast:
             notes.append(f"MLX uses {fast.name}: 14 times slower than it need be. {blas.ADVICE}.")
         if not devices.can_compile():
-            notes.append("no C++ compiler, so the training step is not compiled and takes about twice as long: apt-get install g++.")
+            notes.append(
+                "no C++ compiler, so the training step is not compiled and takes about twice as long: apt-get install g++."
+            )
         return Capabilities(
             device=found,
             device_name=devices.name(),
@@ -50,7 +53,11 @@ class MlxBackend:
         )
 
     def check(self, knobs: Mapping[str, Any]) -> Sequence[str]:
-        return [f"mlx.{key}: unknown key.{nearest(key, KNOBS)} The MLX engine has no knobs of its own yet." for key in knobs if key not in KNOBS]
+        return [
+            f"mlx.{key}: unknown key.{nearest(key, KNOBS)} The MLX engine has no knobs of its own yet."
+            for key in knobs
+            if key not in KNOBS
+        ]
 
     def trainer(self) -> Trainer:
         from smolmlx_mlx.trainer import MlxTrainer

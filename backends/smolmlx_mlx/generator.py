@@ -13,7 +13,7 @@ from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
 from smolmlx.models import BaseModel
 from smolmlx_mlx import device as devices
-from smolmlx_mlx.device import mx
+from smolmlx_mlx.device import mx as mx
 from smolmlx_mlx.model import load_adapter, load_base
 from smolmlx_mlx.step import Losses, to_inputs
 
@@ -55,7 +55,9 @@ class MlxGenerator:
                         if response.finish_reason != "stop":
                             answers[response.uid].append(int(response.token))
                         if response.finish_reason is not None:
-                            yield Completion(rows[response.uid], tuple(answers.pop(response.uid)), response.finish_reason == "stop")
+                            yield Completion(
+                                rows[response.uid], tuple(answers.pop(response.uid)), response.finish_reason == "stop"
+                            )
             finally:
                 generator.close()
 
@@ -83,7 +85,12 @@ def _sampler(how: Decoding, row: int) -> Any:
             order = mx.argsort(-scaled, axis=-1)
             probabilities = mx.take_along_axis(mx.softmax(scaled, axis=-1), order, axis=-1)
             outside = mx.cumsum(probabilities, axis=-1) - probabilities >= how.top_p
-            scaled = mx.put_along_axis(mx.zeros_like(scaled), order, mx.where(outside, -mx.inf, mx.take_along_axis(scaled, order, axis=-1)), axis=-1)
+            scaled = mx.put_along_axis(
+                mx.zeros_like(scaled),
+                order,
+                mx.where(outside, -mx.inf, mx.take_along_axis(scaled, order, axis=-1)),
+                axis=-1,
+            )
         return mx.random.categorical(scaled, key=now)
 
     return sample

@@ -25,7 +25,7 @@ from mlx_lm.tuner.lora import LoRALinear  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
 from smolmlx.errors import BackendError, RecipeError  # noqa: E402
-from smolmlx.models import BaseModel, with_rope_theta  # noqa: E402
+from smolmlx.models import with_rope_theta  # noqa: E402
 from smolmlx.plan import PEFT_PREFIX  # noqa: E402
 from smolmlx.session import Arrays, load_arrays  # noqa: E402
 from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
@@ -46,11 +46,18 @@ def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str
         model, _ = load_model(folder, model_config=dict(with_rope_theta(config)))
     except ValueError as error:
         if "not supported" in str(error):
-            raise BackendError(f"{folder}: mlx-lm has no model of type '{config.get('model_type')}'. Try --backend cuda.") from error
+            raise BackendError(
+                f"{folder}: mlx-lm has no model of type '{config.get('model_type')}'. Try --backend cuda."
+            ) from error
         raise RecipeError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
     model.set_dtype(DTYPES[dtype])
     if quantize != "none":
-        nn.quantize(model, group_size=64, bits=_BITS[quantize], class_predicate=lambda path, module: ".layers." in path and _can_quantize(module))
+        nn.quantize(
+            model,
+            group_size=64,
+            bits=_BITS[quantize],
+            class_predicate=lambda path, module: ".layers." in path and _can_quantize(module),
+        )
     if mx.default_device() == mx.cpu:
         use_fast_math(model)
     model.freeze()
@@ -62,7 +69,9 @@ def _can_quantize(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and module.weight.shape[-1] % 64 == 0
 
 
-def add_lora(model: nn.Module, targets: Mapping[str, Any], rank: int, scale: float, dropout: float = 0.0, dora: bool = False) -> None:
+def add_lora(
+    model: nn.Module, targets: Mapping[str, Any], rank: int, scale: float, dropout: float = 0.0, dora: bool = False
+) -> None:
     """Replace the target layers by mlx-lm's LoRA layers; only those train."""
     kind = DoRALinear if dora else LoRALinear
     modules = dict(model.named_modules())
@@ -88,7 +97,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     modules = dict(model.named_modules())
     strangers = [path for path in paths if path not in modules]
     if strangers:
-        raise RecipeError(f"{folder}: made for another base model: it adapts {strangers[0]} (and {len(strangers) - 1} more), which this model lacks.")
+        raise RecipeError(
+            f"{folder}: made for another base model: it adapts {strangers[0]} (and {len(strangers) - 1} more), which this model lacks."
+        )
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     add_lora(model, dict.fromkeys(paths), rank, scale, 0.0, bool(config.get("use_dora")))
@@ -134,7 +145,9 @@ def to_tree(arrays: Arrays) -> list[tuple[str, mx.array]]:
     found = []
     for name, value in arrays.items():
         path = to_mlx(name)
-        found.append((path, mx.array(np.ascontiguousarray(value.T) if path.endswith((".lora_a", ".lora_b")) else value)))
+        found.append(
+            (path, mx.array(np.ascontiguousarray(value.T) if path.endswith((".lora_a", ".lora_b")) else value))
+        )
     return found
 
 
@@ -148,7 +161,9 @@ def write_weights(model: nn.Module, arrays: Arrays, source: Path | None = None) 
     fresh = []
     for path, value in to_tree(arrays):
         if path not in current or current[path].shape != value.shape:
-            raise RecipeError(f"{source or 'weights'}: made for another base model: {path} is {value.shape}, the model has {getattr(current.get(path), 'shape', 'none')}.")
+            raise RecipeError(
+                f"{source or 'weights'}: made for another base model: {path} is {value.shape}, the model has {getattr(current.get(path), 'shape', 'none')}."
+            )
         adapter = path.endswith((".lora_a", ".lora_b", ".m"))
         fresh.append((path, value if adapter else value.astype(current[path].dtype)))
     model.update(tree_unflatten(fresh))

@@ -32,9 +32,13 @@ class Losses:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.body, self.head = split_head(model)
-        self._logsumexp = cpu_math.logsumexp if mx.default_device() == mx.cpu else (lambda logits: mx.logsumexp(logits, axis=-1))
+        self._logsumexp = (
+            cpu_math.logsumexp if mx.default_device() == mx.cpu else (lambda logits: mx.logsumexp(logits, axis=-1))
+        )
 
-    def __call__(self, ids: mx.array, segments: mx.array | None, index: mx.array, labels: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, ids: mx.array, segments: mx.array | None, index: mx.array, labels: mx.array, weights: mx.array
+    ) -> tuple[mx.array, mx.array]:
         """Return (nats, correct) over the supervised positions, both scalars.
 
         Args:
@@ -43,7 +47,9 @@ class Losses:
         losses, correct = self.positions(ids, segments, index, labels)
         return (losses * weights).sum(), (correct * weights).sum()
 
-    def positions(self, ids: mx.array, segments: mx.array | None, index: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
+    def positions(
+        self, ids: mx.array, segments: mx.array | None, index: mx.array, labels: mx.array
+    ) -> tuple[mx.array, mx.array]:
         """Return the nats of each supervised position and whether its target is the likeliest: [S], [S]."""
         cache = None if segments is None else [PackedMask(segments)] * len(self.model.layers)
         hidden = self.body(ids, cache)  # [B, T, D]

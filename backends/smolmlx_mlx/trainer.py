@@ -8,8 +8,8 @@ from smolmlx.errors import RunError
 from smolmlx.plan import Plan
 from smolmlx.session import Arrays, Session, StepResult
 from smolmlx_mlx import device as devices
-from smolmlx_mlx.device import mx
-from smolmlx_mlx.model import add_lora, checkpoint_layers, load_base, read_arrays, to_tree, from_mlx, write_weights
+from smolmlx_mlx.device import mx as mx
+from smolmlx_mlx.model import add_lora, checkpoint_layers, from_mlx, load_base, read_arrays, to_tree, write_weights
 from smolmlx_mlx.step import Stepper
 
 # Free cached buffers beyond this many bytes; clearing on every step would throw away what the next one needs.
@@ -41,7 +41,9 @@ class MlxTrainer:
             upcoming = session.state.step + 1
             batches = plan.train.step(upcoming) if upcoming < plan.steps else []  # made while the device works
             mx.eval(loss, norm, correct)
-            session.record_step(StepResult(float(loss.item()), float(norm.item()), int(correct.item()), devices.peak_bytes()))
+            session.record_step(
+                StepResult(float(loss.item()), float(norm.item()), int(correct.item()), devices.peak_bytes())
+            )
             if mx.get_cache_memory() > _CACHE_BYTES:
                 mx.clear_cache()
             if session.wants_eval:
@@ -59,11 +61,17 @@ def _out_of_memory(plan: Plan) -> str:
     knobs = []
     if train.batch_size > 1:
         half = max(1, train.batch_size // 2)
-        knobs.append(f"--set train.batch_size={half} --set train.accumulation={train.accumulation * train.batch_size // half} (same result)")
+        knobs.append(
+            f"--set train.batch_size={half} --set train.accumulation={train.accumulation * train.batch_size // half} (same result)"
+        )
     if not train.gradient_checkpointing:
         knobs.append("--set train.gradient_checkpointing=true")
     knobs += [f"--set data.max_length={max(plan.train.widths) // 2}", "--set model.quantize=4bit"]
-    return f"out of memory at {train.batch_size} rows of {max(plan.train.widths)} tokens. Turn one of these, first the first: " + "; ".join(knobs) + "."
+    return (
+        f"out of memory at {train.batch_size} rows of {max(plan.train.widths)} tokens. Turn one of these, first the first: "
+        + "; ".join(knobs)
+        + "."
+    )
 
 
 class Engine:
@@ -103,16 +111,21 @@ class Engine:
         for kind, moments in (("exp_avg", optimizer.exp_avg), ("exp_avg_sq", optimizer.exp_avg_sq)):
             for path, value in moments.items():
                 array = np.array(value)
-                found[f"{from_mlx(path)}.{kind}"] = np.ascontiguousarray(array.T) if path.endswith((".lora_a", ".lora_b")) else array
+                found[f"{from_mlx(path)}.{kind}"] = (
+                    np.ascontiguousarray(array.T) if path.endswith((".lora_a", ".lora_b")) else array
+                )
         return found
 
     def load(self, weights: Arrays, optimizer: Arrays | None, step: int) -> None:
         write_weights(self.model, weights)
         if optimizer is None:
             return
-        for kind, moments in (("exp_avg", self.stepper.optimizer.exp_avg), ("exp_avg_sq", self.stepper.optimizer.exp_avg_sq)):
-            named = {name.removesuffix(f".{kind}"): value for name, value in optimizer.items() if name.endswith(f".{kind}")}
+        for kind, moments in (
+            ("exp_avg", self.stepper.optimizer.exp_avg),
+            ("exp_avg_sq", self.stepper.optimizer.exp_avg_sq),
+        ):
+            named = {
+                name.removesuffix(f".{kind}"): value for name, value in optimizer.items() if name.endswith(f".{kind}")
+            }
             moments.update(dict(to_tree(named)))
         self.stepper.optimizer.steps = step
-
-

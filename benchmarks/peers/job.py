@@ -1,4 +1,4 @@
-"""What a contestant is told and what it reports: two JSON files, so that each one has a process and a memory of its own.
+"""What a contestant is told and what it reports: two JSON files, so that each has a process and a memory of its own.
 
 Standard library only, because peers may live in another virtual environment than smolmlx.
 """

@@ -44,9 +44,13 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
-            raise click.UsageError(f"no such command '{args[0]}'.{nearest(args[0], VERBS)} Commands: {', '.join(VERBS)}.")
+            raise click.UsageError(
+                f"no such command '{args[0]}'.{nearest(args[0], VERBS)} Commands: {', '.join(VERBS)}."
+            )
         return super().resolve_command(ctx, args)
 
 
@@ -87,10 +91,13 @@ def main() -> None:
             raise
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
-    except Exception as error:  # noqa: BLE001 - the one catch-all: whatever is left is our bug
+    except Exception as error:
         if debug:
             raise
-        click.echo(f"Unexpected {type(error).__name__}: {error}\nThis is a bug in smolmlx. Run again with --debug and report the traceback.", err=True)
+        click.echo(
+            f"Unexpected {type(error).__name__}: {error}\nThis is a bug in smolmlx. Run again with --debug and report the traceback.",
+            err=True,
+        )
         sys.exit(1)
 
 

@@ -39,7 +39,7 @@ Examples:
 """
 VALIDATE_EPILOG = """\b
 Examples:
-  smolmlx data validate train.jsonl validation.jsonl
+  smolmlx data validate train.jsonl chats.json
   smolmlx data validate data/notes/*.jsonl --notes
 """
 PREPARE_EPILOG = """\b
@@ -50,13 +50,11 @@ Examples:
 """
 SPLIT_EPILOG = """\b
 Examples:
-  smolmlx data split clean.jsonl splits
   smolmlx data split clean.jsonl splits --shares .9,.1
   smolmlx data split notes.jsonl splits --counts 480,60,60 --group concept --seed 7
 """
 CORPUS_EPILOG = """\b
 Examples:
-  smolmlx data corpus out/corpus
   smolmlx data corpus out/corpus --package python --package numpy --tokenizer out/tokenizer --vocab-size 4096
 """
 
@@ -100,8 +98,8 @@ def _mapping(ctx: click.Context, option: click.Parameter, given: Sequence[str]) 
 def columns_option(function: Function) -> Function:
     """Add --column."""
     text = "Take a field from a column of another name, e.g. prompt=question."
-    add = click.option("--column", "columns", multiple=True, callback=_mapping, metavar="FIELD=NAME", help=text)
-    return add(function)
+    how: dict[str, Any] = {"multiple": True, "callback": _mapping, "metavar": "FIELD=NAME", "help": text}
+    return click.option("--column", "columns", **how)(function)
 
 
 def _open(name: str, columns: Mapping[str, str]) -> Source:
@@ -122,10 +120,8 @@ def _open_all(names: Sequence[str], columns: Mapping[str, str]) -> dict[str, Sou
             opened[name] = _open(name, columns)
         except DataError as error:
             problems.append(str(error))
-    if len(problems) > 1:
-        raise DataError("files that cannot be read", problems)
     if problems:
-        raise DataError(problems[0])
+        raise DataError("files that cannot be read", problems) if problems[1:] else DataError(problems[0])
     return opened
 
 
@@ -228,9 +224,14 @@ def inspect(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
         for name, source in _open_all(files, view.columns).items():
             row = view.row or 1
             found = Look(name, source, survey(source, row, lambda rows: say(f"reading: {rows:,} rows")), row)
-            if tokenizer is not None:
-                measure(found, tokenizer, view.encoding(), lambda rows: say(f"tokenizing: {rows:,} rows"))
             looks.append(found)
+            try:
+                if tokenizer is not None:
+                    measure(found, tokenizer, view.encoding(), lambda rows: say(f"tokenizing: {rows:,} rows"))
+            except DataError as error:
+                if view.model or view.tokenizer:
+                    raise
+                console.note(f"Not tokenized with the embedded model's tokenizer; give --model. {error}")
     if as_json:
         console.print_json({"files": [found.to_json() for found in looks]})
         return
@@ -365,7 +366,7 @@ def validate(files: tuple[str, ...], notes: bool, columns: dict[str, str], as_js
         noted = [name for name in files if notes or _holds_notes(name)]
         found = _check_notes(noted) if noted else {}
         for name in files:
-            reports.append(found[name] if name in found else check_rows(name, columns))
+            reports.append(found[name] if name in found else _check_rows(name, columns))
     problems = [problem for report in reports for problem in report["problems"]]
     if as_json:
         console.print_json({"ok": not problems, "files": reports})
@@ -398,39 +399,22 @@ def _check_notes(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     found: list[Problem] = validate_notes(names, lambda answer: strict_compliance(answer).problems)
     reports: dict[str, dict[str, Any]] = {}
     for name in names:
-        problems = [str(problem) for problem in found if problem.path == Path(name)]
-        reports[name] = {"file": name, "format": "notes", "rows": _count_lines(Path(name)), "problems": problems}
+        path = Path(name)
+        rows = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) if path.is_file() else 0
+        problems = [str(problem) for problem in found if problem.path == path]
+        reports[name] = {"file": name, "format": "notes", "rows": rows, "problems": problems}
     return reports
 
 
-def _count_lines(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            return sum(bool(line.strip()) for line in file)
-    except OSError:
-        return 0
+def _check_rows(name: str, columns: Mapping[str, str]) -> dict[str, Any]:
+    from smolmlx.data.clean import list_problems
 
-
-def check_rows(name: str, columns: Mapping[str, str]) -> dict[str, Any]:
-    """List everything wrong with the rows of a file, whatever its format."""
-    from smolmlx.data.clean import read_pairs, structure_fault
-
-    problems: list[str] = []
-    ids: dict[str, str] = {}
-    rows, form = 0, None
     try:
         source = _open(name, columns)
-        form = source.form.name
-        for raw, example in read_pairs(source, problems):
-            rows += 1
-            fault = structure_fault(example)
-            if fault is not None:
-                problems.append(f"{example.where}: {fault}")
-            if raw.get("id") is not None and (first := ids.setdefault(str(raw["id"]), example.where)) != example.where:
-                problems.append(f"{example.where}: duplicate id '{raw['id']}', first used at {first}")
+        rows, problems = list_problems(source)
     except DataError as error:
-        problems += error.problems or (str(error),)
-    return {"file": name, "format": form, "rows": rows, "problems": problems}
+        return {"file": name, "format": None, "rows": 0, "problems": list(error.problems or (str(error),))}
+    return {"file": name, "format": source.form.name, "rows": rows, "problems": problems}
 
 
 @command.command("prepare", epilog=PREPARE_EPILOG)

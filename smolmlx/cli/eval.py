@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,7 +28,7 @@ LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsuppo
 @click.option("--model", required=True, metavar="M", help="Hub id, folder or `tiny`: the base, always scored too.")
 @click.option("--adapter", "adapters", multiple=True, metavar="A", help="Adapter folder; may be given more than once.")
 @click.option("--data", metavar="ROWS", help="Held-out rows; default: the recipe's evaluate.data.")
-@click.option("--train", "train_rows", metavar="ROWS", help="Rows the copy and random controls answer from (suite notes).")
+@click.option("--train", "train", metavar="ROWS", help="Rows the copy and random controls answer from (suite notes).")
 @click.option("--ood", metavar="ROWS", help="Out-of-distribution rows, scored apart.")
 @click.option("--suite", type=click.Choice(["notes", "loss"]), help="Default: the recipe's, else loss.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
@@ -37,7 +37,16 @@ LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsuppo
 @click.option("--out", type=click.Path(file_okay=False), help="Write results.json, .md, .csv and the answers here.")
 @options.engine
 @options.as_json
-def command(recipe: str | None, model: str, adapters: tuple[str, ...], out: str | None, backend: str, device: str | None, as_json: bool, **given: object) -> None:
+def command(
+    recipe: str | None,
+    model: str,
+    adapters: tuple[str, ...],
+    out: str | None,
+    backend: str,
+    device: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Score MODEL and each adapter on the same rows, template and decoding; RECIPE supplies what is not given."""
     from smolmlx import console
     from smolmlx.data.chat import Tokenizer
@@ -51,7 +60,10 @@ def command(recipe: str | None, model: str, adapters: tuple[str, ...], out: str 
             raise RecipeError(f"--adapter {adapter}: no such folder.")
     choice = options.choose(backend, device)
     tokenizer = Tokenizer(base.folder, template)
-    systems = [System("base", base), *(System(name, base, Path(a)) for name, a in zip(_names(adapters), adapters, strict=True))]
+    systems = [
+        System("base", base),
+        *(System(name, base, Path(a)) for name, a in zip(_names(adapters), adapters, strict=True)),
+    ]
     found = evaluate(choice.backend, systems, tokenizer, settings, console.Counter)
     if out:
         write(found, Path(out))
@@ -69,32 +81,49 @@ def _names(adapters: tuple[str, ...]) -> list[str]:
     return [name if plain.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(plain, 1)]
 
 
-def _settings(recipe: str | None, given: dict[str, object], device: str | None) -> tuple[Settings, str | None]:
-    """Join flags and recipe, flags first."""
+def _settings(recipe: str | None, given: dict[str, Any], device: str | None) -> tuple[Settings, str | None]:
+    """Join flags and recipe, flags first; return them with the recipe's chat template."""
     from smolmlx.backend import Decoding, Loading
     from smolmlx.data.encode import Encoding
     from smolmlx.evals.run import Settings
+
+    fallback = _from_recipe(recipe)
+    chosen = {name: fallback.get(name) if value is None else value for name, value in given.items()}
+    if not chosen["data"]:
+        raise RecipeError("eval: no rows to score. Pass --data rows.jsonl, or a recipe that has an `evaluate` block.")
+    settings = Settings(
+        data=chosen["data"],
+        suite=chosen["suite"] or "loss",
+        train=chosen["train"],
+        ood=chosen["ood"],
+        decoding=Decoding(max_tokens=chosen["max_tokens"] or 256, batch_size=chosen["batch_size"]),
+        limit=chosen["limit"],
+        template_args=fallback.get("template_args", {}),
+        system_message=fallback.get("system_message"),
+        loading=Loading(device),
+        encoding=fallback["encoding"] if fallback else Encoding(max_length=2048),
+    )
+    return settings, fallback.get("chat_template")
+
+
+def _from_recipe(name: str | None) -> dict[str, Any]:
+    """Return what a recipe says about evaluation; nothing without a recipe."""
+    if name is None:
+        return {}
     from smolmlx.plan import encoding, locate
 
-    loaded = options.load_recipe(recipe, ()) if recipe else None
-    wanted = loaded.recipe.evaluate if loaded else None
-    data = given["data"] or (wanted and loaded and locate(wanted.data, loaded))
-    if not data:
-        raise RecipeError("eval: no rows to score. Pass --data rows.jsonl, or a recipe that has an `evaluate` block.")
-    files = {
-        name: given[flag] or (wanted and loaded and getattr(wanted, name) and locate(getattr(wanted, name), loaded))
-        for name, flag in (("train", "train_rows"), ("ood", "ood"))
+    loaded = options.load_recipe(name, ())
+    data, wanted = loaded.recipe.data, loaded.recipe.evaluate
+    found: dict[str, Any] = {
+        "template_args": data.template_args,
+        "system_message": data.system,
+        "encoding": encoding(loaded.recipe),
+        "chat_template": loaded.recipe.model.chat_template,
     }
-    suite = given["suite"] or (wanted.suite if wanted else "loss")
-    decoding = Decoding(max_tokens=int(str(given["max_tokens"] or (wanted.max_tokens if wanted else 256))), batch_size=int(str(given["batch_size"])))
-    settings = Settings(
-        data=str(data), suite=str(suite), train=files["train"] or None, ood=files["ood"] or None, decoding=decoding,
-        limit=given["limit"] or (wanted.limit if wanted else None),  # type: ignore[arg-type]
-        template_args=loaded.recipe.data.template_args if loaded else {},
-        system_message=loaded.recipe.data.system if loaded else None,
-        loading=Loading(device), encoding=encoding(loaded.recipe) if loaded else Encoding(max_length=2048),
-    )  # fmt: skip
-    return settings, loaded.recipe.model.chat_template if loaded else None
+    if wanted is not None:
+        files = {key: locate(path, loaded) for key in ("data", "train", "ood") if (path := getattr(wanted, key))}
+        found |= {"suite": wanted.suite, "max_tokens": wanted.max_tokens, "limit": wanted.limit, **files}
+    return found
 
 
 def show(evaluation: Evaluation) -> None:
@@ -114,5 +143,8 @@ def show(evaluation: Evaluation) -> None:
             if difference.metric in ("compliance", "content_alignment"):
                 console.result(f"  {difference.sentence}")
     if evaluation.loss:
-        cells = [(name, f"{s.loss:.4f}", f"{s.perplexity:.2f}", f"{s.accuracy:.4f}", f"{s.num_tokens:,}") for name, s in evaluation.loss.items()]
-        console.table(cells, ("system", "loss", "perplexity", "accuracy", "tokens"))
+        lines = [
+            (name, f"{s.loss:.4f}", f"{s.perplexity:.2f}", f"{s.accuracy:.4f}", f"{s.num_tokens:,}")
+            for name, s in evaluation.loss.items()
+        ]
+        console.table(lines, ("system", "loss", "perplexity", "accuracy", "tokens"))

@@ -26,18 +26,38 @@ Examples:
 @click.option("--model", required=True, metavar="M", help="Hub id, folder or `tiny`.")
 @click.option("--adapter", metavar="A", type=click.Path(), help="Adapter folder (PEFT layout).")
 @click.option("--prompt", metavar="TEXT", help="One user message.")
-@click.option("--input", "source", metavar="ROWS", help="Rows of any known format; an assistant turn at their end is left out.")
+@click.option(
+    "--input", "source", metavar="ROWS", help="Rows of any known format; an assistant turn at their end is left out."
+)
 @click.option("--output", metavar="OUT", type=click.Path(dir_okay=False), help="Write answers as JSONL.")
 @click.option("--system", metavar="TEXT", help="System message for rows that have none.")
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without a chat template.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="A sampled row depends on (seed, row) alone.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="A sampled row depends on (seed, row) alone.",
+)
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
 @options.engine
 @options.as_json
-def command(model: str, adapter: str | None, prompt: str | None, source: str | None, output: str | None, system: str | None, raw: bool, backend: str, device: str | None, as_json: bool, **decoding: Any) -> None:
+def command(
+    model: str,
+    adapter: str | None,
+    prompt: str | None,
+    source: str | None,
+    output: str | None,
+    system: str | None,
+    raw: bool,
+    backend: str,
+    device: str | None,
+    as_json: bool,
+    **decoding: Any,
+) -> None:
     """Answer --prompt, or every row of --input, with MODEL and at most one adapter."""
     from smolmlx import console
     from smolmlx.backend import Decoding, Loading
@@ -97,7 +117,10 @@ def _write(prompts: list[tuple[Mapping[str, Any], ...]], answers: list[str], out
     from smolmlx import console
     from smolmlx.rundir import write_text
 
-    rows = [{"prompt": [dict(m) for m in messages], "answer": text.strip()} for messages, text in zip(prompts, answers, strict=True)]
+    rows = [
+        {"prompt": [dict(m) for m in messages], "answer": text.strip()}
+        for messages, text in zip(prompts, answers, strict=True)
+    ]
     if output:
         write_text(Path(output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         console.note(f"{len(rows)} answers in {output}")

@@ -17,13 +17,27 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def engine(function: Function) -> Function:
     """Add --backend and --device."""
-    function = click.option("--backend", default="auto", show_default=True, metavar="auto|mlx|cuda", help="Engine; auto picks by the hardware.")(function)
-    return click.option("--device", default=None, metavar="D", help="cpu, gpu (mlx), cuda or mps (cuda); left out: the engine's best.")(function)
+    function = click.option(
+        "--backend",
+        default="auto",
+        show_default=True,
+        metavar="auto|mlx|cuda",
+        help="Engine; auto picks by the hardware.",
+    )(function)
+    return click.option(
+        "--device", default=None, metavar="D", help="cpu, gpu (mlx), cuda or mps (cuda); left out: the engine's best."
+    )(function)
 
 
 def overrides(function: Function) -> Function:
     """Add --set."""
-    return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe value, e.g. --set train.learning_rate=1e-4.")(function)
+    return click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a recipe value, e.g. --set train.learning_rate=1e-4.",
+    )(function)
 
 
 def as_json(function: Function) -> Function:

@@ -17,9 +17,19 @@ if TYPE_CHECKING:
 @options.engine
 @options.overrides
 @click.option("--max-steps", type=click.IntRange(min=1), help="As for train.")
-@click.option("--row", default=0, show_default=True, type=click.IntRange(min=0), help="Row to show with its trained tokens.")
+@click.option(
+    "--row", default=0, show_default=True, type=click.IntRange(min=0), help="Row to show with its trained tokens."
+)
 @options.as_json
-def command(recipe: str | None, backend: str, device: str | None, sets: tuple[str, ...], max_steps: int | None, row: int, as_json: bool) -> None:
+def command(
+    recipe: str | None,
+    backend: str,
+    device: str | None,
+    sets: tuple[str, ...],
+    max_steps: int | None,
+    row: int,
+    as_json: bool,
+) -> None:
     """Resolve RECIPE (default: quickstart) and print the plan; fails where training would fail."""
     from smolmlx import console
 
@@ -28,14 +38,20 @@ def command(recipe: str | None, backend: str, device: str | None, sets: tuple[st
     if as_json:
         from smolmlx.recipe import flatten
 
-        values = {key: {"value": value, "origin": plan.loaded.origins.get(key, "default")} for key, value in flatten(plan.recipe).items()}
+        values = {
+            key: {"value": value, "origin": plan.loaded.origins.get(key, "default")}
+            for key, value in flatten(plan.recipe).items()
+        }
         console.print_json({**plan.to_json(), "recipe": values})
         return
     _show_values(plan)
     _show_plan(plan)
     _show_row(plan, min(row, len(plan.train.store) - 1))
     _warn(plan)
-    console.result(f"\nNext: smolmlx train {recipe or 'quickstart'} --backend {plan.backend}" + (f" --device {device}" if device else ""))
+    console.result(
+        f"\nNext: smolmlx train {recipe or 'quickstart'} --backend {plan.backend}"
+        + (f" --device {device}" if device else "")
+    )
 
 
 def _show_values(plan: Plan) -> None:
@@ -43,7 +59,11 @@ def _show_values(plan: Plan) -> None:
     from smolmlx import console
     from smolmlx.recipe import flatten
 
-    rows = [(key, str(value)[:70], plan.loaded.origins[key]) for key, value in flatten(plan.recipe).items() if key in plan.loaded.origins]
+    rows = [
+        (key, str(value)[:70], plan.loaded.origins[key])
+        for key, value in flatten(plan.recipe).items()
+        if key in plan.loaded.origins
+    ]
     console.table(rows, ("value", "", "from"), title=f"Recipe {plan.loaded.source} (everything else: defaults)")
 
 
@@ -54,19 +74,48 @@ def _show_plan(plan: Plan) -> None:
     store, rates = plan.train.store, plan.learning_rates
     padding = 1 - tree["tokens"] / max(1, tree["padded_tokens"])
     rows = [
-        ("engine", f"{plan.backend} on {plan.capabilities.device_name} ({plan.why_backend}), {plan.dtype}: {plan.capabilities.dtype_reason}"),
-        ("model", f"{plan.model.name}, {plan.num_parameters:,} parameters" + (f", revision {plan.model.revision}" if plan.model.revision else "")),
-        ("trainable", f"{plan.num_trainable:,} ({100 * plan.num_trainable / max(1, plan.num_parameters):.2f} %)" + (f" in {len(plan.targets)} layers: {', '.join(tree['targets'])}" if plan.targets else "")),
+        (
+            "engine",
+            f"{plan.backend} on {plan.capabilities.device_name} ({plan.why_backend}), {plan.dtype}: {plan.capabilities.dtype_reason}",
+        ),
+        (
+            "model",
+            f"{plan.model.name}, {plan.num_parameters:,} parameters"
+            + (f", revision {plan.model.revision}" if plan.model.revision else ""),
+        ),
+        (
+            "trainable",
+            f"{plan.num_trainable:,} ({100 * plan.num_trainable / max(1, plan.num_parameters):.2f} %)"
+            + (f" in {len(plan.targets)} layers: {', '.join(tree['targets'])}" if plan.targets else ""),
+        ),
         ("format", plan.format_name),
         ("rows", f"{len(store):,} of {store.account.rows:,} read"),
-        *[(f"  {reason}", f"{count} rows, first at {store.account.first.get(reason, '?')}") for reason, count in store.account.reasons.items()],
+        *[
+            (f"  {reason}", f"{count} rows, first at {store.account.first.get(reason, '?')}")
+            for reason, count in store.account.reasons.items()
+        ],
         ("tokens", f"{tree['tokens']:,}, longest row {tree['longest']:,}"),
         ("supervised", f"{tree['supervised']:,} ({100 * tree['supervised'] / max(1, tree['tokens']):.1f} %)"),
-        ("batches", f"{plan.train.batch_size} x {plan.train.accumulation} {'packs' if plan.train.packed else 'rows'} a step, widths {', '.join(map(str, plan.train.widths))}, {100 * padding:.1f} % padding"),
+        (
+            "batches",
+            f"{plan.train.batch_size} x {plan.train.accumulation} {'packs' if plan.train.packed else 'rows'} a step, widths {', '.join(map(str, plan.train.widths))}, {100 * padding:.1f} % padding",
+        ),
         ("steps", f"{plan.steps} ({plan.train.steps_per_epoch} per epoch)"),
-        ("learning rate", f"{rates[0]:.3g} first, {rates.max():.3g} at most, {rates[-1]:.3g} last ({plan.recipe.train.schedule})"),
-        ("validation", f"{tree['validation_rows']:,} rows, after steps {_short(tree['eval_steps'])}" if plan.validation else "none"),
-        ("memory", f"about {console.format_bytes(plan.memory_bytes)}" + (f" of {console.format_bytes(plan.capabilities.memory_bytes)}" if plan.capabilities.memory_bytes else "")),
+        (
+            "learning rate",
+            f"{rates[0]:.3g} first, {rates.max():.3g} at most, {rates[-1]:.3g} last ({plan.recipe.train.schedule})",
+        ),
+        (
+            "validation",
+            f"{tree['validation_rows']:,} rows, after steps {_short(tree['eval_steps'])}"
+            if plan.validation
+            else "none",
+        ),
+        (
+            "memory",
+            f"about {console.format_bytes(plan.memory_bytes)}"
+            + (f" of {console.format_bytes(plan.capabilities.memory_bytes)}" if plan.capabilities.memory_bytes else ""),
+        ),
         ("hashes", f"data {tree['data_hash']}, template {tree['template']}, plan {tree['fingerprint']}"),
     ]
     console.result()
@@ -74,7 +123,9 @@ def _show_plan(plan: Plan) -> None:
 
 
 def _short(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers)) if len(numbers) <= 8 else f"{', '.join(map(str, numbers[:4]))}, ... {numbers[-1]}"
+    return (
+        ", ".join(map(str, numbers)) if len(numbers) <= 8 else f"{', '.join(map(str, numbers[:4]))}, ... {numbers[-1]}"
+    )
 
 
 def _show_row(plan: Plan, index: int) -> None:
@@ -90,7 +141,9 @@ def _show_row(plan: Plan, index: int) -> None:
     shown = [(plan.tokenizer.decode(found, skip_special=False), trained) for found, trained in pieces]
     console.result(f"\nRow {index} as it is trained ({int(mask.sum())} of {len(ids)} tokens):")
     if sum(len(text) for text, _ in shown) > 3000:
-        shown = [(text if len(text) < 1200 else f"{text[:600]} [...] {text[-600:]}", trained) for text, trained in shown]
+        shown = [
+            (text if len(text) < 1200 else f"{text[:600]} [...] {text[-600:]}", trained) for text, trained in shown
+        ]
     console.tokens(shown)
 
 

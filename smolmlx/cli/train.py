@@ -31,11 +31,33 @@ Examples:
 @click.argument("recipe", required=False)
 @options.engine
 @options.overrides
-@click.option("--out", default="runs", show_default=True, type=click.Path(file_okay=False), help="Folder the run's folder is made in.")
-@click.option("--resume", is_flag=False, flag_value="auto", default=None, metavar="[auto|PATH]", help="Go on with the last unfinished run, or with the one at PATH.")
+@click.option(
+    "--out",
+    default="runs",
+    show_default=True,
+    type=click.Path(file_okay=False),
+    help="Folder the run's folder is made in.",
+)
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="auto",
+    default=None,
+    metavar="[auto|PATH]",
+    help="Go on with the last unfinished run, or with the one at PATH.",
+)
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after N optimizer steps.")
 @options.as_json
-def command(recipe: str | None, backend: str, device: str | None, sets: tuple[str, ...], out: str, resume: str | None, max_steps: int | None, as_json: bool) -> None:
+def command(
+    recipe: str | None,
+    backend: str,
+    device: str | None,
+    sets: tuple[str, ...],
+    out: str,
+    resume: str | None,
+    max_steps: int | None,
+    as_json: bool,
+) -> None:
     """Train RECIPE, a shipped name or a path (default: quickstart), then evaluate what it asks for."""
     from smolmlx import console, stages
 
@@ -56,7 +78,13 @@ def command(recipe: str | None, backend: str, device: str | None, sets: tuple[st
         raise click.exceptions.Exit(130) from stop
     evaluation = _evaluate(plan, choice, run) if plan.recipe.evaluate else None
     if as_json:
-        console.print_json({"run": str(run.path), **{n: getattr(report, n) for n in report.__slots__}, "evaluation": evaluation.to_json() if evaluation else None})
+        console.print_json(
+            {
+                "run": str(run.path),
+                **{n: getattr(report, n) for n in report.__slots__},
+                "evaluation": evaluation.to_json() if evaluation else None,
+            }
+        )
     else:
         _show(plan, run, report, evaluation)
 
@@ -65,7 +93,9 @@ def _short(name: str) -> str:
     return Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace("/", "-")
 
 
-def _reopen(recipe: str | None, choice: Choice, sets: tuple[str, ...], out: str, resume: str, max_steps: int | None) -> tuple[Plan, RunDir]:
+def _reopen(
+    recipe: str | None, choice: Choice, sets: tuple[str, ...], out: str, resume: str, max_steps: int | None
+) -> tuple[Plan, RunDir]:
     """Find an unfinished run and resolve its recorded recipe again."""
     from smolmlx import recipe as recipes
     from smolmlx.rundir import RunDir
@@ -103,7 +133,10 @@ def _introduce(plan: Plan) -> None:
     share = plan.num_trainable / max(1, plan.num_parameters)
     capabilities = plan.capabilities
     console.note(f"{capabilities.device_name}, {plan.dtype}: {capabilities.dtype_reason}", style="")
-    console.note(f"{plan.model.name}: {plan.num_trainable:,} of {plan.num_parameters:,} parameters train ({100 * share:.2f} %)", style="")
+    console.note(
+        f"{plan.model.name}: {plan.num_trainable:,} of {plan.num_parameters:,} parameters train ({100 * share:.2f} %)",
+        style="",
+    )
     store = plan.train.store
     console.note(
         f"{len(store):,} rows ({plan.format_name}), {int(store.supervised.sum()):,} of {int(store.lengths.sum()):,} tokens supervised; "
@@ -134,10 +167,20 @@ def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None
 
     rows = [
         ("loss", f"{report.first_loss:.4f} -> {report.final_loss:.4f} nats per supervised token"),
-        ("time", f"{console.format_seconds(report.seconds)} for {report.steps} steps, {report.tokens_per_second:,.0f} tokens/s"),
+        (
+            "time",
+            f"{console.format_seconds(report.seconds)} for {report.steps} steps, {report.tokens_per_second:,.0f} tokens/s",
+        ),
     ]
     if report.best_val_loss is not None:
-        rows.insert(1, ("validation", f"{report.best_val_loss:.4f} at step {report.best_step}" + (" (stopped early)" if report.stopped_early else "")))
+        rows.insert(
+            1,
+            (
+                "validation",
+                f"{report.best_val_loss:.4f} at step {report.best_step}"
+                + (" (stopped early)" if report.stopped_early else ""),
+            ),
+        )
     if report.peak_bytes:
         rows.append(("peak memory", console.format_bytes(report.peak_bytes)))
     console.table(rows)
@@ -147,7 +190,9 @@ def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None
         show(evaluation)
     _show_samples(run, plan.recipe.samples.prompts)
     left = "model" if plan.full else "adapter"
-    console.result(f"\nRun: {run.path}  ({left}/, samples.md, metrics.csv, report.json{', eval/' if evaluation else ''})")
+    console.result(
+        f"\nRun: {run.path}  ({left}/, samples.md, metrics.csv, report.json{', eval/' if evaluation else ''})"
+    )
     model = run.model if plan.full else plan.model.name
     adapter = "" if plan.full else f" --adapter {run.adapter}"
     console.result(f'Next: smolmlx generate --model {model}{adapter} --prompt "..."')

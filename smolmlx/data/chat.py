@@ -192,7 +192,7 @@ class Tokenizer:
         return self.render(messages, generation_prompt=True, **variables)
 
 
-def _Generation_strip(text: str) -> str:  # noqa: N802 - belongs to the extension above
+def _Generation_strip(text: str) -> str:
     return text.replace(_Generation.OPEN, "").replace(_Generation.CLOSE, "")
 
 
@@ -224,7 +224,11 @@ def _find_template(folder: Path, config: Mapping[str, Any], asked: str | None) -
 
 
 def find_spans(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, last_only: bool = False, variables: Mapping[str, Any] | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    last_only: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """Render a conversation and find what the assistant says in it.
 
@@ -243,7 +247,9 @@ def find_spans(
     if not turns:
         raise DataError("no assistant turn, so nothing to learn")
     if last_only:
-        messages = messages[: turns[-1] + 1]  # what follows is not learned, and a template may rewrite the answer for it
+        messages = messages[
+            : turns[-1] + 1
+        ]  # what follows is not learned, and a template may rewrite the answer for it
     marked = tokenizer._render_marked(messages, False, variables)
     text, marks = _take_marks(marked)
     spans = []
@@ -311,7 +317,8 @@ def _check_marks(text: str, spans: Sequence[Span], marks: Sequence[Span], last_o
         trimmed = trimmed[-1:]
     if trimmed != list(spans):
         index, (mark, span) = next(
-            ((i, pair) for i, pair in enumerate(zip(trimmed, spans, strict=False)) if pair[0] != pair[1]), (len(spans), ((0, 0), (0, 0)))
+            ((i, pair) for i, pair in enumerate(zip(trimmed, spans, strict=False)) if pair[0] != pair[1]),
+            (len(spans), ((0, 0), (0, 0))),
         )
         raise DataError(
             f"the template's {{% generation %}} marks disagree with what it serves, at assistant turn {index + 1}: marked "

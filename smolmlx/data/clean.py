@@ -250,6 +250,20 @@ def survey(source: Source, row: int = 1, on_rows: Callable[[int], None] | None =
     return Survey(tally, columns, tally.rows - len(seen), chosen)
 
 
+def list_problems(source: Source) -> tuple[int, list[str]]:
+    """Return how many rows could be read, and everything wrong with any row: unreadable, bad turns, or an id again."""
+    problems: list[str] = []
+    ids: dict[str, str] = {}
+    rows = 0
+    for raw, example in read_pairs(source, problems):
+        rows += 1
+        if fault := structure_fault(example):
+            problems.append(f"{example.where}: {fault}")
+        if raw.get("id") is not None and (first := ids.setdefault(str(raw["id"]), example.where)) != example.where:
+            problems.append(f"{example.where}: duplicate id '{raw['id']}', first used at {first}")
+    return rows, problems
+
+
 def _count_unreadable(source: Source, problems: Sequence[str], tally: Tally) -> None:
     whole = [problem for problem in problems if problem.startswith(tuple(f"{path}: " for path in source.files))]
     if whole:

@@ -51,7 +51,9 @@ class Account:
         return sum(self.reasons[reason] for reason in LOST)
 
 
-def encode_rows(examples: Iterable[Example], tokenizer: Tokenizer, how: Encoding, account: Account) -> Iterator[Encoded]:
+def encode_rows(
+    examples: Iterable[Example], tokenizer: Tokenizer, how: Encoding, account: Account
+) -> Iterator[Encoded]:
     """Yield token rows of at most `how.max_length` tokens; `account` is filled as they pass.
 
     Raises:
@@ -183,7 +185,9 @@ def _chunks(examples: Iterable[Example], tokenizer: Tokenizer, length: int, acco
     for example in examples:
         account.rows += 1
         if example.text is None:
-            raise DataError(f"{example.where}: stage pretrain wants text rows; this row holds messages. Use stage: sft.")
+            raise DataError(
+                f"{example.where}: stage pretrain wants text rows; this row holds messages. Use stage: sft."
+            )
         buffer += encode_document(example.text, tokenizer)
         while len(buffer) >= length:
             yield Encoded(buffer[:length], [True] * length)

@@ -137,7 +137,9 @@ def open_source(
     files = tuple(file for name in names for file in _expand(name, split, folders))
     if form != "auto":
         if form not in BY_NAME:
-            raise DataError(f"data.format: unknown format '{form}'.{nearest(form, BY_NAME)} Known: {', '.join(BY_NAME)}.")
+            raise DataError(
+                f"data.format: unknown format '{form}'.{nearest(form, BY_NAME)} Known: {', '.join(BY_NAME)}."
+            )
         return Source(files, BY_NAME[form], columns, system)
     problems: list[str] = []
     first = next(read_rows(files, problems), None)
@@ -170,7 +172,9 @@ def _expand(name: str, split: str, folders: Sequence[Path]) -> Iterator[Path]:
     if path is None:
         looks_like_id = name.count("/") == 1 and not name.endswith(_SUFFIXES) and not name.startswith((".", "/", "~"))
         if not looks_like_id:
-            raise DataError(f"{name}: no such file or folder. Paths are looked up from the working folder, then from the recipe's.")
+            raise DataError(
+                f"{name}: no such file or folder. Paths are looked up from the working folder, then from the recipe's."
+            )
         path = _download(name)
     if path.is_dir():
         yield from _files_of(path, split)
@@ -190,9 +194,17 @@ def _locate(name: str, folders: Sequence[Path]) -> Path | None:
 
 def _files_of(folder: Path, split: str) -> list[Path]:
     """Files of a dataset folder that belong to a split, by the naming the hub uses (train-00000-of-1, train/, train.jsonl)."""
-    found = [path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(_SUFFIXES[:6]) and not _is_metadata(path)]
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.name.lower().endswith(_SUFFIXES[:6]) and not _is_metadata(path)
+    ]
     named = [path for path in found if split in path.relative_to(folder).as_posix().lower()]
-    others = [path for path in found if not any(s in path.relative_to(folder).as_posix().lower() for s in ("valid", "test", "dev", "eval"))]
+    others = [
+        path
+        for path in found
+        if not any(s in path.relative_to(folder).as_posix().lower() for s in ("valid", "test", "dev", "eval"))
+    ]
     chosen = named or (others if split == "train" else [])
     if not chosen:
         raise DataError(f"{folder}: no data files for split '{split}' here (looked for {', '.join(_SUFFIXES[:6])}).")
@@ -200,7 +212,12 @@ def _files_of(folder: Path, split: str) -> list[Path]:
 
 
 def _is_metadata(path: Path) -> bool:
-    return path.name in {"dataset_infos.json", "dataset_info.json", "state.json", "manifest.json"} or path.name.startswith(".")
+    return path.name in {
+        "dataset_infos.json",
+        "dataset_info.json",
+        "state.json",
+        "manifest.json",
+    } or path.name.startswith(".")
 
 
 def _download(name: str) -> Path:
@@ -208,12 +225,16 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
-        raise DataError(f"{name}: not a local path, and huggingface_hub is not installed. pip install 'smolmlx[mlx]' or [cuda].") from error
+        raise DataError(
+            f"{name}: not a local path, and huggingface_hub is not installed. pip install 'smolmlx[mlx]' or [cuda]."
+        ) from error
     patterns = [f"*{suffix}" for suffix in _SUFFIXES[:6]]
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
     except RepositoryNotFoundError as error:
-        raise DataError(f"{name}: no such file, and no such dataset on the hub (or it is gated: `hf auth login`).") from error
+        raise DataError(
+            f"{name}: no such file, and no such dataset on the hub (or it is gated: `hf auth login`)."
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise DataError(f"{name}: no such file, not in the hub cache, and the hub cannot be reached.") from error
 
@@ -317,7 +338,9 @@ def to_example(raw: Raw, form: Format, where: str, columns: Mapping[str, str], s
     row = {**raw, **{field: raw[column] for field, column in columns.items() if column in raw}}
     missing = [name for name in form.columns if row.get(name) is None]
     if missing:
-        raise DataError(f"{where}: missing field {', '.join(repr(m) for m in missing)} of format '{form.name}' (has: {', '.join(map(str, raw))})")
+        raise DataError(
+            f"{where}: missing field {', '.join(repr(m) for m in missing)} of format '{form.name}' (has: {', '.join(map(str, raw))})"
+        )
     if form.kind == "text":
         return Example(where, text=_text(row, "text", where))
     if form.kind == "preference":
@@ -367,7 +390,9 @@ def _messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(message, dict) or "role" not in message:
             raise DataError(f"{where}: message {index + 1} should be an object with role and content")
         if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
-            raise DataError(f"{where}: message {index + 1} has unknown role '{message['role']}' (known: system, user, assistant, tool)")
+            raise DataError(
+                f"{where}: message {index + 1} has unknown role '{message['role']}' (known: system, user, assistant, tool)"
+            )
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise DataError(f"{where}: message {index + 1} has no text content")
         found.append({key: item for key, item in message.items() if item is not None})
@@ -385,7 +410,9 @@ def _sharegpt(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
             raise DataError(f"{where}: turn {index + 1} should be an object with from and value")
         role = _SHAREGPT_ROLES.get(str(turn.get("from")).lower())
         if role is None:
-            raise DataError(f"{where}: turn {index + 1} is from '{turn.get('from')}' (known: {', '.join(_SHAREGPT_ROLES)})")
+            raise DataError(
+                f"{where}: turn {index + 1} is from '{turn.get('from')}' (known: {', '.join(_SHAREGPT_ROLES)})"
+            )
         found.append({"role": role, "content": turn["value"]})
     return tuple(found)
 
@@ -400,7 +427,9 @@ def _preference(row: Raw, where: str, system: str | None) -> Example:
     while shared < min(map(len, sides)) - 1 and sides[0][shared] == sides[1][shared]:
         shared += 1
     if not shared:
-        raise DataError(f"{where}: chosen and rejected share no prompt; give a prompt column, or full conversations that begin alike")
+        raise DataError(
+            f"{where}: chosen and rejected share no prompt; give a prompt column, or full conversations that begin alike"
+        )
     prompt = _with_system(sides[0][:shared], row.get("system") or system)
     return Example(where, prompt, None, sides[0][shared:], sides[1][shared:])
 

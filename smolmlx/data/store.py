@@ -47,13 +47,15 @@ class TokenStore:
     @cached_property
     def lengths(self) -> LongArray:
         """Tokens of each row."""
-        return np.diff(self.offsets)
+        return np.asarray(np.diff(self.offsets), np.int64)
 
     @cached_property
     def supervised(self) -> LongArray:
         """Targets of each row: supervised tokens, less a supervised first token (nothing predicts it)."""
-        totals = np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64) if len(self) else np.zeros(0, np.int64)
-        return totals - self.mask[self.offsets[:-1]]
+        if not len(self):
+            return np.zeros(0, np.int64)
+        starts = self.offsets[:-1]
+        return np.asarray(np.add.reduceat(self.mask, starts, dtype=np.int64) - self.mask[starts], np.int64)
 
     def row(self, index: int) -> tuple[IntArray, npt.NDArray[np.bool_]]:
         """Return ids and mask of one row."""
@@ -120,7 +122,9 @@ def write_store(folder: Path, rows: Iterable[Encoded], account: Account) -> None
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".tokens-", dir=folder.parent))
     except OSError as error:
-        raise RunError(f"{folder.parent}: the cache cannot be written ({error.strerror}). Set SMOLMLX_CACHE to a folder that can.") from error
+        raise RunError(
+            f"{folder.parent}: the cache cannot be written ({error.strerror}). Set SMOLMLX_CACHE to a folder that can."
+        ) from error
     offsets = array("q", [0])
     try:
         with (temporary / "ids.i32").open("wb") as ids_file, (temporary / "mask.u8").open("wb") as mask_file:
@@ -136,7 +140,9 @@ def write_store(folder: Path, rows: Iterable[Encoded], account: Account) -> None
         else:
             temporary.rename(folder)
     except OSError as error:
-        raise RunError(f"{folder.parent}: writing the token cache failed ({error.strerror}). Free some space or set SMOLMLX_CACHE.") from error
+        raise RunError(
+            f"{folder.parent}: writing the token cache failed ({error.strerror}). Free some space or set SMOLMLX_CACHE."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -84,8 +84,16 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         if self.loss:
-            return {"suite": "loss", "data": self.settings.data, "systems": {name: loss_dict(found) for name, found in self.loss.items()}}
-        return {"suite": "notes", "data": self.settings.data, "sets": {name: notes_dict(found) for name, found in self.notes.items()}}
+            return {
+                "suite": "loss",
+                "data": self.settings.data,
+                "systems": {name: loss_dict(found) for name, found in self.loss.items()},
+            }
+        return {
+            "suite": "notes",
+            "data": self.settings.data,
+            "sets": {name: notes_dict(found) for name, found in self.notes.items()},
+        }
 
     def markdown(self) -> str:
         if self.loss:
@@ -93,7 +101,9 @@ class Evaluation:
         return "\n\n".join(f"## {name}\n\n{notes_markdown(found)}" for name, found in self.notes.items())
 
 
-def evaluate(backend: Backend, systems: Sequence[System], tokenizer: Tokenizer, settings: Settings, meter: Meter) -> Evaluation:
+def evaluate(
+    backend: Backend, systems: Sequence[System], tokenizer: Tokenizer, settings: Settings, meter: Meter
+) -> Evaluation:
     """Score systems on a suite.
 
     Raises:
@@ -109,7 +119,9 @@ def evaluate(backend: Backend, systems: Sequence[System], tokenizer: Tokenizer, 
         generator = backend.generator(system.model, system.adapter, tokenizer, settings.loading)
         for name, rows in sets.items():
             with meter(f"{system.name} answers {name}", len(rows)) as on_done:
-                answers[name][system.name] = answer(generator, tokenizer, [messages for _, messages in rows], settings, on_done)
+                answers[name][system.name] = answer(
+                    generator, tokenizer, [messages for _, messages in rows], settings, on_done
+                )
     train = [row for row, _ in read_rows(settings.train, settings, limited=False)] if settings.train else []
     reports = {}
     for name, rows in sets.items():
@@ -136,8 +148,12 @@ def read_rows(path: str, settings: Settings, *, limited: bool = True) -> list[tu
         messages = list(example.messages)
         reference = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
         if reference is None or not messages:
-            raise DataError(f"{example.where}: an evaluation row needs a question and an assistant answer to compare with.")
-        found.append((EvalRow(f"row-{number:04d}", raw_input or str(messages[-1]["content"]), reference), tuple(messages)))
+            raise DataError(
+                f"{example.where}: an evaluation row needs a question and an assistant answer to compare with."
+            )
+        found.append(
+            (EvalRow(f"row-{number:04d}", raw_input or str(messages[-1]["content"]), reference), tuple(messages))
+        )
         if limited and settings.limit and len(found) >= settings.limit:
             break
     return found
@@ -153,7 +169,11 @@ def _with_input(path: str, settings: Settings) -> Iterator[tuple[str | None, Exa
 
 
 def answer(
-    generator: Generator, tokenizer: Tokenizer, prompts: Sequence[Messages], settings: Settings, on_done: Callable[[int], None] = lambda done: None
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Messages],
+    settings: Settings,
+    on_done: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Answer conversations with the chat template; answers come back in order."""
     tokens = [tokenizer.encode(tokenizer.prompt(messages, **settings.template_args)) for messages in prompts]
@@ -175,7 +195,11 @@ def _evaluate_loss(backend: Backend, systems: Sequence[System], tokenizer: Token
         generator = backend.generator(system.model, system.adapter, tokenizer, settings.loading)
         batches = list(plan.evaluation())
         found[system.name] = summarise_loss(
-            (float(-(score.log_probs * batch.weights).sum()), batch.num_supervised, int((score.correct & (batch.weights > 0)).sum()))
+            (
+                float(-(score.log_probs * batch.weights).sum()),
+                batch.num_supervised,
+                int((score.correct & (batch.weights > 0)).sum()),
+            )
             for batch, score in zip(batches, generator.score(batches), strict=True)
         )
     return Evaluation(settings, loss=found)
@@ -190,12 +214,21 @@ def write(evaluation: Evaluation, folder: Path) -> None:
     for name, report in evaluation.notes.items():
         write_text(folder / f"{name}.csv", notes_summary_csv(report))
         write_text(folder / f"{name}-rows.csv", notes_rows_csv(report))
-        rows = read_rows(evaluation.settings.data if name == "test" else str(evaluation.settings.ood), evaluation.settings)
+        rows = read_rows(
+            evaluation.settings.data if name == "test" else str(evaluation.settings.ood), evaluation.settings
+        )
         lines = [
-            {"id": row.id, "input": row.input, "reference": row.reference, "answers": {system: found[i] for system, found in evaluation.outputs[name].items()}}
+            {
+                "id": row.id,
+                "input": row.input,
+                "reference": row.reference,
+                "answers": {system: found[i] for system, found in evaluation.outputs[name].items()},
+            }
             for i, (row, _) in enumerate(rows)
         ]
-        write_text(folder / f"{name}-answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_text(
+            folder / f"{name}-answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        )
 
 
 def mean(report: NotesReport, system: str, metric: str) -> tuple[float, float, float]:
