@@ -134,9 +134,10 @@ def main() -> None:
         for name in chosen:
             run = measure(name, model, rows, repeat, options)
             report["runs"].append(run)
+            skipped |= {name: run["error"]} if "error" in run else {}
             print(describe(run), file=sys.stderr)
             out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    report["summary"] = summarise(report["runs"])
+    report["summary"] = summarise([run for run in report["runs"] if "error" not in run])
     report["warnings"] = target_warnings(report["summary"], rows.supervised)
     report["table"] = table(report)
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -267,18 +268,26 @@ def measure(name: str, model: Path, rows: Rows, repeat: int, options: argparse.N
             seed=repeat,
             options=dict(contestant.options),
         )
-        files = [Path(scratch) / "job.json", Path(scratch) / "result.json"]
-        files[0].write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-        command = [_python(contestant, options.peers_python), str(HERE / "peers" / contestant.script), *map(str, files)]
-        place = {**os.environ, "SMOLMLX_CACHE": f"{scratch}/cache"}
-        done = subprocess.run(
-            command, env=place, capture_output=True, text=True, timeout=options.timeout, check=False
-        )  # fmt: skip
-        if done.returncode or not files[1].is_file():
-            tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-            raise SystemExit(f"{name}: failed with exit status {done.returncode}:\n{tail}")
-        result: Tree = json.loads(files[1].read_text(encoding="utf-8"))
+        result = _run(contestant, job, options)
+    if "error" in result:
+        return {"contestant": name, "repeat": repeat, **result}
     return {"contestant": name, "repeat": repeat, **rates(result, options.warmup, rows), **result}
+
+
+def _run(contestant: Contestant, job: Job, options: argparse.Namespace) -> Tree:
+    files = [Path(job.scratch) / "job.json", Path(job.scratch) / "result.json"]
+    files[0].write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+    command = [_python(contestant, options.peers_python), str(HERE / "peers" / contestant.script), *map(str, files)]
+    place = {**os.environ, "SMOLMLX_CACHE": f"{job.scratch}/cache"}
+    try:
+        done = subprocess.run(command, env=place, capture_output=True, text=True, timeout=options.timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not finished after {options.timeout} s"}
+    if done.returncode or not files[1].is_file():
+        tail = (done.stdout + done.stderr).splitlines()[-15:]
+        return {"error": f"exit status {done.returncode}", "output": tail}
+    result: Tree = json.loads(files[1].read_text(encoding="utf-8"))
+    return result
 
 
 def rates(result: Tree, warmup: int, rows: Rows) -> Tree:
@@ -307,6 +316,8 @@ def rates(result: Tree, warmup: int, rows: Rows) -> Tree:
 
 
 def describe(run: Tree) -> str:
+    if "error" in run:
+        return "\n".join([f"{run['contestant']} #{run['repeat']}: {run['error']}", *run.get("output", [])])
     return (
         f"{run['contestant']} #{run['repeat']}: {run['seconds_per_step']:.2f} s/step, "
         f"{run['rows_per_second']:.3f} rows/s, "

@@ -20,6 +20,7 @@ from smolmlx import rundir
 from smolmlx.backend import Backend, Choice, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
 from smolmlx.evals.run import Evaluation, Meter, Settings, System, answer, evaluate, write
+from smolmlx.loggers import numbers, open_loggers
 from smolmlx.models import BaseModel, make_model, open_model
 from smolmlx.plan import Plan, adapter_config, encoding, initial_adapter, locate
 from smolmlx.rundir import RunDir, publish, write_text
@@ -103,7 +104,15 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
         RunError: the run failed; checkpoints stay.
     """
-    session = Session(plan, run, on_event)
+    logs = open_loggers(plan.recipe.loggers, run, plan.to_json())
+
+    def tell(event: Event) -> None:
+        on_event(event)
+        if event.kind in ("step", "eval"):
+            for log, _ in logs:
+                log(event.step, numbers(event.values))
+
+    session = Session(plan, run, tell)
     before = (
         answer_samples(plan, choice.backend, None, run)
         if plan.recipe.samples.prompts and not (run.path / "samples.json").exists()
@@ -117,6 +126,8 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
         raise Interrupted(run, session.state.step)
     save_result(plan, session)
     write_csv(run)
+    for _, close in logs:
+        close()
     if plan.recipe.samples.prompts:
         write_samples(plan, choice.backend, run)
     report = summarise(plan, session)

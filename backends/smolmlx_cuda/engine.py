@@ -30,6 +30,16 @@ def quiet() -> None:
         os.environ.setdefault(name, value)
 
 
+def _prepare() -> None:
+    """Do what must happen before transformers, trl and peft are imported."""
+    quiet()
+    import torch
+
+    from smolmlx_cuda import unsloth
+
+    unsloth.prepare("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class CudaBackend:
     """The engine behind `--backend cuda`."""
 
@@ -71,13 +81,13 @@ class CudaBackend:
         return problems
 
     def trainer(self) -> Trainer:
-        quiet()
+        _prepare()
         from smolmlx_cuda.trainer import TrlTrainer
 
         return TrlTrainer()
 
     def generator(self, model: BaseModel, adapter: Path | None, tokenizer: Tokenizer, how: Loading) -> Generator:
-        quiet()
+        _prepare()
         from smolmlx_cuda.generator import TorchGenerator
 
         return TorchGenerator(model, adapter, tokenizer, how)

@@ -21,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from smolmlx.errors import RunError
 from smolmlx.plan import Plan
 from smolmlx.session import Arrays, Session, StepResult
+from smolmlx_cuda import unsloth
 from smolmlx_cuda.model import Losses, add_lora, load_base, read_weights, to_inputs, to_numpy, trainable, write_weights
 
 Inputs = dict[str, torch.Tensor]
@@ -56,23 +57,20 @@ class Engine:
     """A loaded model with its optimizer; reads and writes weights for the session."""
 
     def __init__(self, plan: Plan, session: Session) -> None:
-        recipe = plan.recipe
         self.plan, self.session = plan, session
         self.device = plan.capabilities.device
-        base = load_base(
-            session.base_folder,
-            plan.dtype,
-            self.device,
-            recipe.model.quantize,
-            str(recipe.cuda.get("attention", "sdpa")),
-        )
-        self.model = base if plan.full else add_lora(base, plan)
-        if plan.full:
-            self.model.requires_grad_(True)
+        fast, why = unsloth.decide(plan)
+        session.note(f"PyTorch path: {why}")
+        self.model = unsloth.load(session.base_folder, plan) if fast else self._load(plan, session)
         self.model.train()
         self.losses = Losses(self.model)
         self.parameters = trainable(self.model)
         self.adam = make_optimizer(plan, self.parameters)
+
+    def _load(self, plan: Plan, session: Session) -> Any:
+        attention = str(plan.recipe.cuda.get("attention", "sdpa"))
+        base = load_base(session.base_folder, plan.dtype, self.device, plan.recipe.model.quantize, attention)
+        return base.requires_grad_(True) if plan.full else add_lora(base, plan)
 
     def run(self, scratch: str) -> None:
         """Let TRL run the steps that are left."""

@@ -58,7 +58,7 @@ def sigmoid(x: mx.array) -> mx.array:
     return 1.0 / (1.0 + exp(-x))
 
 
-@sigmoid.vjp  # type: ignore[untyped-decorator]
+@sigmoid.vjp
 def _sigmoid_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return cotangent * output * (1.0 - output)
 
@@ -70,7 +70,7 @@ def softmax(x: mx.array) -> mx.array:
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
-@softmax.vjp  # type: ignore[untyped-decorator]
+@softmax.vjp
 def _softmax_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     weighted = cotangent * output
     return weighted - output * weighted.sum(axis=-1, keepdims=True)
@@ -83,7 +83,7 @@ def logsumexp(x: mx.array) -> mx.array:
     return (most + mx.log(exp(x - most).sum(axis=-1, keepdims=True))).squeeze(-1)
 
 
-@logsumexp.vjp  # type: ignore[untyped-decorator]
+@logsumexp.vjp
 def _logsumexp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return cotangent[..., None] * exp(x - output[..., None])
 

@@ -32,6 +32,7 @@ from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _BITS = {"4bit": 4, "8bit": 8}
+_GROUP = 64  # weights that share one scale
 _LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
 
 
@@ -40,7 +41,7 @@ def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str
 
     Raises:
         BackendError: mlx-lm has no such architecture.
-        RecipeError: the weights do not fit the config.
+        RecipeError: the weights do not fit the config, or cannot be quantized.
     """
     try:
         model, _ = load_model(folder, model_config=dict(with_rope_theta(config)))
@@ -52,11 +53,17 @@ def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str
         raise RecipeError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
     model.set_dtype(DTYPES[dtype])
     if quantize != "none":
+        odd = [path for path, module in model.named_modules() if _in_block(path, module) and not _can_quantize(module)]
+        if odd:
+            raise RecipeError(
+                f"model.quantize: '{quantize}' needs layers whose input width is a multiple of {_GROUP}; in {folder} "
+                f"{odd[0]} and {len(odd) - 1} more are not. Set model.quantize: none."
+            )
         nn.quantize(
             model,
-            group_size=64,
+            group_size=_GROUP,
             bits=_BITS[quantize],
-            class_predicate=lambda path, module: ".layers." in path and _can_quantize(module),
+            class_predicate=_in_block,
         )
     if mx.default_device() == mx.cpu:
         use_fast_math(model)
@@ -65,8 +72,12 @@ def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str
     return model
 
 
+def _in_block(path: str, module: nn.Module) -> bool:
+    return ".layers." in path and isinstance(module, nn.Linear)
+
+
 def _can_quantize(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.weight.shape[-1] % 64 == 0
+    return bool(module.weight.shape[-1] % _GROUP == 0)
 
 
 def add_lora(

@@ -20,20 +20,16 @@ if TYPE_CHECKING:
     from smolmlx.data.corpus import CorpusReport
     from smolmlx.data.encode import Encoding
     from smolmlx.data.formats import Example, Source
-    from smolmlx.data.notes import Problem
     from smolmlx.data.splits import Method
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_NO_LIMIT = 2**31 - 1
 _VOCABULARY = 4096
 _SHORT_VIEW = 1500
 """Characters of a row that is shown without being asked for."""
-_NOTES_FIELDS = {"input_sha256", "topic", "difficulty"}
 
 INSPECT_EPILOG = """\b
 Examples:
-  smolmlx data inspect rows.jsonl
   smolmlx data inspect rows.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct --max-length 512 --row 7
   smolmlx data inspect chats.json --tokenizer models/mine --chat-template chatml --json
 """
@@ -60,7 +56,10 @@ Examples:
 
 
 class _Verbs(click.Group):
-    """A group that names the nearest verb for a misspelt one."""
+    """A group that lists its verbs in the order of use, and names the nearest for a misspelt one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -183,7 +182,6 @@ class Look:
             shown["messages"] = [dict(m) for m in (*example.messages, *example.chosen)] or example.text
         return {
             "file": self.name,
-            "files": [str(path) for path in self.source.files],
             "format": form.name,
             "kind": form.kind,
             "rows": tally.rows,
@@ -201,18 +199,19 @@ class Look:
 @click.option("--model", metavar="M", help="Take the tokenizer of a model: hub id, folder or `tiny` (the default).")
 @click.option("--tokenizer", metavar="DIR", help="Tokenizer folder, in place of --model.")
 @click.option("--chat-template", metavar="T", help="`chatml` or a Jinja file, in place of the tokenizer's own.")
-@click.option("--max-length", default=1024, show_default=True, type=click.IntRange(min=8), help="data.max_length")
+@click.option("--max-length", default=1024, show_default=True, type=click.IntRange(min=8), help="As data.max_length.")
 @click.option(
-    "--loss-on", default="assistant", type=click.Choice(["assistant", "completion", "all"]), help="data.loss_on"
+    "--loss-on", default="assistant", type=click.Choice(["assistant", "completion", "all"]), help="As data.loss_on."
 )
-@click.option("--history", default="refuse", type=click.Choice(["refuse", "last_turn"]), help="data.history")
+@click.option("--history", default="refuse", type=click.Choice(["refuse", "last_turn"]), help="As data.history.")
 @click.option("--row", type=click.IntRange(min=1), metavar="N", help="Show row N (from 1) whole; else row 1's start.")
 @columns_option
 @options.as_json
 def inspect(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Show format, columns, lengths, duplicates, and one row with what is trained of it in colour.
+    """Show format, lengths, duplicates and what is trained.
 
-    Each FILE is looked at on its own. Nothing is changed.
+    Each FILE is looked at on its own: rows, columns, lengths in tokens, the share that is trained, rows that are lost
+    and why, what `data prepare` would drop, and one row with its trained tokens in colour. Nothing is changed.
     """
     from smolmlx import console
     from smolmlx.data.clean import survey
@@ -249,7 +248,7 @@ def measure(found: Look, tokenizer: Tokenizer, how: Encoding, on_rows: Callable[
     from smolmlx.data.store import encode_source
 
     # Tokenized without a limit, so that the lengths of the rows beyond it are known as well.
-    store = encode_source(found.source, tokenizer, replace(how, max_length=_NO_LIMIT), on_rows=on_rows)
+    store = encode_source(found.source, tokenizer, replace(how, max_length=2**31 - 1), on_rows=on_rows)
     lengths, fits = store.lengths, store.lengths <= how.max_length
     total = int(lengths[fits].sum())
     affected = Counter(store.account.reasons)
@@ -353,11 +352,11 @@ def _start(pieces: Sequence[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
 @columns_option
 @options.as_json
 def validate(files: tuple[str, ...], notes: bool, columns: dict[str, str], as_json: bool) -> None:
-    """Read every row strictly and list all that is wrong; exit code 4 if anything is.
+    """Read every row strictly and list all that is wrong.
 
     Rows must be readable, have turns in order, none empty and one to learn from, and no id twice. Rows of the notes
     task must also have known fields, true hashes, answers that keep to the template, and no concept in two splits,
-    over all FILEs together. A folder stands for its train files.
+    over all FILEs together. A folder stands for its train files. The exit code is 4 if anything is wrong.
     """
     from smolmlx import console
 
@@ -374,7 +373,7 @@ def validate(files: tuple[str, ...], notes: bool, columns: dict[str, str], as_js
         for report in reports:
             if not report["problems"]:
                 console.result(f"{report['file']}: ok, {report['rows']:,} rows, format {report['format']}")
-    bad = ", ".join(str(report["file"]) for report in reports if report["problems"])
+    bad = ", ".join(report["file"] for report in reports if report["problems"])
     if problems and as_json:
         raise DataError(f"{bad}: {len(problems)} problem(s), listed in the JSON on stdout.")
     if problems:
@@ -389,14 +388,14 @@ def _holds_notes(name: str) -> bool:
         _, row = next(read_rows([Path(name)], []), ("", {}))
     except (OSError, SmolError):
         return False
-    return set(row) >= _NOTES_FIELDS
+    return set(row) >= {"input_sha256", "topic", "difficulty"}
 
 
 def _check_notes(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     from smolmlx.data.notes import validate_notes
     from smolmlx.evals.notes import strict_compliance
 
-    found: list[Problem] = validate_notes(names, lambda answer: strict_compliance(answer).problems)
+    found = validate_notes(names, lambda answer: strict_compliance(answer).problems)
     reports: dict[str, dict[str, Any]] = {}
     for name in names:
         path = Path(name)
@@ -410,8 +409,7 @@ def _check_rows(name: str, columns: Mapping[str, str]) -> dict[str, Any]:
     from smolmlx.data.clean import list_problems
 
     try:
-        source = _open(name, columns)
-        rows, problems = list_problems(source)
+        rows, problems = list_problems(source := _open(name, columns))
     except DataError as error:
         return {"file": name, "format": None, "rows": 0, "problems": list(error.problems or (str(error),))}
     return {"file": name, "format": source.form.name, "rows": rows, "problems": problems}
@@ -429,9 +427,9 @@ def _check_rows(name: str, columns: Mapping[str, str]) -> dict[str, Any]:
 @columns_option
 @options.as_json
 def prepare(source: str, target: Path, to: Any, columns: dict[str, str], as_json: bool, **filters: Any) -> None:
-    """Drop rows that would teach the wrong thing, and write the rest as JSONL in one layout.
+    """Drop bad rows and write the rest in one layout.
 
-    Chats become `messages`, documents `text`, pairs `prompt`/`chosen`/`rejected` (or, with --to messages, the chosen
+    Rows go that are empty, unreadable, cut off, out of order, repeated, too short or too long. Chats become `messages`, documents `text`, pairs `prompt`/`chosen`/`rejected` (or, with --to messages, the chosen
     answer alone). Other columns are kept. A table says how many rows were dropped for which reason. OUTPUT is written
     whole or not at all.
     """
@@ -478,9 +476,9 @@ def _reason_lines(tally: Tally) -> list[str]:
 @columns_option
 @options.as_json
 def split(source: str, out_dir: Path, columns: dict[str, str], as_json: bool, **given: Any) -> None:
-    """Divide rows into train.jsonl, validation.jsonl and test.jsonl, with a manifest of hashes, counts and seed.
+    """Divide rows into train, validation and test.
 
-    Rows keep their columns and their order. The same rows, options and seed give the same bytes.
+    Writes one JSONL file each, and manifest.json with their hashes, counts, method and seed. Rows keep their columns and their order. The same rows, options and seed give the same bytes.
     """
     from smolmlx import console
     from smolmlx.data.splits import check_method, split_source
@@ -541,7 +539,7 @@ def _numbers(option: str, text: str, example: str, make: Callable[[str], float])
 @click.option("--vocab-size", type=click.IntRange(min=1), help=f"Tokens of the tokenizer.  [default: {_VOCABULARY}]")
 @options.as_json
 def corpus(out_dir: Path, packages: tuple[str, ...], seed: int, as_json: bool, **given: Any) -> None:
-    """Build a pretraining corpus from the documentation that is installed here.
+    """Build a pretraining corpus from installed documentation.
 
     Writes train.jsonl, validation.jsonl and card.json. Packages are read, not imported. With --tokenizer, a byte-level
     BPE tokenizer is trained on the train rows.

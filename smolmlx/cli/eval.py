@@ -88,7 +88,7 @@ def _settings(recipe: str | None, given: dict[str, Any], device: str | None) -> 
     from smolmlx.evals.run import Settings
 
     fallback = _from_recipe(recipe)
-    chosen = {name: fallback.get(name) if value is None else value for name, value in given.items()}
+    chosen: dict[str, Any] = {name: fallback.get(name) if value is None else value for name, value in given.items()}
     if not chosen["data"]:
         raise RecipeError("eval: no rows to score. Pass --data rows.jsonl, or a recipe that has an `evaluate` block.")
     settings = Settings(

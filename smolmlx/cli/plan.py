@@ -33,8 +33,8 @@ def command(
     """Resolve RECIPE (default: quickstart) and print the plan; fails where training would fail."""
     from smolmlx import console
 
-    choice = options.choose(backend, device)
-    plan = options.resolve(options.load_recipe(recipe or "quickstart", sets, max_steps), choice)
+    loaded = options.load_recipe(recipe or "quickstart", sets, max_steps)
+    plan = options.resolve(loaded, options.choose(backend, device))
     if as_json:
         from smolmlx.recipe import flatten
 

@@ -63,12 +63,13 @@ def command(
 
     if resume not in (None, "auto") and not Path(str(resume)).exists() and recipe is None:
         recipe, resume = resume, "auto"  # `--resume my-recipe`: the word was meant as the recipe
+    loaded = options.load_recipe(recipe or "quickstart", sets, max_steps) if not resume else None
     choice = options.choose(backend, device)
-    if resume:
-        plan, run = _reopen(recipe, choice, sets, out, resume, max_steps)
+    if loaded is None:
+        plan, run = _reopen(recipe, choice, sets, out, str(resume), max_steps)
         console.note(f"resuming {run.path} after step {_position(run)}")
     else:
-        plan = options.resolve(options.load_recipe(recipe or "quickstart", sets, max_steps), choice)
+        plan = options.resolve(loaded, choice)
         run = stages.start_run(plan, Path(out), _short(recipe or "quickstart"))
     _introduce(plan)
     try:

@@ -27,6 +27,13 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+PLAIN = (
+    "{{ bos_token }}{% for message in messages %}{{ '### ' + message['role'] + '\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
+)
+"""For a tokenizer without chat tokens: plain headings, and its own end token behind each answer."""
+BUILT_IN = {"chatml": CHATML, "plain": PLAIN}
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 """Half-open range of characters."""
@@ -93,10 +100,10 @@ class Tokenizer:
         """Read tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
         Args:
-            chat_template: `chatml`, a path, or None for the tokenizer's own.
+            chat_template: `chatml`, `plain`, a path, or None for the tokenizer's own.
 
         Raises:
-            RecipeError: the folder has no tokenizer.json, or the template cannot be read.
+            RecipeError: the folder has no tokenizer.json, the template cannot be read, or the tokenizer lacks its tokens.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -111,6 +118,11 @@ class Tokenizer:
         self.config = _read_json(folder / "tokenizer_config.json")
         self.template_text = _find_template(folder, self.config, chat_template)
         self._template = self._compile(self.template_text) if self.template_text else None
+        if chat_template == "chatml" and self.token_id("<|im_end|>") is None:
+            raise RecipeError(
+                f"model.chat_template: 'chatml' needs <|im_start|> and <|im_end|>, which the tokenizer in {folder} does not have as "
+                "tokens, so a model would not learn where to stop. Use chat_template: plain, which ends answers with its own end token."
+            )
         self.eos_ids = self._find_eos_ids()
 
     @staticmethod
@@ -142,13 +154,27 @@ class Tokenizer:
         return (self.token_id(pad) if pad else None) or 0
 
     def _find_eos_ids(self) -> tuple[int, ...]:
-        """Every id that ends a turn: the tokenizer's eos, the generation config's, and ChatML's where it is used."""
-        found = [self.token_id(token) for token in [self.special("eos_token")] if token]
-        if self.template_text and "<|im_end|>" in self.template_text:
-            found.append(self.token_id("<|im_end|>"))
+        """Every id that ends an answer: what the template writes behind one, the tokenizer's eos, the generation config's."""
+        found = [self._turn_end(), *(self.token_id(token) for token in [self.special("eos_token")] if token)]
         listed = _read_json(self.folder / "generation_config.json").get("eos_token_id")
         found += listed if isinstance(listed, list) else [listed]
         return tuple(dict.fromkeys(i for i in found if i is not None))
+
+    def _turn_end(self) -> int | None:
+        """The token the template writes behind an assistant's answer, if it is one token and the template can say so."""
+        if self._template is None:
+            return None
+        try:
+            rendered = find_spans(self, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except DataError:
+            return None
+        ids = encode_rendered(self, rendered).ids
+        text = self.decode(ids[-2:], skip_special=False)
+        last = ids[-1] if text == text.rstrip() else ids[-2]
+        return int(last) if self.fast.id_to_token(last) in self._special_tokens() else None
+
+    def _special_tokens(self) -> set[str]:
+        return {token.content for token in self.fast.get_added_tokens_decoder().values()}
 
     def fingerprint(self) -> str:
         """Hash of vocabulary, merges and template: what decides the tokens of a row."""
@@ -176,10 +202,10 @@ class Tokenizer:
         if self._template is None:
             raise RecipeError(
                 f"{self.folder}: this tokenizer has no chat template, so messages cannot be turned into text. "
-                "Set model.chat_template to chatml (or to a Jinja file), or train on text rows."
+                "Set model.chat_template to chatml, plain or a Jinja file, or train on text rows."
             )
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        specials = {name: token for name in names if (token := self.special(name))}
+        specials = {name: self.special(name) or "" for name in names}
         try:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=generation_prompt, **specials, **variables
@@ -207,12 +233,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _find_template(folder: Path, config: Mapping[str, Any], asked: str | None) -> str | None:
-    if asked == "chatml":
-        return CHATML
+    if asked in BUILT_IN:
+        return BUILT_IN[asked]
     if asked:
         path = Path(asked)
         if not path.is_file():
-            raise RecipeError(f"model.chat_template: '{asked}' is neither 'chatml' nor a file.")
+            raise RecipeError(f"model.chat_template: '{asked}' is neither one of {', '.join(BUILT_IN)} nor a file.")
         return path.read_text(encoding="utf-8")
     own = folder / "chat_template.jinja"
     if own.is_file():
@@ -276,7 +302,7 @@ def _end_of_turn(text: str, start: int, message: Message) -> int:
         if behind >= start + len(content.strip()) and not text[behind:].strip():
             raise DataError(
                 "the chat template writes no end-of-turn token after the assistant's answer, so the model would never learn "
-                "to stop. Set model.chat_template to chatml or to a template that writes one"
+                "to stop. Set model.chat_template to chatml, plain, or a template that writes one"
             )
     return max(end, start)
 

@@ -12,7 +12,9 @@ import numpy as np
 from smolmlx.backend import Completion, Decoding, FloatArray, Score
 from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
+from smolmlx.errors import RecipeError
 from smolmlx.models import BaseModel
+from smolmlx.plan import PEFT_PREFIX
 from smolmlx.session import load_arrays
 from toy_engine.model import Bigram
 from toy_engine.trainer import flat
@@ -27,7 +29,12 @@ class ToyGenerator:
         if adapter is not None:
             config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             rank = math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
-            arrays, scale, dora = load_arrays(adapter / "adapter_model.safetensors"), config["lora_alpha"] / rank, config["use_dora"]
+            arrays = load_arrays(adapter / "adapter_model.safetensors")
+            scale, dora = config["lora_alpha"] / rank, config["use_dora"]
+            for name, (width_in, _) in model.linear_shapes().items():
+                a = arrays.get(f"{PEFT_PREFIX}{name}.lora_A.weight")
+                if a is not None and a.shape[1] != width_in:
+                    raise RecipeError(f"{adapter}: made for another base model: {name} is {width_in} wide here, {a.shape[1]} there.")
         self.model = Bigram(model.folder, arrays, scale, dora)
 
     def generate(self, prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:

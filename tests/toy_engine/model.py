@@ -2,7 +2,7 @@
 
 S positions, D width of the model, I and O the sides of a linear layer, R rank, V vocabulary.
     x = E[id]                                                       [S, D]
-    h = x + mean over layers of W' x                                each cut or padded to the layer's I and back to D
+    h = x + sum over the n layers of W' x / sqrt(n)                 each cut or padded to the layer's I and back to D
     logits = h E^T                                                  [S, V]
 W' is W + scale B A, or with DoRA m W' / |W'| by rows, the norm taken as a constant (Liu et al. 2024, section 4.3).
 """
@@ -54,6 +54,7 @@ class Bigram:
         self.linear: dict[str, Floats] = {
             name.removesuffix(".weight"): value for name, value in base.items() if ".layers." in name and value.ndim == 2
         }
+        self.share = np.float32(len(self.linear) ** -0.5)
         self.scale, self.dora = np.float32(scale), dora
         self.adapter: Arrays = dict(adapter)
         if dora:
@@ -94,7 +95,7 @@ class Bigram:
             seen = dropout(entry) if dropout and name in self.adapted else entry
             inputs[name] = (entry, seen)
             total += fit(self._apply(name, entry, seen), x.shape[1])
-        hidden = x + total / np.float32(len(self.linear))
+        hidden = x + total * self.share
         return hidden @ self.embedding.T, {name: inputs[name] for name in self.adapted}
 
     def losses(self, ids: Ints, labels: Ints, dropout: Dropout | None = None) -> tuple[Floats, npt.NDArray[np.bool_]]:
@@ -110,7 +111,7 @@ class Bigram:
         slope = np.exp(logits - logits.max(axis=1, keepdims=True))
         slope /= slope.sum(axis=1, keepdims=True)
         slope[np.arange(len(labels)), labels] -= 1
-        back = (slope * weights[:, None]) @ self.embedding / np.float32(len(self.linear))  # [S, D]
+        back = (slope * weights[:, None]) @ self.embedding * self.share  # [S, D]
         found: dict[str, Floats] = {}
         for name in self.adapted:
             a, b = self._leaf(name, _A), self._leaf(name, _B)

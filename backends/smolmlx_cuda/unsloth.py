@@ -1,0 +1,71 @@
+"""Unsloth, the faster path on NVIDIA: the only file that imports it.
+
+Not run on a GPU by this project so far. Unsloth must be imported before trl, transformers and peft, so `prepare` is
+called before this package imports any of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from smolmlx.plan import Plan
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("unsloth") is not None
+
+
+def prepare(device: str) -> None:
+    """Import Unsloth first where it may be used: on CUDA, unless SMOLMLX_UNSLOTH=off."""
+    if device == "cuda" and installed() and os.environ.get("SMOLMLX_UNSLOTH") != "off":
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
+        import unsloth  # noqa: F401
+
+
+def decide(plan: Plan) -> tuple[bool, str]:
+    """Return whether a plan runs on Unsloth, and why."""
+    wanted = plan.recipe.cuda.get("unsloth", "auto")
+    reasons = (
+        (wanted in ("off", False), "cuda.unsloth is off"),
+        (plan.capabilities.device != "cuda", f"Unsloth's kernels are for NVIDIA, this is {plan.capabilities.device}"),
+        (not installed(), "Unsloth is not installed (pip install 'smolmlx[unsloth]')"),
+        (plan.full, "full-parameter training"),
+        (plan.recipe.lora.dora, "DoRA"),
+        (plan.dtype == "float32", "float32 weights"),
+        (plan.train.packed, "packed rows, whose isolation is verified on plain transformers only"),
+    )
+    against = next((reason for holds, reason in reasons if holds), None)
+    return (True, "Unsloth") if against is None else (False, f"plain TRL: {against}")
+
+
+def load(folder: Path, plan: Plan) -> Any:
+    """Load a base model and put an untrained adapter on it; Unsloth's 4-bit and checkpointing defaults are off."""
+    from unsloth import FastLanguageModel
+
+    from smolmlx_cuda.model import DTYPES
+
+    recipe = plan.recipe
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(folder),
+        max_seq_length=max(plan.train.widths),
+        dtype=DTYPES[plan.dtype],
+        load_in_4bit=recipe.model.quantize == "4bit",
+        load_in_8bit=recipe.model.quantize == "8bit",
+        use_gradient_checkpointing=recipe.train.gradient_checkpointing,
+        use_exact_model_name=True,
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=sorted({name.rpartition(".")[2] for name in plan.targets}),
+        use_rslora=recipe.lora.rslora,
+        bias="none",
+        use_gradient_checkpointing=recipe.train.gradient_checkpointing,
+        random_state=recipe.train.seed,
+    )

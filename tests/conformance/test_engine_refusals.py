@@ -1,0 +1,129 @@
+"""What an engine cannot do is refused while planning, with its reason; what it says it can do, it does."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+from lab import ENGINES, Lab, toy_installed
+
+from smolmlx import backend, recipe
+from smolmlx.errors import BackendError, RecipeError
+
+ASKED = {
+    "model.quantize": get_args(recipe.Quantize),
+    "model.dtype": get_args(recipe.Dtype),
+    "train.optimizer": get_args(recipe.Train.model_fields["optimizer"].annotation),
+    "train.method": get_args(recipe.Train.model_fields["method"].annotation),
+}
+KINDS = {"model.quantize": "quantize", "model.dtype": "dtypes", "train.optimizer": "optimizers", "train.method": "methods"}
+
+
+@pytest.mark.parametrize("key", ASKED)
+def test_every_value_is_planned_or_refused_with_a_reason(lab: Lab, key: str) -> None:
+    capabilities = lab.choice.backend.capabilities(lab.choice.device)
+    supported = getattr(capabilities, KINDS[key])
+    for value in ASKED[key]:
+        changes = {key.replace(".", "__"): value}
+        if value in supported or (key, value) == ("model.dtype", "auto"):
+            lab.plan(**changes)
+            continue
+        with pytest.raises(RecipeError) as caught:
+            lab.plan(**changes)
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"{key}: backend '{lab.name}' on {capabilities.device} does not support '{value}'")
+        assert f"supports: {', '.join(supported)}" in problem or "supports: auto" in problem
+        if key != "model.dtype":
+            assert capabilities.missing[value] in problem, "an engine says why, and what would help"
+
+
+def test_capabilities_name_known_values_only(lab: Lab) -> None:
+    capabilities = lab.choice.backend.capabilities(lab.choice.device)
+    for key, kind in KINDS.items():
+        assert set(getattr(capabilities, kind)) <= set(ASKED[key])
+    assert set(capabilities.stages) <= set(get_args(recipe.Stage))
+    assert capabilities.dtype in capabilities.dtypes and capabilities.dtype_reason and capabilities.device_name
+    assert lab.choice.backend.versions()
+
+
+def test_unknown_knobs_are_refused(lab: Lab) -> None:
+    if lab.name not in recipe.Recipe.model_fields:
+        assert lab.choice.backend.check({"zzz": 1})
+        pytest.skip(f"a recipe has no block for engine {lab.name}; its own check was asked")
+    with pytest.raises(RecipeError, match=rf"{lab.name}\.zzz: unknown key"):
+        lab.plan(**{lab.name: {"zzz": 1}})
+
+
+def test_block_for_an_unknown_engine_is_refused(lab: Lab) -> None:
+    with pytest.raises(RecipeError, match="tpu: unknown key"):
+        lab.plan(tpu={"zzz": 1})
+
+
+def test_unknown_device_is_refused(lab: Lab) -> None:
+    with pytest.raises(BackendError, match="--device abacus") as caught:
+        backend.choose(lab.name, "abacus")
+    assert caught.value.exit_code == 3
+
+
+def test_engine_is_found_by_name(lab: Lab) -> None:
+    assert lab.choice.backend.name == lab.name in backend.installed()
+    assert lab.choice.reason == "asked for with device cpu"
+
+
+def test_unknown_engine_names_the_nearest() -> None:
+    with toy_installed(), pytest.raises(BackendError, match="Did you mean 'toy'") as caught:
+        backend.choose("tory")
+    assert "Installed: " in str(caught.value)
+
+
+def test_cuda_without_a_gpu_says_what_to_type() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(BackendError, match="--device cpu"):
+        backend.choose("cuda")
+
+
+class TestAuto:
+    """`--backend auto` on machines that are not this one."""
+
+    @pytest.fixture
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> object:
+        def make(system: str, packages: set[str], nvidia: bool, names: tuple[str, ...] = tuple(ENGINES)) -> None:
+            class Paper:
+                def __init__(self, name: str) -> None:
+                    self.name = name
+
+            monkeypatch.setattr(backend, "installed", lambda: {name: (lambda name=name: Paper(name)) for name in names})
+            monkeypatch.setattr(backend, "_has", lambda name, known, module: name in known and module.partition(".")[0] in packages)
+            monkeypatch.setattr(backend, "has_nvidia", lambda: nvidia)
+            monkeypatch.setattr(backend.platform, "system", lambda: system)
+            monkeypatch.setattr(backend.platform, "machine", lambda: "arm64" if system == "Darwin" else "x86_64")
+            monkeypatch.setattr(backend, "load", lambda name: Paper(name))
+
+        return make
+
+    @pytest.mark.parametrize(
+        ("system", "packages", "nvidia", "wanted"),
+        [
+            ("Darwin", {"mlx", "torch"}, False, ("mlx", None, "Apple Silicon")),
+            ("Linux", {"mlx", "torch"}, True, ("cuda", None, "an NVIDIA GPU is here")),
+            ("Linux", {"mlx", "torch"}, False, ("mlx", None, "no GPU here")),
+            ("Linux", {"torch"}, False, ("cuda", "cpu", "no GPU here")),
+            ("Linux", {"mlx"}, True, ("mlx", None, "no GPU here")),
+            ("Darwin", {"torch"}, False, ("cuda", "cpu", "no GPU here")),
+        ],
+    )
+    def test_choice(self, machine: object, system: str, packages: set[str], nvidia: bool, wanted: tuple[str, ...]) -> None:
+        machine(system, packages, nvidia)  # type: ignore[operator]
+        chosen = backend.choose()
+        assert (chosen.backend.name, chosen.device) == wanted[:2] and chosen.reason.startswith(wanted[2])
+
+    def test_third_engine_alone(self, machine: object) -> None:
+        machine("Linux", set(), False, ("toy",))  # type: ignore[operator]
+        assert backend.choose().backend.name == "toy"
+
+    def test_none(self, machine: object) -> None:
+        machine("Linux", set(), False, ())  # type: ignore[operator]
+        with pytest.raises(BackendError, match="pip install"):
+            backend.choose()

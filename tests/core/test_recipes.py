@@ -1,0 +1,169 @@
+"""Shipped recipes are claims: each parses, says what it does and what it costs, and docs/recipes.md lists every key.
+
+`python tests/core/test_recipes.py` writes docs/recipes.md again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from smolmlx import recipe, shelf
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "recipes.md"
+REMAKE = "Run `python tests/core/test_recipes.py`."
+
+INTRO = """\
+# Recipe keys
+
+Made from the field docstrings of `smolmlx/recipe.py` by `python tests/core/test_recipes.py`; do not edit.
+
+A recipe is a YAML file with these sections. Unknown keys, wrong types and impossible combinations are refused, all at
+once. `--set section.key=value` and flags win over the recipe, the recipe over the defaults; `smolmlx plan` shows where
+each value came from. `1e-4` is a number. Relative paths are tried from the working folder, then from the recipe's
+folder, then among the shipped files. Write `packing: "on"` and `packing: "off"` with quotes: YAML reads the bare words
+as true and false. `smolmlx recipes ls` lists the shipped recipes, `smolmlx recipes cp NAME FILE` copies one to change.
+"""
+
+# For fields that carry no docstring in smolmlx/recipe.py; an entry must go when its field gets one.
+PLAIN = {
+    "stage": "`pretrain` trains on text, every token; `sft` trains on conversations, the answers only.",
+    "description": "One line, shown by `smolmlx recipes ls`.",
+    "loggers": "Metric services to report to. Not connected yet: it has no effect.",
+    "train.method": "lora: an adapter on the frozen base; full: every weight.",
+    "train.epochs": "Passes over the train rows; a last partial one is rounded up to whole steps.",
+    "train.learning_rate": "The highest learning rate, reached after the warm-up.",
+    "train.schedule": "Course of the learning rate after the warm-up.",
+    "train.optimizer": "What an engine lacks is refused, with what to take instead.",
+    "train.betas": "AdamW's decay rates of the two moments.",
+    "train.eps": "AdamW's epsilon.",
+    "train.seed": "Decides row order, held-out rows, first adapter weights and dropout.",
+    "lora.r": "Rank of the update.",
+    "lora.alpha": "The update is scaled by alpha/r (alpha/sqrt(r) with rslora).",
+    "lora.dropout": "Share of adapter inputs set to zero while training.",
+    "lora.rslora": "Rank-stabilized scaling, alpha/sqrt(r).",
+    "lora.dora": "Weight-decomposed LoRA: a trained magnitude for each output.",
+    "save.keep_last": "Checkpoints kept; older ones are deleted.",
+    "samples.max_tokens": "Longest answer.",
+    "evaluate.suite": "notes: answers scored against references and controls; loss: nats per token.",
+    "evaluate.max_tokens": "Longest answer (notes).",
+    "evaluate.batch_size": "Prompts answered together.",
+    "evaluate.limit": "Score the first N rows only.",
+}
+
+
+def sections() -> Iterator[tuple[str, dict[str, FieldInfo]]]:
+    """Yield (section, its fields); the recipe's own scalar keys stand under ''."""
+    top = {name: field for name, field in recipe.Recipe.model_fields.items() if section_of(field) is None}
+    yield "", top
+    for name, field in recipe.Recipe.model_fields.items():
+        if (found := section_of(field)) is not None:
+            yield name, found.model_fields
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the model behind a field, or None where the field is a value."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def meaning(key: str, field: FieldInfo) -> str:
+    return " ".join((field.description or PLAIN.get(key, "")).split()).replace("|", "\\|")
+
+
+def values(field: FieldInfo) -> str:
+    """Describe what a field takes: its words, or its type with its bounds."""
+    words = kinds(field.annotation)
+    bounds = [
+        f"{sign} {getattr(rule, name)}"
+        for rule in field.metadata
+        for name, sign in SIGNS.items()
+        if hasattr(rule, name)
+    ]
+    return " or ".join(words) + (f", {', '.join(bounds)}" if bounds else "")
+
+
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def kinds(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [f"`{word}`" for word in get_args(annotation)]
+    plain = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "nothing"}
+    if annotation in plain:
+        return [plain[annotation]]
+    origin = get_origin(annotation)
+    if origin is list:
+        return [f"list of {' or '.join(kinds(get_args(annotation)[0]))}"]
+    if origin is tuple:
+        return [f"{len(get_args(annotation))} numbers"]
+    if origin is dict:
+        return ["mapping"]
+    return [word for part in get_args(annotation) for word in kinds(part)]
+
+
+def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None or value in ("", [], {}):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(f"{part:g}" for part in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def make_page() -> str:
+    """Return docs/recipes.md."""
+    parts = [INTRO]
+    for name, fields in sections():
+        parts.append(f"## `{name}`\n" if name else "## Top level\n")
+        parts.append("| key | default | takes | meaning |\n|---|---|---|---|")
+        for key, field in fields.items():
+            dotted = f"{name}.{key}" if name else key
+            parts.append(f"| `{dotted}` | {default(field)} | {values(field)} | {meaning(dotted, field)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+@pytest.mark.parametrize("name", shelf.names())
+def test_recipe_is_a_claim(name: str) -> None:
+    path = shelf.find(name)
+    made = recipe.load(path).recipe
+    header = shelf.header(path)
+    assert made.description and "\n" not in made.description
+    assert f"smolmlx train {name}" in header, "the header must hold the command"
+    for word in ("Hardware:", "Time", "esult"):
+        assert word in header, f"the header must say: {word}"
+
+
+def test_the_notes_stage_is_the_quickstart() -> None:
+    """notes/sft promises the quickstart's cost and result, so its values must be the same."""
+    trees = [recipe.read(shelf.find(name)) for name in ("notes/sft", "quickstart")]
+    assert len({tree.pop("description") for tree in trees}) == 2
+    assert trees[0] == trees[1]
+
+
+def test_every_key_is_explained_once() -> None:
+    keys = {f"{name}.{key}" if name else key: field for name, fields in sections() for key, field in fields.items()}
+    assert [key for key, field in keys.items() if not meaning(key, field)] == [], "no docstring and no entry in PLAIN"
+    assert [key for key in PLAIN if key not in keys or keys[key].description] == [], "PLAIN is out of date"
+
+
+def test_the_page_of_keys_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == make_page(), f"{PAGE} is not what smolmlx/recipe.py says. {REMAKE}"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(make_page(), encoding="utf-8")

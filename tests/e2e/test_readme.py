@@ -1,0 +1,171 @@
+"""The README's commands: what can run here is run, the rest is parsed.
+
+A line of a `sh` block that ends in `# needs: ...` asks for a hub, a Mac, a GPU, minutes or an interrupted run: it is only
+parsed. Every other line is run, in order, in one empty folder that holds `rows.jsonl`, on the embedded model and in the
+least time that shows that it works.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+import smolmlx
+from smolmlx import recipe, shelf
+from smolmlx.cli import cli
+from smolmlx.models import embedded_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LEAST = {
+    "train": (
+        "--max-steps 2 --set train.batch_size=2 --set eval.every=end --set samples.max_tokens=8 "
+        "--set evaluate.limit=2 --set evaluate.max_tokens=8"
+    ),
+    "eval": "--limit 2 --max-tokens 8",
+    "generate": "--max-tokens 8",
+}
+"""What is added to a command, so that it takes seconds."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command of the README."""
+
+    words: tuple[str, ...]
+    needs: str
+    """Why it is not run; empty when it is."""
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def read_line(text: str) -> Line:
+    needs = re.search(r"#\s*needs:\s*(.+)$", text)
+    return Line(tuple(shlex.split(text, comments=True)), needs[1].strip() if needs else "")
+
+
+LINES = [
+    read_line(text)
+    for block in blocks("sh")
+    for text in block.splitlines()
+    if text.strip() and not text.startswith("#")
+]
+OURS = [line for line in LINES if line.words[0] == "smolmlx"]
+
+
+def test_the_readme_has_commands_of_both_kinds() -> None:
+    assert [line for line in OURS if line.needs] and [line for line in OURS if not line.needs]
+    assert {line.words[0] for line in LINES} <= {"smolmlx", "make", "pip"}
+
+
+@pytest.mark.parametrize("line", OURS, ids=str)
+def test_command_parses(line: Line) -> None:
+    """Options and commands exist, and values are of the right kind; recipes that are named are shipped."""
+    context, words = click.Context(cli, info_name="smolmlx"), list(line.words[1:])
+    command: click.Command = cli
+    while isinstance(command, click.Group):
+        _, found, words = command.resolve_command(context, words)
+        assert found is not None
+        command = found
+        context = click.Context(command, parent=context, info_name=command.name)
+    command.parse_args(context, words)
+    named = context.params.get("recipe")
+    if named and not named.endswith(".yaml"):
+        overrides = context.params.get("sets", ())
+        recipe.load(shelf.find(named), overrides)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.words[0] != "smolmlx"], ids=str)
+def test_make_targets_and_extras_exist(line: Line) -> None:
+    if line.words[0] == "make":
+        assert re.search(rf"^{line.words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    else:
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        for extra in re.findall(r"\[(.*?)\]", str(line)):
+            assert all(re.search(rf"^{name} = \[", project, re.MULTILINE) for name in extra.split(","))
+
+
+def test_python_names_exist() -> None:
+    """Functions of the README's Python are public and take these arguments."""
+    (block,) = blocks("python")
+    calls = [
+        node
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    public = [call for call in calls if isinstance(call.func.value, ast.Name) and call.func.value.id == "smolmlx"]
+    methods = [call for call in calls if isinstance(call.func.value, ast.Name) and call.func.value.id == "model"]
+    assert public and methods
+    for owner, found, skip in ((smolmlx, public, 0), (smolmlx.Model, methods, 1)):
+        for call in found:
+            function = getattr(owner, call.func.attr)
+            keywords = {word.arg: None for word in call.keywords if word.arg}
+            inspect.signature(function).bind(*[None] * (len(call.args) + skip), **keywords)
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    missing = [target for target in targets if not (ROOT / target).is_file()]
+    if missing == ["docs/parity.md"]:
+        pytest.skip("docs/parity.md is not there yet: make parity writes it")
+    assert not missing
+
+
+def expand(words: tuple[str, ...], folder: Path) -> list[str]:
+    """Do what a shell does with `*`."""
+    return [
+        text
+        for word in words
+        for text in (sorted(str(p.relative_to(folder)) for p in folder.glob(word)) if "*" in word else [word])
+    ]
+
+
+def run_line(line: Line, folder: Path) -> None:
+    words = expand(line.words[1:], folder) + LEAST.get(line.words[1], "").split()
+    program = [sys.executable, "-c", "from smolmlx.cli import main; main()"]
+    done = subprocess.run([*program, *words], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"{line}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def write_rows(path: Path) -> None:
+    """Rows as a user may bring them, taken from the notes."""
+    with (ROOT / "data" / "notes" / "train.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for _, line in zip(range(40), lines, strict=False)]
+    made = [{"prompt": f"{row['instruction']}\n\n{row['input']}", "response": row["output"]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path: Path) -> None:
+    if not (embedded_folder() / "model.safetensors").is_file():
+        pytest.skip(f"the embedded model's weights are missing: {embedded_folder()}/model.safetensors")
+    write_rows(tmp_path / "rows.jsonl")
+    for line in OURS:
+        if not line.needs:
+            run_line(line, tmp_path)
+    assert (tmp_path / "answers.jsonl").read_text(encoding="utf-8").count("\n") == 4
+    assert list((tmp_path / "runs").glob("notes-sft-*/report.json"))
+
+
+def test_data_and_recipe_commands_run_without_the_model(tmp_path: Path) -> None:
+    """The part of the README that needs no weights, so that it is checked everywhere."""
+    write_rows(tmp_path / "rows.jsonl")
+    for line in OURS:
+        if line.words[1] in ("data", "recipes") and not line.needs:
+            run_line(line, tmp_path)
+    assert (tmp_path / "splits" / "test.jsonl").is_file() and (tmp_path / "my.yaml").is_file()
