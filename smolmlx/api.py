@@ -87,7 +87,7 @@ def train(
         name = "run"
     else:
         loaded = recipes.load(shelf.find(str(recipe)), flags=flags)
-        name = Path(str(recipe)).stem
+        name = stages.run_name(str(recipe))
     choice = backends.choose(backend, device)
     plan = resolve(loaded, choice)
     folder = stages.start_run(plan, Path(out), name)

@@ -7,6 +7,7 @@ only computes, which is why two engines given one plan produce one curve.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from smolmlx.backend import Capabilities, Choice
 from smolmlx.data.batches import BatchPlan, padded_tokens, plan_batches
 from smolmlx.data.chat import Tokenizer
-from smolmlx.data.encode import Encoding
+from smolmlx.data.encode import NO_TARGET, TOO_LONG, Account, Encoding
 from smolmlx.data.formats import Source, open_source
 from smolmlx.data.store import TokenStore, encode_source
 from smolmlx.errors import DataError, RecipeError, nearest
@@ -103,6 +104,7 @@ class Plan:
         ):
             for key in free:
                 recipe[section].pop(key)
+        recipe["moments"] = "8bit" if self.recipe.train.optimizer == "adamw_8bit" else "float32"
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
         digest.update(f"{self.steps} {self.train.digest()} {self.model.fingerprint()}".encode())
         digest.update(self.learning_rates.tobytes())
@@ -166,6 +168,7 @@ def resolve(
     capabilities = choice.backend.capabilities(choice.device)
     problems = [
         *_unsupported(recipe, capabilities, choice.backend.name),
+        *_missing_loggers(recipe),
         *choice.backend.check(engine_knobs(recipe, choice.backend.name)),
     ]
     if problems:
@@ -185,14 +188,28 @@ def resolve(
         validation_store, batch_size=recipe.train.batch_size, pack_to=None, shuffle=False, pad_id=tokenizer.pad_id
     )
     steps = count_steps(recipe.train, train.steps_per_epoch)
-    dtype = capabilities.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
-    return Plan(
+    widest = "float32" if recipe.train.method == "full" else capabilities.dtype  # small updates would vanish in 16 bits
+    dtype = widest if recipe.model.dtype == "auto" else recipe.model.dtype
+    plan = Plan(
         loaded, choice.backend.name, choice.reason, capabilities, dtype, model, tokenizer, source.form.name, train, validation or None,
         steps, learning_rates(recipe.train, steps),
         eval_steps=_moments(recipe.eval.every, steps, train.steps_per_epoch) | {steps} if validation else frozenset(),
         save_steps=_moments(recipe.save.every, steps, train.steps_per_epoch),
         targets=targets, notes=tuple(notes),
     )  # fmt: skip
+    _check_memory(plan)
+    return plan
+
+
+def _check_memory(plan: Plan) -> None:
+    """Refuse what cannot fit for certain: weights, gradients and moments alone fill the device."""
+    limit = plan.capabilities.memory_bytes
+    needed = weight_bytes(plan)
+    if limit is not None and needed > limit:
+        raise RecipeError(
+            f"{plan.loaded.source}: weights, gradients and moments alone take {needed / 1e9:.1f} GB, the device has {limit / 1e9:.1f} GB. "
+            "Take a smaller model, train.method: lora, or model.quantize: 4bit."
+        )
 
 
 def engine_knobs(recipe: Recipe, backend: str) -> Mapping[str, Any]:
@@ -214,6 +231,12 @@ def _unsupported(recipe: Recipe, capabilities: Capabilities, backend: str) -> It
             yield f"{key}: backend '{backend}' on {capabilities.device} does not support '{value}' (supports: {', '.join(supported)}).{f' {why}' if why else ''}"
 
 
+def _missing_loggers(recipe: Recipe) -> Iterator[str]:
+    for name in recipe.loggers:
+        if importlib.util.find_spec(name) is None:
+            yield f"loggers: '{name}' is not installed: pip install {name}."
+
+
 def _from_config(recipe: Recipe) -> BaseModel:
     """A model that does not exist yet: its shapes come from the config; weights are drawn when the run starts."""
     config = dict(recipe.model.config or {})
@@ -232,7 +255,8 @@ def open_tokenizer(loaded: Loaded, model: BaseModel) -> Tokenizer:
         folder = next((path for path in candidates if path.is_dir()), candidates[0])
         if not folder.is_dir():
             raise RecipeError(f"model.tokenizer: {named}: no such folder.")
-    return Tokenizer(folder, loaded.recipe.model.chat_template)
+    template = loaded.recipe.model.chat_template
+    return Tokenizer(folder, locate(template, loaded) if template else None)
 
 
 def select_targets(model: BaseModel, recipe: Recipe) -> dict[str, tuple[int, int]]:
@@ -340,14 +364,18 @@ def _check_account(store: TokenStore, loaded: Loaded, named: str | list[str]) ->
     account = store.account
     name = named if isinstance(named, str) else ", ".join(named)
     listed = [f"{reason}: {count} rows, first at {account.first[reason]}" for reason, count in account.reasons.items()]
+    advice = _advice(account)
     if not len(store):
-        raise DataError(f"{name}: none of its {account.rows} rows can be trained", listed)
+        raise DataError(f"{name}: none of its {account.rows} rows can be trained. {advice}", listed)
     if account.lost * 2 > account.rows and not loaded.recipe.data.allow_affected:
-        raise DataError(
-            f"{name}: {account.lost} of {account.rows} rows cannot be trained, more than half. Raise data.max_length, choose another "
-            "data.overlong (truncate_prompt, split), or set data.allow_affected: true",
-            listed,
-        )
+        count = f"{account.lost} of {account.rows} rows cannot be trained, more than half"
+        raise DataError(f"{name}: {count}. {advice} Or go on with data.allow_affected: true", listed)
+
+
+def _advice(account: Account) -> str:
+    if account.reasons[TOO_LONG] >= account.reasons[NO_TARGET]:
+        return "Raise data.max_length, or choose another data.overlong (truncate_prompt, split)."
+    return "Each row needs an assistant turn within data.max_length; see `smolmlx data inspect`."
 
 
 def _check_ids(tokenizer: Tokenizer, model: BaseModel, store: TokenStore) -> None:
@@ -485,7 +513,6 @@ def estimate_memory(plan: Plan) -> int:
     token about 10 widths, 4 inner widths and the attention row. Good to about 30 %; `benchmarks/sft.py` compares.
     """
     config, wide = plan.model.config, 4 if plan.dtype == "float32" else 2
-    per_weight = {"none": float(wide), "8bit": 1.1, "4bit": 0.6}[plan.recipe.model.quantize]
     width, inner = int(config.get("hidden_size", 0)), int(config.get("intermediate_size", 0))
     heads = int(config.get("num_attention_heads", 1))
     row = max(plan.train.widths)
@@ -499,4 +526,11 @@ def estimate_memory(plan: Plan) -> int:
         else per_block * plan.model.num_layers
     )
     head = plan.train.gather * int(config.get("vocab_size", 0)) * 4 * 2
-    return int(plan.num_parameters * per_weight + plan.num_trainable * 16 + blocks + head)
+    return weight_bytes(plan) + int(blocks + head)
+
+
+def weight_bytes(plan: Plan) -> int:
+    """Bytes of the base weights and of float32 trainables with gradient and two moments."""
+    wide = 4.0 if plan.dtype == "float32" else 2.0
+    per_weight = {"none": wide, "8bit": 1.1, "4bit": 0.6}[plan.recipe.model.quantize]
+    return int(plan.num_parameters * per_weight + plan.num_trainable * (12 if plan.full else 16))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,7 @@ from smolmlx.errors import RecipeError, nearest
 Stage = Literal["pretrain", "sft"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "4bit", "8bit"]
+Steps = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -38,9 +39,9 @@ class Model(Section):
     tokenizer: str | None = None
     """Folder of the tokenizer, when it is not the model's own."""
     chat_template: str | None = None
-    """`chatml` or a path to a Jinja file, for a tokenizer that has none or has the wrong one."""
+    """`chatml`, `plain` or a path to a Jinja file, for a tokenizer that has none or has the wrong one."""
     dtype: Dtype = "auto"
-    """Weights' type. auto: bfloat16 on a device that has it, float32 on a CPU."""
+    """Weights' type. auto: bfloat16 on a device that has it, float32 on a CPU and for full-parameter training."""
     quantize: Quantize = "none"
     """Quantize the frozen base (QLoRA)."""
 
@@ -73,12 +74,14 @@ class Data(Section):
     packing: Literal["auto", "on", "off"] = "auto"
     """Several rows behind each other in one, isolated. auto: whichever is estimated to be cheaper."""
     limit: int | None = Field(None, ge=1)
-    """Use the first N rows only."""
+    """Use the first N rows of `train` only."""
 
 
 class Train(Section):
     method: Literal["lora", "full"] = "lora"
+    """lora: an adapter on the frozen base; full: every weight."""
     epochs: float = Field(1.0, gt=0)
+    """Passes over the train rows; a last partial one is rounded up to whole steps."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps, whatever `epochs` says. The schedule is laid over these steps."""
     batch_size: int = Field(8, ge=1)
@@ -86,14 +89,19 @@ class Train(Section):
     accumulation: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
     learning_rate: float = Field(2e-4, gt=0)
+    """The highest learning rate, reached after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up."""
     warmup: float = Field(0.0, ge=0)
     """Below 1: share of all steps; from 1: number of steps."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Where linear and cosine end, as a share of learning_rate."""
     optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
+    """What an engine lacks is refused, with what to take instead."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
     eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled; never on norms and biases."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -103,22 +111,28 @@ class Train(Section):
     compile: bool = True
     """Compile the training step where the engine can and it pays."""
     seed: int = Field(0, ge=0)
+    """Decides row order, held-out rows, first adapter weights and dropout."""
 
 
 class Lora(Section):
     r: int = Field(16, ge=1)
+    """Rank of the update."""
     alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha/r (alpha/sqrt(r) with rslora)."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of adapter inputs set to zero while training."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Names as in PEFT: `q_proj`, or a full path."""
     rslora: bool = False
+    """Rank-stabilized scaling, alpha/sqrt(r)."""
     dora: bool = False
+    """Weight-decomposed LoRA: a trained magnitude for each output."""
     last_layers: int | None = Field(None, ge=1)
     """Only the last N transformer blocks."""
 
 
 class Eval(Section):
-    every: int | Literal["epoch", "end"] = "epoch"
+    every: Steps | Literal["epoch", "end"] = "epoch"
     """Steps between evaluations on the validation rows, each epoch, or once at the end."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a better validation loss."""
@@ -127,19 +141,24 @@ class Eval(Section):
 
 
 class Save(Section):
-    every: int | Literal["epoch"] | None = None
-    """Steps between checkpoints; none: only when interrupted and at the end."""
+    every: Steps | Literal["epoch"] | None = None
+    """Steps between checkpoints; none: only when interrupted."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of model/ after full-parameter training."""
     keep_last: int = Field(2, ge=1)
+    """Checkpoints kept; older ones are deleted."""
 
 
 class Samples(Section):
     prompts: list[str] = []
     """Answered before and after training, same template and decoding, into samples.md."""
     max_tokens: int = Field(160, ge=1)
+    """Longest answer."""
 
 
 class Evaluate(Section):
     suite: Literal["notes", "loss"] = "notes"
+    """notes: answers scored against references and controls; loss: nats per token."""
     data: str
     """Held-out rows the trained model is scored on."""
     train: str | None = None
@@ -147,15 +166,20 @@ class Evaluate(Section):
     ood: str | None = None
     """Out-of-distribution rows, scored apart."""
     max_tokens: int = Field(256, ge=1)
+    """Longest answer (notes)."""
     batch_size: int = Field(32, ge=1)
+    """Prompts answered together."""
     limit: int | None = Field(None, ge=1)
+    """Score the first N rows only."""
 
 
 class Recipe(Section):
     """One stage of training, or a pipeline of stages."""
 
     stage: Stage = "sft"
+    """`pretrain` trains on text, every token; `sft` trains on conversations, the answers only."""
     description: str = ""
+    """One line, shown by `smolmlx recipes ls`."""
     model: Model = Model()
     data: Data
     train: Train = Train()
@@ -165,6 +189,7 @@ class Recipe(Section):
     samples: Samples = Samples()
     evaluate: Evaluate | None = None
     loggers: list[Literal["wandb", "tensorboard", "trackio"]] = []
+    """Metric services to report to, beside metrics.jsonl; each needs its own package."""
     mlx: dict[str, Any] = {}
     """Knobs of the MLX engine, checked by it."""
     cuda: dict[str, Any] = {}
@@ -215,9 +240,15 @@ class Loaded:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; people mean a number."""
+    """YAML 1.1 reads 1e-4 as text and on/off as booleans; people mean a number and a word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
+        first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

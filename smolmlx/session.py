@@ -285,13 +285,16 @@ def save_arrays(arrays: Arrays, path: Path) -> None:
 
 
 def load_arrays(path: Path) -> Arrays:
-    """Read a safetensors file as float32 numpy arrays.
+    """Read a safetensors file as numpy arrays, half precision widened to float32.
 
     Raises:
         RunError: missing or broken.
     """
     try:
-        return {name: array.astype(np.float32, copy=False) for name, array in load_file(path).items()}
+        return {
+            name: array.astype(np.float32) if array.dtype == np.float16 else array
+            for name, array in load_file(path).items()
+        }
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(
             f"{path}: cannot be read ({error}). Delete this checkpoint folder to go on from the one before."

@@ -54,6 +54,11 @@ class Report:
     tokens_per_second: float
 
 
+def run_name(recipe: str) -> str:
+    """Return the name that runs of a recipe (a shipped name or a path) begin with."""
+    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
+
+
 def start_run(plan: Plan, out: Path, name: str) -> RunDir:
     """Make the run's folder and write what every engine starts from: recipe, plan, environment, first weights."""
     run = rundir.create(name, out)
@@ -161,11 +166,13 @@ def save_result(plan: Plan, session: Session) -> None:
     run = session.run
     target = run.model if plan.full else run.adapter
     with publish(target) as folder:
-        save_arrays(session.final_weights(), folder / plan.weights_name)
+        dtype = plan.recipe.save.dtype if plan.full else "float32"
+        weights = {key: value.astype(dtype) for key, value in session.final_weights().items()}
+        save_arrays(weights, folder / plan.weights_name)
         name = "config.json" if plan.full else "adapter_config.json"
         tree = dict(plan.model.config) if plan.full else adapter_config(plan)
         if plan.full:
-            tree["torch_dtype"] = "float32"
+            tree["torch_dtype"] = dtype
         write_text(folder / name, json.dumps(tree, indent=2) + "\n")
         copy_tokenizer(plan.tokenizer, folder)
         if plan.full:
@@ -224,7 +231,7 @@ def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter) -> Eva
         train=locate(wanted.train, plan.loaded) if wanted.train else None,
         ood=locate(wanted.ood, plan.loaded) if wanted.ood else None,
         decoding=Decoding(max_tokens=wanted.max_tokens, batch_size=wanted.batch_size), limit=wanted.limit,
-        template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system,
+        template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system, columns=plan.recipe.data.columns,
         loading=Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none"),
         encoding=encoding(plan.recipe),
     )  # fmt: skip

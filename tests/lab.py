@@ -41,7 +41,22 @@ TINY = {
 TIMING = ("seconds", "tokens_per_second", "peak_bytes")
 """Fields of a metrics row that no two runs share."""
 
-WORDS = "red green blue apple pear plum one two three four small large river stone".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "apple",
+    "pear",
+    "plum",
+    "one",
+    "two",
+    "three",
+    "four",
+    "small",
+    "large",
+    "river",
+    "stone",
+]
 
 
 def sentence(i: int) -> str:

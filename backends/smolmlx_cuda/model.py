@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from smolmlx.data.batches import Batch
 from smolmlx.errors import BackendError, RecipeError
-from smolmlx.plan import Plan
+from smolmlx.models import read_header
+from smolmlx.plan import PEFT_PREFIX, Plan
 from smolmlx.session import Arrays
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,9 +81,21 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
     json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     try:
-        return PeftModel.from_pretrained(model, str(folder))
+        found = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError) as error:
         raise RecipeError(f"{folder}: made for another base model: {str(error).splitlines()[0]}") from error
+    # PEFT leaves out, without a word, tensors of layers that the base lacks.
+    adapted = {canonical(name).partition(".lora_")[0] for name, _ in found.named_parameters()}
+    stored = {
+        name.partition(".lora_")[0] for name in read_header(folder / "adapter_model.safetensors") if ".lora_" in name
+    }
+    strangers = sorted(stored - adapted)
+    if strangers:
+        raise RecipeError(
+            f"{folder}: made for another base model: it adapts {strangers[0].removeprefix(PEFT_PREFIX)} "
+            f"(and {len(strangers) - 1} more), which this model lacks."
+        )
+    return found
 
 
 def canonical(name: str) -> str:

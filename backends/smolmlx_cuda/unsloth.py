@@ -35,6 +35,10 @@ def decide(plan: Plan) -> tuple[bool, str]:
         (not installed(), "Unsloth is not installed (pip install 'smolmlx[unsloth]')"),
         (plan.full, "full-parameter training"),
         (plan.recipe.lora.dora, "DoRA"),
+        (
+            plan.recipe.lora.last_layers is not None or plan.recipe.lora.targets != "all-linear",
+            "adapters on some layers only",
+        ),
         (plan.dtype == "float32", "float32 weights"),
         (plan.train.packed, "packed rows, whose isolation is verified on plain transformers only"),
     )

@@ -53,14 +53,8 @@ def exp(x: mx.array) -> mx.array:
     return _scaled_power(x, rounded, mx.view(bits, mx.float32))
 
 
-@mx.custom_function
 def sigmoid(x: mx.array) -> mx.array:
     return 1.0 / (1.0 + exp(-x))
-
-
-@sigmoid.vjp
-def _sigmoid_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return cotangent * output * (1.0 - output)
 
 
 @mx.custom_function
@@ -88,8 +82,18 @@ def _logsumexp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.arr
     return cotangent[..., None] * exp(x - output[..., None])
 
 
+@mx.custom_function
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """Return silu(gate) * x. Its backward pass makes the sigmoid again, which costs less than keeping it and its product."""
     return gate * sigmoid(gate) * x
+
+
+@swiglu.vjp
+def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    gate, x = primals
+    share = sigmoid(gate)
+    silu = gate * share
+    return cotangent * x * (share + silu * (1.0 - share)), cotangent * silu
 
 
 def attention(

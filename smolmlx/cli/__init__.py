@@ -71,9 +71,9 @@ def main() -> None:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     try:
-        cli.main(args=_debug_anywhere(sys.argv[1:]), prog_name="smolmlx", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        # Without standalone mode click returns the code of ctx.exit and of click.exceptions.Exit.
+        code = cli.main(args=_debug_anywhere(sys.argv[1:]), prog_name="smolmlx", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:
         error.show()
         sys.exit(2)

@@ -34,6 +34,7 @@ LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsuppo
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first N rows.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@options.quantize
 @click.option("--out", type=click.Path(file_okay=False), help="Write results.json, .md, .csv and the answers here.")
 @options.engine
 @options.as_json
@@ -44,6 +45,7 @@ def command(
     out: str | None,
     backend: str,
     device: str | None,
+    quantize: str,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -54,12 +56,12 @@ def command(
     from smolmlx.models import find_model
 
     base = find_model(model)
-    settings, template = _settings(recipe, given, device)
+    settings, template = _settings(recipe, given, device, quantize)
     for adapter in adapters:
         if not Path(adapter).is_dir():
             raise RecipeError(f"--adapter {adapter}: no such folder.")
     choice = options.choose(backend, device)
-    tokenizer = Tokenizer(base.folder, template)
+    tokenizer = Tokenizer(options.tokenizer_folder(base.folder, adapters), template)
     systems = [
         System("base", base),
         *(System(name, base, Path(a)) for name, a in zip(_names(adapters), adapters, strict=True)),
@@ -81,7 +83,9 @@ def _names(adapters: tuple[str, ...]) -> list[str]:
     return [name if plain.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(plain, 1)]
 
 
-def _settings(recipe: str | None, given: dict[str, Any], device: str | None) -> tuple[Settings, str | None]:
+def _settings(
+    recipe: str | None, given: dict[str, Any], device: str | None, quantize: str
+) -> tuple[Settings, str | None]:
     """Join flags and recipe, flags first; return them with the recipe's chat template."""
     from smolmlx.backend import Decoding, Loading
     from smolmlx.data.encode import Encoding
@@ -100,7 +104,8 @@ def _settings(recipe: str | None, given: dict[str, Any], device: str | None) -> 
         limit=chosen["limit"],
         template_args=fallback.get("template_args", {}),
         system_message=fallback.get("system_message"),
-        loading=Loading(device),
+        columns=fallback.get("columns", {}),
+        loading=Loading(device, quantize=quantize),
         encoding=fallback["encoding"] if fallback else Encoding(max_length=2048),
     )
     return settings, fallback.get("chat_template")
@@ -117,6 +122,7 @@ def _from_recipe(name: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "template_args": data.template_args,
         "system_message": data.system,
+        "columns": data.columns,
         "encoding": encoding(loaded.recipe),
         "chat_template": loaded.recipe.model.chat_template,
     }

@@ -43,6 +43,7 @@ Examples:
     help="A sampled row depends on (seed, row) alone.",
 )
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@options.quantize
 @options.engine
 @options.as_json
 def command(
@@ -55,6 +56,7 @@ def command(
     raw: bool,
     backend: str,
     device: str | None,
+    quantize: str,
     as_json: bool,
     **decoding: Any,
 ) -> None:
@@ -69,25 +71,20 @@ def command(
     base = find_model(model)
     if adapter and not Path(adapter).is_dir():
         raise RecipeError(f"--adapter {adapter}: no such folder.")
-    tokenizer = Tokenizer(_tokenizer_folder(base.folder, adapter))
+    tokenizer = Tokenizer(options.tokenizer_folder(base.folder, [adapter] if adapter else []))
     prompts = _read(prompt, source, system)
     tokens = [_encode(tokenizer, messages, raw) for messages in prompts]
     choice = options.choose(backend, device)
     with console.status("loading the model"):
-        generator = choice.backend.generator(base, Path(adapter) if adapter else None, tokenizer, Loading(device))
+        generator = choice.backend.generator(
+            base, Path(adapter) if adapter else None, tokenizer, Loading(device, quantize=quantize)
+        )
     answers = [""] * len(prompts)
     with console.Counter("answering", len(prompts)) as on_done:
         for done, completion in enumerate(generator.generate(tokens, Decoding(**decoding)), 1):
             answers[completion.index] = tokenizer.decode(completion.ids)
             on_done(done)
     _write(prompts, answers, output, as_json)
-
-
-def _tokenizer_folder(base: Path, adapter: str | None) -> Path:
-    """Serve with the tokenizer and template the adapter was trained with, where it brings them."""
-    if adapter and (Path(adapter) / "tokenizer.json").is_file():
-        return Path(adapter)
-    return base
 
 
 def _read(prompt: str | None, source: str | None, system: str | None) -> list[tuple[Mapping[str, Any], ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -43,6 +44,23 @@ def overrides(function: Function) -> Function:
 def as_json(function: Function) -> Function:
     """Add --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)
+
+
+def quantize(function: Function) -> Function:
+    """Add --quantize, for models that were trained on a quantized base."""
+    return click.option(
+        "--quantize",
+        type=click.Choice(["none", "4bit", "8bit"]),
+        default="none",
+        show_default=True,
+        help="Quantize the base as in training.",
+    )(function)
+
+
+def tokenizer_folder(base: Path, adapters: Sequence[str]) -> Path:
+    """Serve with the tokenizer and template the first adapter was trained with, where it brings them."""
+    found = [Path(adapter) for adapter in adapters if (Path(adapter) / "tokenizer.json").is_file()]
+    return found[0] if found else base
 
 
 def load_recipe(name: str, sets: Sequence[str], max_steps: int | None = None) -> Loaded:

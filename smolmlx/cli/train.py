@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ def command(
         console.note(f"resuming {run.path} after step {_position(run)}")
     else:
         plan = options.resolve(loaded, choice)
-        run = stages.start_run(plan, Path(out), _short(recipe or "quickstart"))
+        run = stages.start_run(plan, Path(out), stages.run_name(recipe or "quickstart"))
     _introduce(plan)
     try:
         report = _train(plan, choice, run)
@@ -90,10 +91,6 @@ def command(
         _show(plan, run, report, evaluation)
 
 
-def _short(name: str) -> str:
-    return Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace("/", "-")
-
-
 def _reopen(
     recipe: str | None, choice: Choice, sets: tuple[str, ...], out: str, resume: str, max_steps: int | None
 ) -> tuple[Plan, RunDir]:
@@ -101,7 +98,7 @@ def _reopen(
     from smolmlx import recipe as recipes
     from smolmlx.rundir import RunDir
 
-    run = RunDir(Path(resume)) if resume != "auto" else _latest(Path(out), _short(recipe or "quickstart"))
+    run = RunDir(Path(resume)) if resume != "auto" else _latest(Path(out), recipe)
     if not (run.path / "recipe.yaml").is_file():
         raise RunError(f"{run.path}: not a run folder (no recipe.yaml). Pass the folder that `smolmlx train` named.")
     if run.done:
@@ -113,14 +110,19 @@ def _reopen(
     return options.resolve(loaded, choice), run
 
 
-def _latest(out: Path, name: str) -> RunDir:
+def _latest(out: Path, recipe: str | None) -> RunDir:
+    """Return the newest unfinished run, of one recipe where it is named."""
     from smolmlx.rundir import RunDir
+    from smolmlx.stages import run_name
 
-    found = [RunDir(path) for path in sorted(out.glob(f"{name}-*-*")) if (path / "recipe.yaml").is_file()]
-    unfinished = [run for run in found if not run.done]
+    name = re.escape(run_name(recipe)) if recipe else ".+"
+    stamped = re.compile(rf"{name}-(\d{{8}}-\d{{6}})-[0-9a-f]{{4}}")
+    found = [(match[1], path) for path in out.glob("*") if (match := stamped.fullmatch(path.name))]
+    unfinished = [path for _, path in sorted(found) if (path / "recipe.yaml").is_file() and not RunDir(path).done]
     if not unfinished:
-        raise RunError(f"{out}: no unfinished run of '{name}' to resume. Leave --resume out to start a new one.")
-    return unfinished[-1]
+        of = f" of '{recipe}'" if recipe else ""
+        raise RunError(f"{out}: no unfinished run{of} to resume. Leave --resume out to start a new one.")
+    return RunDir(unfinished[-1])
 
 
 def _position(run: RunDir) -> int:

@@ -18,7 +18,7 @@ from smolmlx.backend import Backend, Decoding, Generator, Loading
 from smolmlx.data.batches import plan_batches
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
-from smolmlx.data.formats import Example, open_source
+from smolmlx.data.formats import Example, Source, open_source
 from smolmlx.data.store import encode_source
 from smolmlx.errors import DataError
 from smolmlx.evals.suites import (
@@ -65,6 +65,9 @@ class Settings:
     limit: int | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
     system_message: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    form: str = "auto"
+    """Format of the rows, and how their columns are renamed; see `formats.open_source`."""
     loading: Loading = Loading()
     folders: tuple[Path, ...] = ()
     encoding: Encoding = Encoding(max_length=2048)
@@ -159,8 +162,20 @@ def read_rows(path: str, settings: Settings, *, limited: bool = True) -> list[tu
     return found
 
 
+def open_rows(path: str, settings: Settings) -> Source:
+    """Open rows the way the recipe reads its own."""
+    return open_source(
+        path,
+        form=settings.form,
+        columns=settings.columns,
+        system=settings.system_message,
+        split="test",
+        folders=settings.folders,
+    )
+
+
 def _with_input(path: str, settings: Settings) -> Iterator[tuple[str | None, Example]]:
-    source = open_source(path, system=settings.system_message, split="test", folders=settings.folders)
+    source = open_rows(path, settings)
     for example in source:
         user = example.messages[-2]["content"] if len(example.messages) >= 2 else None
         # alpaca joins instruction and input by a blank line; the passage alone is what supports an answer
@@ -185,7 +200,7 @@ def answer(
 
 
 def _evaluate_loss(backend: Backend, systems: Sequence[System], tokenizer: Tokenizer, settings: Settings) -> Evaluation:
-    source = open_source(settings.data, system=settings.system_message, split="test", folders=settings.folders)
+    source = open_rows(settings.data, settings)
     store = encode_source(source, tokenizer, settings.encoding, limit=settings.limit)
     if not len(store):
         raise DataError(f"{settings.data}: no row has a supervised token within {settings.encoding.max_length} tokens.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from smolmlx import backend, models
 from smolmlx.backend import Decoding
 from smolmlx.data.batches import plan_batches
 from smolmlx.errors import RecipeError
+from smolmlx.session import Arrays, load_arrays
 
 NEVER = (319,)
 """A stop token that the answers below do not hold, so that they run to their full length."""
@@ -22,11 +24,27 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def write_half(arrays: Arrays, path: Path, dtype: str) -> None:
+    """Write a safetensors file of 16-bit floats; numpy has no bfloat16, so its bytes are cut from float32."""
+    header: dict[str, object] = {}
+    body = b""
+    for name, value in arrays.items():
+        data = (
+            value.astype("<f2").tobytes()
+            if dtype == "F16"
+            else (value.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+        )
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
 @pytest.fixture
 def prompts(lab: Lab) -> list[list[int]]:
-    """Seven prompts of different lengths."""
+    """Seven prompts of different lengths and last words."""
     tokenizer = lab.plan().tokenizer
-    return [tokenizer.encode(tokenizer.prompt([{"role": "user", "content": sentence(3 * i)}])) for i in range(7)]
+    return [tokenizer.encode(sentence(3 * i)) for i in range(7)]
 
 
 @pytest.fixture
@@ -51,7 +69,9 @@ class TestGreedy:
                 ids.append(token)
 
     @pytest.mark.parametrize("size", [1, 3, 64])
-    def test_does_not_depend_on_the_batch(self, generator: backend.Generator, prompts: list[list[int]], size: int) -> None:
+    def test_does_not_depend_on_the_batch(
+        self, generator: backend.Generator, prompts: list[list[int]], size: int
+    ) -> None:
         together = answers(generator, prompts, batch_size=7)
         assert len(set(together)) > 1, "the prompts of this test should have different answers"
         assert answers(generator, prompts, batch_size=size) == together
@@ -73,13 +93,14 @@ class TestGreedy:
             assert completion.finished == (end is not None)
             assert completion.ids == whole[:end]
 
-    def test_stops_at_the_tokenizers_end_by_default(self, lab: Lab, prompts: list[list[int]]) -> None:
-        plan = lab.plan(train__max_steps=60)
+    def test_stops_at_the_tokenizers_end_by_default(self, lab: Lab, tmp_path: Path) -> None:
+        row = json.dumps({"prompt": "green", "completion": "red"}) + "\n"
+        (tmp_path / "red.jsonl").write_text(row * 8)
+        plan = lab.plan(data__train=str(tmp_path / "red.jsonl"), train__max_steps=30, train__learning_rate=0.03)
         run = lab.train(plan)
-        found = list(lab.generator(plan, run.adapter).generate(prompts, Decoding(max_tokens=60)))
-        ends = set(plan.tokenizer.eos_ids)
-        assert all(not ends & set(c.ids) for c in found)
-        assert any(c.finished for c in found), "after 60 steps some answer ends by itself"
+        prompt = plan.tokenizer.encode(plan.tokenizer.prompt([{"role": "user", "content": "green"}]))
+        (found,) = lab.generator(plan, run.adapter).generate([prompt], Decoding(max_tokens=20))
+        assert found.finished and plan.tokenizer.decode(found.ids, skip_special=False) == "red"
 
 
 class TestSampling:
@@ -101,7 +122,8 @@ class TestSampling:
     def test_first_token_is_drawn_from_the_model(self, generator: backend.Generator, prompts: list[list[int]]) -> None:
         """Frequencies over 400 draws against the tempered, cut distribution: a chi-square test at one in 10,000."""
         prompt, temperature, top_p = prompts[0], 0.7, 0.5
-        drawn = np.array([ids[0] for ids in answers(generator, [prompt] * 400, max_tokens=1, temperature=temperature, top_p=top_p, batch_size=100)])
+        how = {"max_tokens": 1, "temperature": temperature, "top_p": top_p, "batch_size": 100}
+        drawn = np.array([(*ids, *NEVER)[0] for ids in answers(generator, [prompt] * 400, **how)])
         wanted = np.exp(log_softmax(generator.logits(prompt)[-1] / temperature))
         order = np.argsort(-wanted)
         kept = order[np.cumsum(wanted[order]) - wanted[order] < top_p]
@@ -134,12 +156,12 @@ class TestScore:
 
 
 class TestAdapters:
-    def test_adapter_changes_the_answers_and_base_stays(self, lab: Lab, prompts: list[list[int]]) -> None:
-        plan = lab.plan(train__max_steps=20)
-        before = answers(lab.generator(plan), prompts)
+    def test_adapter_changes_the_model_and_the_base_stays(self, lab: Lab, prompts: list[list[int]]) -> None:
+        plan = lab.plan(train__max_steps=10)
+        before = lab.generator(plan).logits(prompts[0])
         run = lab.train(plan)
-        assert answers(lab.generator(plan, run.adapter), prompts) != before
-        assert answers(lab.generator(plan), prompts) == before
+        assert np.abs(lab.generator(plan, run.adapter).logits(prompts[0]) - before).max() > 1e-2
+        assert np.array_equal(lab.generator(plan).logits(prompts[0]), before)
 
     def test_first_adapter_changes_nothing(self, lab: Lab, prompts: list[list[int]]) -> None:
         """Before the first step B is zero."""
@@ -147,6 +169,17 @@ class TestAdapters:
         run = lab.train(plan)
         ours, base = lab.generator(plan, run.adapter).logits(prompts[0]), lab.generator(plan).logits(prompts[0])
         assert np.abs(ours - base).max() < 1e-6
+
+    @pytest.mark.parametrize("dtype", ["F16", "BF16"])
+    def test_adapter_in_half_precision(self, lab: Lab, prompts: list[list[int]], dtype: str) -> None:
+        """Published adapters are often stored in bfloat16."""
+        plan = lab.plan(train__max_steps=5)
+        run = lab.train(plan)
+        whole = lab.generator(plan, run.adapter).logits(prompts[0])
+        path = run.adapter / "adapter_model.safetensors"
+        write_half(load_arrays(path), path, dtype)
+        half = lab.generator(plan, run.adapter).logits(prompts[0])
+        assert 0 < np.abs(half - whole).max() < 0.05
 
     def test_adapter_of_another_base_is_refused(self, lab: Lab, tmp_path: Path) -> None:
         plan = lab.plan(train__max_steps=1)

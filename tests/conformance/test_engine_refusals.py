@@ -16,7 +16,12 @@ ASKED = {
     "train.optimizer": get_args(recipe.Train.model_fields["optimizer"].annotation),
     "train.method": get_args(recipe.Train.model_fields["method"].annotation),
 }
-KINDS = {"model.quantize": "quantize", "model.dtype": "dtypes", "train.optimizer": "optimizers", "train.method": "methods"}
+KINDS = {
+    "model.quantize": "quantize",
+    "model.dtype": "dtypes",
+    "train.optimizer": "optimizers",
+    "train.method": "methods",
+}
 
 
 @pytest.mark.parametrize("key", ASKED)
@@ -95,7 +100,9 @@ class TestAuto:
                     self.name = name
 
             monkeypatch.setattr(backend, "installed", lambda: {name: (lambda name=name: Paper(name)) for name in names})
-            monkeypatch.setattr(backend, "_has", lambda name, known, module: name in known and module.partition(".")[0] in packages)
+            monkeypatch.setattr(
+                backend, "_has", lambda name, known, module: name in known and module.partition(".")[0] in packages
+            )
             monkeypatch.setattr(backend, "has_nvidia", lambda: nvidia)
             monkeypatch.setattr(backend.platform, "system", lambda: system)
             monkeypatch.setattr(backend.platform, "machine", lambda: "arm64" if system == "Darwin" else "x86_64")
@@ -114,7 +121,9 @@ class TestAuto:
             ("Darwin", {"torch"}, False, ("cuda", "cpu", "no GPU here")),
         ],
     )
-    def test_choice(self, machine: object, system: str, packages: set[str], nvidia: bool, wanted: tuple[str, ...]) -> None:
+    def test_choice(
+        self, machine: object, system: str, packages: set[str], nvidia: bool, wanted: tuple[str, ...]
+    ) -> None:
         machine(system, packages, nvidia)  # type: ignore[operator]
         chosen = backend.choose()
         assert (chosen.backend.name, chosen.device) == wanted[:2] and chosen.reason.startswith(wanted[2])

@@ -46,7 +46,10 @@ def result(run: rundir.RunDir) -> bytes:
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_and_resumed(lab: Lab, kind: str) -> None:
     changes = {**LONG, **KINDS[kind]}
-    if changes.get("train__method") == "full" and "full" not in lab.choice.backend.capabilities(lab.choice.device).methods:
+    if (
+        changes.get("train__method") == "full"
+        and "full" not in lab.choice.backend.capabilities(lab.choice.device).methods
+    ):
         pytest.skip(f"{lab.name} trains no whole models")
     plan = lab.plan(**changes)
     whole = lab.train(plan)
@@ -63,7 +66,9 @@ def test_interrupted_and_resumed(lab: Lab, kind: str) -> None:
     assert result(cut) == result(whole)
     reports = [run.read_json("report.json") for run in (cut, whole)]
     timed = ("seconds", "tokens_per_second", "peak_bytes")
-    assert {k: v for k, v in reports[0].items() if k not in timed} == {k: v for k, v in reports[1].items() if k not in timed}
+    assert {k: v for k, v in reports[0].items() if k not in timed} == {
+        k: v for k, v in reports[1].items() if k not in timed
+    }
 
 
 @pytest.mark.parametrize("when", [("step", 5), ("eval", 6), ("checkpoint", 6), ("step", 10), ("eval", 10)], ids=str)

@@ -98,7 +98,9 @@ class TestMask:
         with pytest.raises(DataError, match="no assistant turn"):
             find_spans(with_template(CHATML), TALK[:1])
 
-    @pytest.mark.parametrize("content", [">", "|>", "im_end|>", "<|im_end|>", " ok ", "a\nb\n", "…", "日本語 🍵", "é" * 3])
+    @pytest.mark.parametrize(
+        "content", [">", "|>", "im_end|>", "<|im_end|>", " ok ", "a\nb\n", "…", "日本語 🍵", "é" * 3]
+    )
     def test_answers_that_look_like_the_template(self, with_template: Make, content: str) -> None:
         tokenizer = with_template(CHATML)
         talk = (TALK[0], {"role": "assistant", "content": content}, TALK[2], {"role": "assistant", "content": content})
@@ -113,7 +115,11 @@ class TestMask:
         talk = (TALK[0], {"role": "assistant", "content": "\n\n- a"})
         encoded = encode(smollm2, talk)
         prompt = smollm2.encode(smollm2.prompt(talk[:1]))
-        assert encoded.ids[: len(prompt)] == prompt and not any(encoded.mask[: len(prompt)]) and all(encoded.mask[len(prompt) : -1])
+        assert (
+            encoded.ids[: len(prompt)] == prompt
+            and not any(encoded.mask[: len(prompt)])
+            and all(encoded.mask[len(prompt) : -1])
+        )
         assert learned(smollm2, encoded) == "\n\n- a<|im_end|>"
 
 
@@ -153,8 +159,20 @@ class TestTemplates:
         (tmp_path / "t.jinja").write_text("{{ messages[0]['content'] }}")
         assert Tokenizer(tiny_model, str(tmp_path / "t.jinja")).render(TALK) == TALK[0]["content"]
         assert Tokenizer(tiny_model, "chatml").template_text == CHATML
-        with pytest.raises(RecipeError, match="neither 'chatml' nor a file"):
+        with pytest.raises(RecipeError, match="neither one of chatml, plain nor a file"):
             Tokenizer(tiny_model, "chatlm")
+
+    def test_chatml_needs_its_tokens(self, assets: Path) -> None:
+        """Spelled in pieces, the end of a turn would not stop a server."""
+        with pytest.raises(RecipeError, match="chat_template: plain"):
+            Tokenizer(assets / "models/stories260k", "chatml")
+
+    def test_plain_template(self, assets: Path) -> None:
+        tokenizer = Tokenizer(assets / "models/stories260k", "plain")
+        encoded = encode(tokenizer, TALK)
+        assert learned(tokenizer, encoded).replace(" ", "") == "isthatall?</s>ok!</s>"
+        assert encoded.ids[0] == 1 and encoded.ids.count(1) == 1
+        assert encoded.ids.count(2) == 2 and tokenizer.eos_ids[0] == 2
 
     def test_file_wins_over_config(self, tiny_model: Path, tmp_path: Path) -> None:
         shutil.copy(tiny_model / "tokenizer.json", tmp_path)
@@ -192,7 +210,11 @@ class TestTemplates:
             Tokenizer(tmp_path)
 
     def test_fingerprint_follows_the_template(self, with_template: Make) -> None:
-        assert with_template(CHATML).fingerprint() == with_template(CHATML).fingerprint() != with_template(MARKED).fingerprint()
+        assert (
+            with_template(CHATML).fingerprint()
+            == with_template(CHATML).fingerprint()
+            != with_template(MARKED).fingerprint()
+        )
 
 
 def test_stop_tokens(smollm2: Tokenizer, qwen3: Tokenizer, assets: Path) -> None:
@@ -231,9 +253,9 @@ def test_real_rows_learn_their_answers(assets: Path, smollm2: Tokenizer, name: s
 @pytest.mark.parametrize("name", CHAT_FILES)
 def test_real_rows_with_a_sentencepiece_vocabulary(assets: Path, name: str) -> None:
     """Byte fallback and a prepended space: offsets still find every answer."""
-    tokenizer = Tokenizer(assets / "models/stories260k", "chatml")
+    tokenizer = Tokenizer(assets / "models/stories260k", "plain")
     rows = list(open_source(str(assets / "data" / name)))[::20]
     for row in rows:
         messages = (*row.messages, *row.chosen)
-        answers = "".join(f"{m['content']}<|im_end|>" for m in messages if m["role"] == "assistant")
+        answers = "".join(f"{m['content']}</s>" for m in messages if m["role"] == "assistant")
         assert learned(tokenizer, encode(tokenizer, messages)).replace(" ", "") == answers.replace(" ", ""), row.where

@@ -57,7 +57,13 @@ class TestLossOn:
 
     def test_preference_rows_teach_the_chosen_answer(self, tokenizer: Tokenizer) -> None:
         talk = chat("q", "a", "q")
-        row = Example("f:1", talk.messages, None, ({"role": "assistant", "content": "yes"},), ({"role": "assistant", "content": "no"},))
+        row = Example(
+            "f:1",
+            talk.messages,
+            None,
+            ({"role": "assistant", "content": "yes"},),
+            ({"role": "assistant", "content": "no"},),
+        )
         assert learned(tokenizer, run(tokenizer, [row])[0]) == f"yes{END}"
 
 
@@ -80,7 +86,9 @@ class TestOverlong:
         assert LONG.messages[0]["content"].endswith(kept) and kept
 
     def test_truncate_prompt_drops_what_no_prompt_can_save(self, tokenizer: Tokenizer) -> None:
-        found, account = run(tokenizer, [chat("q", LONG.messages[1]["content"])], max_length=32, overlong="truncate_prompt")
+        found, account = run(
+            tokenizer, [chat("q", LONG.messages[1]["content"])], max_length=32, overlong="truncate_prompt"
+        )
         assert not found and account.reasons == {encoding.TOO_LONG: 1}
 
     @pytest.mark.parametrize("limit", [8, 33, 64, 100])
@@ -103,7 +111,12 @@ class TestAccount:
     def test_rows_without_an_answer(self, tokenizer: Tokenizer) -> None:
         found, account = run(tokenizer, [chat("q"), chat("q", "a"), chat("q2", where="f:3")])
         assert len(found) == 1
-        assert (account.rows, account.lost, dict(account.reasons), account.first) == (3, 2, {encoding.NO_TARGET: 2}, {encoding.NO_TARGET: "f:1"})
+        assert (account.rows, account.lost, dict(account.reasons), account.first) == (
+            3,
+            2,
+            {encoding.NO_TARGET: 2},
+            {encoding.NO_TARGET: "f:1"},
+        )
 
     def test_rewritten_history(self, assets: Path) -> None:
         qwen3 = Tokenizer(assets / "tokenizers/qwen3")
@@ -135,7 +148,9 @@ class TestDocuments:
 
     def test_chat_never_gets_a_second_bos(self, assets: Path, tmp_path: Path) -> None:
         """The template writes the BOS; the tokenizer, which would write one too, is not asked."""
-        (tmp_path / "t.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+        (tmp_path / "t.jinja").write_text(
+            "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        )
         tokenizer = Tokenizer(assets / "models/stories260k", str(tmp_path / "t.jinja"))
         (row,), _ = run(tokenizer, [chat("q", "a", "q", "b")])
         assert row.ids.count(1) == 1 and row.ids[0] == 1
@@ -144,7 +159,9 @@ class TestDocuments:
     def test_chunks_lose_no_token(self, tokenizer: Tokenizer) -> None:
         texts = [f"red apple {i} " * (i % 5 + 1) for i in range(40)]
         stream = [token for text in texts for token in encode_document(text, tokenizer)]
-        found, account = run(tokenizer, [Example(f"f:{i}", text=text) for i, text in enumerate(texts)], chunks=True, max_length=64)
+        found, account = run(
+            tokenizer, [Example(f"f:{i}", text=text) for i, text in enumerate(texts)], chunks=True, max_length=64
+        )
         assert [token for row in found for token in row.ids] == stream
         assert {len(row.ids) for row in found[:-1]} == {64} and len(found[-1].ids) <= 64
         assert all(all(row.mask) for row in found) and account.rows == 40
@@ -180,7 +197,9 @@ class TestStore:
         with pytest.raises(DataError, match="Delete the folder"):
             open_store(store.folder)
 
-    def test_cache_is_used_and_keyed_by_content(self, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cache_is_used_and_keyed_by_content(
+        self, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("SMOLMLX_CACHE", str(tmp_path / "cache"))
         path = tmp_path / "r.jsonl"
         path.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
@@ -195,7 +214,9 @@ class TestStore:
         path.write_text(json.dumps({"prompt": "q", "completion": "b"}) + "\n")
         assert encode_source(open_source(str(path)), tokenizer, how).folder != first.folder
 
-    def test_cache_that_was_half_deleted_is_made_again(self, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cache_that_was_half_deleted_is_made_again(
+        self, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("SMOLMLX_CACHE", str(tmp_path / "cache"))
         path = tmp_path / "r.jsonl"
         path.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")

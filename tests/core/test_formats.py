@@ -36,6 +36,12 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> str:
     return str(path)
 
 
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
 def read(path: str | list[str], **options: Any) -> list[Example]:
     return list(open_source(path, **options))
 
@@ -75,7 +81,7 @@ def test_format_can_be_named(tmp_path: Path, name: str) -> None:
 
 class TestFiles:
     def rows(self) -> list[dict[str, str]]:
-        return [{"prompt": "Übung, \"1\"\nzwei", "completion": "null"}, {"prompt": "b", "completion": "日本"}]
+        return [{"prompt": 'Übung, "1"\nzwei', "completion": "null"}, {"prompt": "b", "completion": "日本"}]
 
     def check(self, path: str) -> None:
         found = [(e.messages[0]["content"], e.messages[1]["content"]) for e in read(path)]
@@ -99,20 +105,17 @@ class TestFiles:
         self.check(str(path))
 
     def test_parquet(self, tmp_path: Path) -> None:
-        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self.rows()), tmp_path / "rows.parquet")
+        write_parquet(tmp_path / "rows.parquet", self.rows())
         self.check(str(tmp_path / "rows.parquet"))
 
     def test_parquet_of_messages(self, tmp_path: Path) -> None:
         """Parquet fills absent keys of a struct with null; those are not part of a message."""
-        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-        import pyarrow.parquet
-
         rows = [{"messages": [USER, ANSWER]}, {"messages": [{**USER, "name": "x"}, ANSWER]}]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-        assert [e.messages for e in read(str(tmp_path / "rows.parquet"))] == [(USER, ANSWER), ({**USER, "name": "x"}, ANSWER)]
+        write_parquet(tmp_path / "rows.parquet", rows)
+        assert [e.messages for e in read(str(tmp_path / "rows.parquet"))] == [
+            (USER, ANSWER),
+            ({**USER, "name": "x"}, ANSWER),
+        ]
 
     def test_array_inside_an_object(self, tmp_path: Path) -> None:
         (tmp_path / "rows.json").write_text(json.dumps({"version": 1, "data": self.rows()}))
@@ -258,7 +261,9 @@ class TestRefusals:
         (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}\n')
         assert str(tmp_path / name) in str(refusal(str(tmp_path / name)))
 
-    @pytest.mark.parametrize("data", [b"not gzip", gzip.compress(b'{"text": "x"}\n' * 50)[:-12]], ids=["not gzip", "cut"])
+    @pytest.mark.parametrize(
+        "data", [b"not gzip", gzip.compress(b'{"text": "x"}\n' * 50)[:-12]], ids=["not gzip", "cut"]
+    )
     def test_broken_gzip(self, tmp_path: Path, data: bytes) -> None:
         (tmp_path / "r.jsonl.gz").write_bytes(data)
         assert "r.jsonl.gz" in str(refusal(str(tmp_path / "r.jsonl.gz")))

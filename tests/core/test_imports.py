@@ -30,6 +30,7 @@ LAYERS = {
     "reports": 3,
     "sweep": 3,
     "bench": 3,
+    "loggers": 3,  # reports metrics to services by name
     "research": 3,  # typed tasks over a tuned model: a client of the seam, like synth
     "stages": 4,
     "shelf": 4,  # which recipes there are and which runs a name means: composes recipe, models and rundir for the verbs
@@ -40,7 +41,19 @@ LAYERS = {
     "cli": 6,
     "__main__": 7,
 }
-HEAVY = {"mlx", "mlx_lm", "torch", "transformers", "trl", "peft", "unsloth", "datasets", "outlines", "accelerate", "bitsandbytes"}
+HEAVY = {
+    "mlx",
+    "mlx_lm",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "unsloth",
+    "datasets",
+    "outlines",
+    "accelerate",
+    "bitsandbytes",
+}
 
 
 def imports(path: Path, *, lazy: bool) -> Iterator[tuple[int, str]]:
@@ -84,7 +97,10 @@ def sources(folder: Path) -> list[Path]:
 
 
 def test_every_part_has_a_layer() -> None:
-    parts = {part(".".join(path.relative_to(ROOT).with_suffix("").parts)) for path in sources(PACKAGE)} - {"__init__", "_files"}
+    parts = {part(".".join(path.relative_to(ROOT).with_suffix("").parts)) for path in sources(PACKAGE)} - {
+        "__init__",
+        "_files",
+    }
     assert parts <= set(LAYERS), "give each new module a layer and a reason"
 
 
@@ -126,7 +142,12 @@ def test_product_never_imports_an_engine() -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_do_not_know_each_other(engine: str) -> None:
     others = {*ENGINES, "backends"} - {engine}
-    found = [f"{p.name}:{line}: {name}" for p in sources(ENGINES[engine]) for line, name in imports(p, lazy=True) if name.partition(".")[0] in others]
+    found = [
+        f"{p.name}:{line}: {name}"
+        for p in sources(ENGINES[engine])
+        for line, name in imports(p, lazy=True)
+        if name.partition(".")[0] in others
+    ]
     assert not found, "\n".join(found)
 
 
@@ -172,7 +193,9 @@ def loaded_by(*arguments: str) -> set[str]:
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
         "print('\\n' + 'LOADED ' + ' '.join(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     return set(done.stdout.rpartition("LOADED ")[2].split())
 
 

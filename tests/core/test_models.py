@@ -18,7 +18,7 @@ from smolmlx.errors import BackendError, RecipeError
 def smollm2(assets: Path) -> models.BaseModel:
     """SmolLM2-135M: its published config, and the shapes that follow from it."""
     config = json.loads((assets / "tokenizers/smollm2-135m-instruct/config.json").read_text())
-    model = models.BaseModel("smollm2", Path("."), None, config)
+    model = models.BaseModel("smollm2", Path(), None, config)
     model.__dict__["shapes"] = models.llama_shapes(config)
     return model
 
@@ -48,7 +48,13 @@ def test_real_model(assets: Path) -> None:
 
 
 def test_made_model_is_a_function_of_the_seed(tmp_path: Path) -> None:
-    config = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     folders = [tmp_path / name for name in ("a", "b", "c")]
     for folder, seed in zip(folders, (1, 1, 2), strict=True):
         made = models.make_model(config, folder, seed)
@@ -60,7 +66,13 @@ def test_made_model_is_a_function_of_the_seed(tmp_path: Path) -> None:
 
 
 def test_untied_head_is_counted() -> None:
-    config = {"vocab_size": 10, "hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {
+        "vocab_size": 10,
+        "hidden_size": 4,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     tied = models.llama_shapes({**config, "tie_word_embeddings": True})
     assert set(models.llama_shapes(config)) - set(tied) == {"lm_head.weight"}
 
@@ -68,10 +80,29 @@ def test_untied_head_is_counted() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"vocab_size": 8, "hidden_size": 4}, ["intermediate_size: missing", "num_hidden_layers: missing", "num_attention_heads: missing"]),
-        ({"vocab_size": 8, "hidden_size": 5, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}, ["divide"]),
         (
-            {"vocab_size": 8, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 2},
+            {"vocab_size": 8, "hidden_size": 4},
+            ["intermediate_size: missing", "num_hidden_layers: missing", "num_attention_heads: missing"],
+        ),
+        (
+            {
+                "vocab_size": 8,
+                "hidden_size": 5,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+            ["divide"],
+        ),
+        (
+            {
+                "vocab_size": 8,
+                "hidden_size": 12,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 3,
+                "num_key_value_heads": 2,
+            },
             ["divide"],
         ),
     ],

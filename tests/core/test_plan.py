@@ -71,7 +71,9 @@ class TestLearningRates:
 
     def test_linear(self) -> None:
         assert self.rates(4, schedule="linear") == [1, 0.75, 0.5, 0.25]
-        assert self.rates(6, schedule="linear", warmup=2, min_lr_ratio=0.5) == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625])
+        assert self.rates(6, schedule="linear", warmup=2, min_lr_ratio=0.5) == pytest.approx(
+            [0.5, 1, 1, 0.875, 0.75, 0.625]
+        )
 
     def test_cosine_to_a_tenth(self) -> None:
         rates = self.rates(100, schedule="cosine", warmup=0.1, min_lr_ratio=0.1)
@@ -107,7 +109,14 @@ def test_steps(train: dict[str, Any], per_epoch: int, steps: int) -> None:
 
 class TestNumbers:
     def test_steps_evaluations_and_checkpoints(self, tree: dict[str, Any]) -> None:
-        made = make(tree, train__epochs=2.5, data__validation_share=0.25, data__packing="off", eval__every="epoch", save__every=3)
+        made = make(
+            tree,
+            train__epochs=2.5,
+            data__validation_share=0.25,
+            data__packing="off",
+            eval__every="epoch",
+            save__every=3,
+        )
         per_epoch = math.ceil(len(made.train.store) / 4)
         assert made.steps == math.ceil(2.5 * per_epoch) == len(made.learning_rates)
         assert made.eval_steps == {per_epoch, 2 * per_epoch, made.steps}
@@ -138,7 +147,9 @@ class TestNumbers:
         assert found["rows"] + found["validation_rows"] == found["rows_read"] + found["validation_rows"] == 24
         assert found["supervised"] == made.train.store.supervised.sum()
         assert found["targets"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-        assert {"device", "dtype", "num_trainable", "steps", "memory_bytes", "data_hash", "template", "notes"} <= set(found)
+        assert {"device", "dtype", "num_trainable", "steps", "memory_bytes", "data_hash", "template", "notes"} <= set(
+            found
+        )
         assert "a note of the engine" in found["notes"]
 
 
@@ -211,7 +222,12 @@ class TestAdapter:
         partly = planning.adapter_config(make(tree, lora__last_layers=1, lora__targets=["q_proj"]))
         assert partly["target_modules"] == ["model.layers.1.self_attn.q_proj"]
         config = planning.adapter_config(make(tree, lora__rslora=True))
-        assert config["peft_type"] == "LORA" and config["r"] == 4 and config["use_rslora"] and config["fan_in_fan_out"] is False
+        assert (
+            config["peft_type"] == "LORA"
+            and config["r"] == 4
+            and config["use_rslora"]
+            and config["fan_in_fan_out"] is False
+        )
 
     @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
     def test_tied_embeddings_are_refused(self, tree: dict[str, Any], target: str) -> None:
@@ -240,9 +256,22 @@ class TestFingerprint:
     def test_changes_with_what_is_learned(self, tree: dict[str, Any], changes: dict[str, Any]) -> None:
         assert make(tree, **changes).fingerprint() != make(tree).fingerprint()
 
+    def test_changes_with_the_validation_rows(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        """Best weights and early stopping hang on them."""
+        prints = []
+        for answer in ("red", "green"):
+            (tmp_path / f"{answer}.jsonl").write_text(json.dumps({"prompt": "blue", "completion": answer}) + "\n")
+            prints.append(make(tree, data__validation=str(tmp_path / f"{answer}.jsonl")).fingerprint())
+        assert prints[0] != prints[1]
+
     @pytest.mark.parametrize(
         "changes",
-        [{"train__compile": False}, {"save__every": 5}, {"train__gradient_checkpointing": True}, {"samples__prompts": ["hi"]}],
+        [
+            {"train__compile": False},
+            {"save__every": 5},
+            {"train__gradient_checkpointing": True},
+            {"samples__prompts": ["hi"]},
+        ],
     )
     def test_stays_with_what_is_not(self, tree: dict[str, Any], changes: dict[str, Any]) -> None:
         assert make(tree, **changes).fingerprint() == make(tree).fingerprint()

@@ -14,7 +14,7 @@ GOOD: dict[str, Any] = {"model": {"id": "m"}, "data": {"train": "rows.jsonl"}}
 
 
 def build(tree: dict[str, Any], **options: Any) -> recipe.Loaded:
-    return recipe.build(tree, source="r.yaml", folder=Path("."), **options)
+    return recipe.build(tree, source="r.yaml", folder=Path(), **options)
 
 
 def problems(tree: dict[str, Any], **options: Any) -> list[str]:
@@ -26,22 +26,37 @@ def problems(tree: dict[str, Any], **options: Any) -> list[str]:
 
 def test_defaults_are_filled_in() -> None:
     made = build(GOOD).recipe
-    assert (made.stage, made.train.method, made.lora.targets, made.data.loss_on) == ("sft", "lora", "all-linear", "assistant")
+    assert (made.stage, made.train.method, made.lora.targets, made.data.loss_on) == (
+        "sft",
+        "lora",
+        "all-linear",
+        "assistant",
+    )
 
 
 def test_unknown_keys_name_the_nearest() -> None:
     found = problems({**GOOD, "train": {"learning_rte": 1e-4}, "lorra": {}})
-    assert found == ["train.learning_rte: unknown key. Did you mean 'learning_rate'?", "lorra: unknown key. Did you mean 'lora'?"]
+    assert found == [
+        "train.learning_rte: unknown key. Did you mean 'learning_rate'?",
+        "lorra: unknown key. Did you mean 'lora'?",
+    ]
 
 
 def test_unknown_key_unlike_any_lists_the_known() -> None:
-    (found,) = problems({**GOOD, "save": {"zzz": 1}})
-    assert found == "save.zzz: unknown key. Known: every, keep_last."
+    (found,) = problems({**GOOD, "samples": {"zzz": 1}})
+    assert found == "samples.zzz: unknown key. Known: max_tokens, prompts."
 
 
 def test_all_problems_at_once() -> None:
-    found = problems({"model": {"id": "m"}, "data": {"max_length": "long"}, "train": {"batch_size": 0, "schedule": "cosinus"}})
-    assert [line.partition(":")[0] for line in found] == ["data.train", "data.max_length", "train.batch_size", "train.schedule"]
+    found = problems(
+        {"model": {"id": "m"}, "data": {"max_length": "long"}, "train": {"batch_size": 0, "schedule": "cosinus"}}
+    )
+    assert [line.partition(":")[0] for line in found] == [
+        "data.train",
+        "data.max_length",
+        "train.batch_size",
+        "train.schedule",
+    ]
     assert "'cosine'" in found[3] and "got 'cosinus'" in found[3]
 
 
@@ -76,6 +91,17 @@ def test_scientific_numbers_are_numbers(text: str) -> None:
 @pytest.mark.parametrize("text", ["e4", "1e", "v1e4", "1e-4x"])
 def test_words_stay_words(text: str) -> None:
     assert recipe.parse_yaml(f"x: {text}") == {"x": text}
+
+
+@pytest.mark.parametrize("word", ["on", "off", "yes", "no"])
+def test_on_and_off_are_words(word: str) -> None:
+    assert recipe.parse_yaml(f"x: {word}") == {"x": word}
+    assert recipe.parse_yaml("x: true") == {"x": True}
+
+
+@pytest.mark.parametrize("key", ["eval.every", "save.every"])
+def test_every_zero_steps_is_refused(key: str) -> None:
+    assert any(key in line for line in problems(GOOD, overrides=[f"{key}=0"]))
 
 
 def test_precedence_and_origins() -> None:
@@ -126,7 +152,9 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
 
 
 def test_file_with_a_byte_order_mark(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("\ufeffmodel: {id: m}\ndata: {train: x}\ntrain: {learning_rate: 1e-4}\n", encoding="utf-8")
+    (tmp_path / "r.yaml").write_text(
+        "\ufeffmodel: {id: m}\ndata: {train: x}\ntrain: {learning_rate: 1e-4}\n", encoding="utf-8"
+    )
     loaded = recipe.load(tmp_path / "r.yaml")
     assert loaded.recipe.train.learning_rate == 1e-4
     assert loaded.folder == tmp_path.resolve()
@@ -140,8 +168,36 @@ def test_flatten_shows_every_value() -> None:
 def test_every_field_is_documented() -> None:
     """Names that say it all may go without a docstring; those with a unit or a choice may not."""
     plain = {"stage", "description", "model", "data", "train", "lora", "eval", "save", "samples", "evaluate", "loggers"}
-    plain |= {"method", "epochs", "learning_rate", "schedule", "optimizer", "betas", "eps", "seed", "r", "alpha", "dropout", "rslora", "dora"}
+    plain |= {
+        "method",
+        "epochs",
+        "learning_rate",
+        "schedule",
+        "optimizer",
+        "betas",
+        "eps",
+        "seed",
+        "r",
+        "alpha",
+        "dropout",
+        "rslora",
+        "dora",
+    }
     plain |= {"keep_last", "max_tokens", "suite", "batch_size", "limit", "quantize"}
-    sections = [recipe.Model, recipe.Data, recipe.Train, recipe.Lora, recipe.Eval, recipe.Save, recipe.Samples, recipe.Recipe]
-    bare = [f"{s.__name__}.{name}" for s in sections for name, field in s.model_fields.items() if not field.description and name not in plain]
+    sections = [
+        recipe.Model,
+        recipe.Data,
+        recipe.Train,
+        recipe.Lora,
+        recipe.Eval,
+        recipe.Save,
+        recipe.Samples,
+        recipe.Recipe,
+    ]
+    bare = [
+        f"{s.__name__}.{name}"
+        for s in sections
+        for name, field in s.model_fields.items()
+        if not field.description and name not in plain
+    ]
     assert not bare

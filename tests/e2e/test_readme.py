@@ -14,7 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import click
@@ -22,6 +22,7 @@ import pytest
 
 import smolmlx
 from smolmlx import recipe, shelf
+from smolmlx.backend import Decoding
 from smolmlx.cli import cli
 from smolmlx.models import embedded_folder
 
@@ -111,11 +112,14 @@ def test_python_names_exist() -> None:
     public = [call for call in calls if isinstance(call.func.value, ast.Name) and call.func.value.id == "smolmlx"]
     methods = [call for call in calls if isinstance(call.func.value, ast.Name) and call.func.value.id == "model"]
     assert public and methods
+    decoding = {field.name for field in fields(Decoding)}
     for owner, found, skip in ((smolmlx, public, 0), (smolmlx.Model, methods, 1)):
         for call in found:
             function = getattr(owner, call.func.attr)
             keywords = {word.arg: None for word in call.keywords if word.arg}
-            inspect.signature(function).bind(*[None] * (len(call.args) + skip), **keywords)
+            signature = inspect.signature(function)
+            bound = signature.bind(*[None] * (len(call.args) + skip), **keywords)
+            assert set(bound.arguments.get("decoding", {})) <= decoding, f"{call.func.attr}: not a field of Decoding"
 
 
 def test_links_lead_somewhere() -> None:

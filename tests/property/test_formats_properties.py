@@ -18,7 +18,9 @@ from smolmlx.data.formats import open_source
 
 # Surrogates and unassigned code points are not text.
 text = st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=60)
-words = text.filter(lambda s: "<|" not in s)  # a special token in a row's text is that token, by the tokenizer's own rule
+words = text.filter(
+    lambda s: "<|" not in s
+)  # a special token in a row's text is that token, by the tokenizer's own rule
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -36,6 +36,8 @@ class ToyBackend:
                 "full": "The toy trains adapters; use --backend mlx or cuda.",
                 "4bit": "numpy has no packed weights.",
                 "8bit": "numpy has no packed weights.",
+                "adamw_8bit": "numpy keeps moments in float32; use adamw.",
+                "adamw_fused": "numpy fuses nothing; use adamw.",
             },
         )
 

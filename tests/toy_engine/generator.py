@@ -15,7 +15,7 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError
 from smolmlx.models import BaseModel
 from smolmlx.plan import PEFT_PREFIX
-from smolmlx.session import load_arrays
+from smolmlx.session import Arrays, load_arrays
 from toy_engine.model import Bigram
 from toy_engine.trainer import flat
 
@@ -25,16 +25,10 @@ class ToyGenerator:
 
     def __init__(self, model: BaseModel, adapter: Path | None, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        arrays, scale, dora = {}, 1.0, False
+        arrays: Arrays = {}
+        scale, dora = 1.0, False
         if adapter is not None:
-            config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-            rank = math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
-            arrays = load_arrays(adapter / "adapter_model.safetensors")
-            scale, dora = config["lora_alpha"] / rank, config["use_dora"]
-            for name, (width_in, _) in model.linear_shapes().items():
-                a = arrays.get(f"{PEFT_PREFIX}{name}.lora_A.weight")
-                if a is not None and a.shape[1] != width_in:
-                    raise RecipeError(f"{adapter}: made for another base model: {name} is {width_in} wide here, {a.shape[1]} there.")
+            arrays, scale, dora = read_adapter(adapter, model)
         self.model = Bigram(model.folder, arrays, scale, dora)
 
     def generate(self, prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:
@@ -57,6 +51,25 @@ class ToyGenerator:
 
     def logits(self, ids: Sequence[int]) -> FloatArray:
         return self.model.logits(np.array(ids))[0]
+
+
+def read_adapter(folder: Path, model: BaseModel) -> tuple[Arrays, float, bool]:
+    """Return (arrays, scale, dora) of a PEFT adapter folder.
+
+    Raises:
+        RecipeError: not an adapter, or made for another base.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    arrays = load_arrays(folder / "adapter_model.safetensors")
+    shapes = model.linear_shapes()
+    for name, value in arrays.items():
+        path, _, leaf = name.removeprefix(PEFT_PREFIX).partition(".lora_")
+        if path not in shapes or (leaf == "A.weight" and value.shape[1] != shapes[path][0]):
+            raise RecipeError(f"{folder}: made for another base model: it adapts {path} as {value.shape}.")
+    rank = math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
+    return arrays, config["lora_alpha"] / rank, bool(config["use_dora"])
 
 
 def choose(logits: FloatArray, how: Decoding, rng: np.random.Generator) -> int:

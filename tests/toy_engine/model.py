@@ -49,10 +49,14 @@ class Bigram:
     """The frozen base and its adapter, under PEFT's names."""
 
     def __init__(self, folder: Path, adapter: Arrays, scale: float, dora: bool) -> None:
-        base = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_arrays(path).items()}
+        base = {
+            name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_arrays(path).items()
+        }
         self.embedding: Floats = base["model.embed_tokens.weight"]
         self.linear: dict[str, Floats] = {
-            name.removesuffix(".weight"): value for name, value in base.items() if ".layers." in name and value.ndim == 2
+            name.removesuffix(".weight"): value
+            for name, value in base.items()
+            if ".layers." in name and value.ndim == 2
         }
         self.share = np.float32(len(self.linear) ** -0.5)
         self.scale, self.dora = np.float32(scale), dora
@@ -65,7 +69,11 @@ class Bigram:
     @cached_property
     def adapted(self) -> tuple[str, ...]:
         """Paths of the layers that have an adapter."""
-        return tuple(sorted({name.removeprefix(PEFT_PREFIX).removesuffix(f".{_A}") for name in self.adapter if name.endswith(_A)}))
+        return tuple(
+            sorted(
+                {name.removeprefix(PEFT_PREFIX).removesuffix(f".{_A}") for name in self.adapter if name.endswith(_A)}
+            )
+        )
 
     def _leaf(self, name: str, leaf: str) -> Floats:
         return self.adapter[f"{PEFT_PREFIX}{name}.{leaf}"]

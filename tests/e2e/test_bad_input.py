@@ -1,0 +1,219 @@
+"""Wrong input on purpose: a clear message that says what to do, the right exit code, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smolmlx.cli import main
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Run the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["smolmlx", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, chat_rows: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        f"model: {{id: {tiny_model}}}\ndata: {{train: {chat_rows}, max_length: 256}}\n"
+        "train: {batch_size: 4, max_steps: 2}\nlora: {r: 2}\n"
+    )
+    return path
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+GOOD = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]})
+ASKED_ONLY = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
+
+BAD_ROWS = {
+    "empty file": ("", "no rows"),
+    "bad line": (f'{GOOD}\n{{"messages": [\n{GOOD}\n', "rows.jsonl:2: not valid JSON"),
+    "unknown schema": ('{"foo": 1, "bar": 2}\n', "columns bar, foo"),
+    "no assistant turn": (f"{ASKED_ONLY}\n{ASKED_ONLY}\n", "none of its 2 rows can be trained"),
+    "bad role": ('{"messages": [{"role": "robot", "content": "x"}]}\n', "unknown role 'robot'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_exit_4(call: Call, recipe: Path, tmp_path: Path, name: str) -> None:
+    text, said = BAD_ROWS[name]
+    rows = write(tmp_path / "rows.jsonl", text)
+    code, _, err = call("train", recipe, "--set", f"data.train={rows}")
+    assert code == 4
+    assert said in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_file_exits_4(call: Call, recipe: Path) -> None:
+    code, _, err = call("train", recipe, "--set", "data.train=nowhere.jsonl")
+    assert code == 4 and "nowhere.jsonl: no such file" in err
+
+
+def test_rows_longer_than_the_limit_are_an_error_when_most_are_lost(call: Call, recipe: Path) -> None:
+    code, _, err = call("train", recipe, "--set", "data.max_length=8")
+    assert code == 4
+    assert "longer than max_length" in err and "data.overlong" in err
+
+
+BAD_RECIPES = {
+    "unknown key": ("train.learning_rte=1", "Did you mean 'learning_rate'?"),
+    "wrong type": ("train.epochs=many", "train.epochs"),
+    "impossible": ("lora.dora=true", "lora.dropout"),
+    "unknown target": ("lora.targets=[q_prj]", "Did you mean 'q_proj'?"),
+    "tied head": ("lora.targets=[lm_head]", "lm_head"),
+    "nameless value": ("learning_rate", "expected key=value"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECIPES)
+def test_bad_recipes_exit_2(call: Call, recipe: Path, name: str) -> None:
+    override, said = BAD_RECIPES[name]
+    code, _, err = call("plan", recipe, "--set", override, "--set", "lora.dropout=0.1")
+    assert code == 2
+    assert said in err
+
+
+def test_all_problems_of_a_recipe_are_told_at_once(call: Call, recipe: Path) -> None:
+    code, _, err = call("plan", recipe, "--set", "train.learning_rte=1", "--set", "model.quantise=4bit")
+    assert code == 2
+    assert "2 problems" in err and "learning_rate" in err and "quantize" in err
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("missing/", "no such model folder"),
+        ("model.gguf", "cannot be fine-tuned"),
+        ("empty", "no config.json"),
+        ("no-weights", "no *.safetensors weights"),
+        ("cut", "truncated"),
+    ],
+)
+def test_bad_models_exit_2(call: Call, recipe: Path, tiny_model: Path, tmp_path: Path, model: str, said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(tiny_model, tmp_path / "no-weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(tiny_model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = call("plan", recipe, "--set", f"model.id={tmp_path / model}")
+    assert code == 2
+    assert said in err
+
+
+def test_a_tokenizer_without_a_template_says_what_to_set(
+    call: Call, recipe: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    bare = shutil.copytree(tiny_model, tmp_path / "bare")
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    config.pop("chat_template")
+    write(bare / "tokenizer_config.json", json.dumps(config))
+    code, _, err = call("plan", recipe, "--set", f"model.id={bare}")
+    assert code == 2 and "model.chat_template" in err
+    code, out, _ = call("plan", recipe, "--set", f"model.id={bare}", "--set", "model.chat_template=chatml", "--json")
+    assert code == 0 and json.loads(out)["rows"] > 0
+
+
+def test_a_template_that_rewrites_history_is_refused_or_trained_on_its_last_turn(
+    call: Call, recipe: Path, assets: Path
+) -> None:
+    rows = assets / "data" / "taskmaster_messages.jsonl"
+    overrides = [
+        "--set",
+        f"data.train={rows}",
+        "--set",
+        f"model.tokenizer={assets / 'tokenizers' / 'qwen3'}",
+        "--set",
+        "data.limit=5",
+    ]
+    code, _, err = call("plan", recipe, *overrides)
+    assert code == 4 and "data.history: last_turn" in err
+
+
+def test_cuda_without_a_gpu_exits_3_and_says_what_to_do(call: Call, recipe: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    code, _, err = call("train", recipe, "--backend", "cuda")
+    assert code == 3 and "--device cpu" in err
+
+
+def test_unknown_engine_and_command(call: Call, recipe: Path) -> None:
+    code, _, err = call("train", recipe, "--backend", "mlxx")
+    assert code == 3 and "Did you mean 'mlx'?" in err
+    code, _, err = call("trian", recipe)
+    assert code == 2 and "Did you mean 'train'?" in err
+
+
+def test_an_adapter_for_another_base_exits_2(call: Call, recipe: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from smolmlx.models import make_model
+
+    code, _, err = call("train", recipe)
+    assert code == 0, err
+    run = next((tmp_path / "runs").iterdir())
+    config = json.loads((tiny_model / "config.json").read_text())
+    other = shutil.copytree(tiny_model, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
+    make_model({**config, "intermediate_size": 2 * config["intermediate_size"]}, other, 0)
+    code, _, err = call("generate", "--model", other, "--adapter", run / "adapter", "--prompt", "hi")
+    assert code == 2 and "another base model" in err
+
+
+def test_a_read_only_place_for_runs_exits_1(call: Call, recipe: Path, tmp_path: Path) -> None:
+    write(tmp_path / "taken", "a file where the runs folder should be")
+    code, _, err = call("train", recipe, "--out", tmp_path / "taken")
+    assert code in (1, 2) and "taken" in err
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_exits_130(recipe: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from smolmlx.cli import main; main()",
+        "train",
+        str(recipe),
+        "--set",
+        "train.max_steps=null",
+        "--set",
+        "train.epochs=100000",
+    ]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        err = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert "--resume" in err and "Traceback" not in err
+    assert list(tmp_path.glob("runs/*/checkpoints/*/state.json"))
