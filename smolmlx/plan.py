@@ -107,6 +107,7 @@ class Plan:
         recipe["moments"] = "8bit" if self.recipe.train.optimizer == "adamw_8bit" else "float32"
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
         digest.update(f"{self.steps} {self.train.digest()} {self.model.fingerprint()}".encode())
+        digest.update((self.validation.digest() if self.validation else "").encode())
         digest.update(self.learning_rates.tobytes())
         return digest.hexdigest()[:16]
 
@@ -442,7 +443,8 @@ def count_steps(train: Train, steps_per_epoch: int) -> int:
 def learning_rates(train: Train, steps: int) -> npt.NDArray[np.float64]:
     """Return the learning rate of each optimizer step.
 
-    Step k below the warm-up w takes base*(k+1)/w; then constant, or linear or cosine down to min_lr_ratio at the last step.
+    Step k below the warm-up w takes base*(k+1)/w; then constant, or linear or cosine towards min_lr_ratio, which
+    the step after the last would have (as in transformers).
     """
     warmup = round(train.warmup * steps) if train.warmup < 1 else int(train.warmup)
     if train.warmup > 0:

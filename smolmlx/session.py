@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save_file
 
 from smolmlx.errors import RunError
 from smolmlx.plan import Plan
@@ -285,17 +285,26 @@ def save_arrays(arrays: Arrays, path: Path) -> None:
 
 
 def load_arrays(path: Path) -> Arrays:
-    """Read a safetensors file as numpy arrays, half precision widened to float32.
+    """Read a safetensors file as numpy arrays, half precision (float16, bfloat16) widened to float32.
 
     Raises:
         RunError: missing or broken.
     """
     try:
-        return {
-            name: array.astype(np.float32) if array.dtype == np.float16 else array
-            for name, array in load_file(path).items()
-        }
-    except (OSError, ValueError, SafetensorError) as error:
+        return {name: _to_array(info) for name, info in deserialize(path.read_bytes())}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RunError(
             f"{path}: cannot be read ({error}). Delete this checkpoint folder to go on from the one before."
         ) from error
+
+
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+
+
+def _to_array(info: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[Any]]:
+    raw = np.frombuffer(info["data"], _NUMPY[info["dtype"]])
+    if info["dtype"] == "BF16":  # numpy has no bfloat16: its 16 bits are the upper half of a float32
+        raw = (raw.astype(np.uint32) << 16).view(np.float32)
+    elif info["dtype"] == "F16":
+        raw = raw.astype(np.float32)
+    return raw.reshape(info["shape"]).copy()

@@ -33,7 +33,8 @@ class Interrupted(Exception):
     """The user pressed Ctrl-C (or the system asked to stop); a checkpoint was written."""
 
     def __init__(self, run: RunDir, step: int) -> None:
-        super().__init__(f"interrupted after step {step}; a checkpoint is in {run.path}")
+        kept = f"a checkpoint is in {run.path}" if step else f"before the first step of {run.path}"
+        super().__init__(f"interrupted after step {step}; {kept}")
         self.run = run
 
 

@@ -9,11 +9,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import lab as labs
 import pytest
 
-for _name, _value in (("HF_HUB_OFFLINE", "1"), ("HF_DATASETS_OFFLINE", "1"), ("TOKENIZERS_PARALLELISM", "false")):
+# Before numpy, mlx or torch is imported. One thread: these matrices are so small that more threads only wait for each
+# other, four times as long where cores are busy.
+_SETTINGS = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_SETTINGS |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
+
+import lab as labs  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 

@@ -20,6 +20,8 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
 }
 KNOBS = {"unsloth": ("auto", "on", "off"), "attention": ("sdpa", "eager", "flash_attention_2")}
 

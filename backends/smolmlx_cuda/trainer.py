@@ -104,8 +104,7 @@ class Engine:
             gradient_accumulation_steps=train.accumulation,
             learning_rate=train.learning_rate,
             max_grad_norm=0.0,  # clipped by Watch, which also reports the norm
-            gradient_checkpointing=train.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            **_checkpointing(train.gradient_checkpointing),
             use_cpu=self.device == "cpu",
             bf16=False,  # the weights already have their type; autocast would round the float32 adapters
             fp16=False,
@@ -262,6 +261,12 @@ def peak_bytes(device: str) -> int:
     import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """TRL checkpoints by default; transformers renamed the switch, and warns about the old name when it is given."""
+    new = "activation_checkpointing" in SFTConfig.__dataclass_fields__
+    return {"activation_checkpointing" if new else "gradient_checkpointing": wanted}
 
 
 def special_tokens(plan: Plan) -> dict[str, str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from smolmlx.data.clean import Survey, Tally
     from smolmlx.data.corpus import CorpusReport
     from smolmlx.data.encode import Encoding
-    from smolmlx.data.formats import Example, Source
+    from smolmlx.data.formats import Source
     from smolmlx.data.splits import Method
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -214,6 +213,7 @@ def inspect(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     and why, what `data prepare` would drop, and one row with its trained tokens in colour. Nothing is changed.
     """
     from smolmlx import console
+    from smolmlx.data import inspection
     from smolmlx.data.clean import survey
 
     view = View(**given)
@@ -226,7 +226,9 @@ def inspect(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
             looks.append(found)
             try:
                 if tokenizer is not None:
-                    measure(found, tokenizer, view.encoding(), lambda rows: say(f"tokenizing: {rows:,} rows"))
+                    how = view.encoding()
+                    found.tokens = inspection.measure(source, tokenizer, how, lambda n: say(f"tokenizing: {n:,} rows"))
+                    found.pieces = inspection.example_pieces(found.survey.example, tokenizer, how)
             except DataError as error:
                 if view.model or view.tokenizer:
                     raise
@@ -238,54 +240,6 @@ def inspect(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
         _show(found, whole=view.row is not None)
     if tokenizer is None:
         console.note("No tokenizer: add --model or --tokenizer to see lengths and what is trained.")
-
-
-def measure(found: Look, tokenizer: Tokenizer, how: Encoding, on_rows: Callable[[int], None]) -> None:
-    """Fill in the lengths of a source's rows, what of them is trained, and the pieces of the row that is shown."""
-    import numpy as np
-
-    from smolmlx.data.encode import TOO_LONG
-    from smolmlx.data.store import encode_source
-
-    # Tokenized without a limit, so that the lengths of the rows beyond it are known as well.
-    store = encode_source(found.source, tokenizer, replace(how, max_length=2**31 - 1), on_rows=on_rows)
-    lengths, fits = store.lengths, store.lengths <= how.max_length
-    total = int(lengths[fits].sum())
-    affected = Counter(store.account.reasons)
-    if not fits.all():
-        affected[TOO_LONG] = int((~fits).sum())
-    found.tokens = {
-        "tokenizer": str(tokenizer.folder),
-        "max_length": how.max_length,
-        "lengths": {
-            name: int(np.quantile(lengths, q, method="higher")) if len(lengths) else None
-            for name, q in (("min", 0), ("median", 0.5), ("p90", 0.9), ("max", 1))
-        },
-        "trained_rows": int(fits.sum()),
-        "tokens": total,
-        "supervised_share": round(float(store.supervised[fits].sum()) / total, 4) if total else None,
-        "affected_rows": dict(affected),
-        "first": store.account.first,
-    }
-    found.pieces = _pieces(found.survey.example, tokenizer, how)
-
-
-def _pieces(example: Example, tokenizer: Tokenizer, how: Encoding) -> list[tuple[str, bool]]:
-    """Cut a row's text where training starts and stops; nothing where the row has nothing to learn."""
-    from smolmlx.data.encode import encode_example
-
-    if example.text is None and not any(m["role"] == "assistant" for m in (*example.messages, *example.chosen)):
-        return []
-    encoded = encode_example(example, tokenizer, how)
-    pieces: list[tuple[str, bool]] = []
-    shown = 0
-    for end in range(1, len(encoded.ids) + 1):
-        if end == len(encoded.ids) or encoded.mask[end] != encoded.mask[end - 1]:
-            # Decoded from the start each time: some decoders strip what looks like a first space.
-            text = tokenizer.decode(encoded.ids[:end], skip_special=False)
-            pieces.append((text[shown:], encoded.mask[end - 1]))
-            shown = len(text)
-    return pieces
 
 
 def _show(found: Look, whole: bool) -> None:

@@ -131,14 +131,10 @@ def _short(numbers: list[int]) -> str:
 def _show_row(plan: Plan, index: int) -> None:
     """Print one row as the model sees it, trained tokens coloured (between «» without colour)."""
     from smolmlx import console
+    from smolmlx.data.inspection import pieces
 
     ids, mask = plan.train.store.row(index)
-    pieces: list[tuple[list[int], bool]] = []
-    for token, trained in zip(ids.tolist(), mask.tolist(), strict=True):
-        if not pieces or pieces[-1][1] != trained:
-            pieces.append(([], trained))
-        pieces[-1][0].append(token)
-    shown = [(plan.tokenizer.decode(found, skip_special=False), trained) for found, trained in pieces]
+    shown = pieces(ids.tolist(), mask.tolist(), plan.tokenizer)
     console.result(f"\nRow {index} as it is trained ({int(mask.sum())} of {len(ids)} tokens):")
     if sum(len(text) for text, _ in shown) > 3000:
         shown = [

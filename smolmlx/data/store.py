@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -102,8 +103,8 @@ def encode_source(
         account = Account()
         examples = (
             example
-            for index, example in enumerate(source)
-            if (limit is None or index < limit) and (keep is None or keep(index))
+            for index, example in enumerate(itertools.islice(source, limit))
+            if keep is None or keep(index)
         )
         write_store(folder, _counted(encode_rows(examples, tokenizer, how, account), account, on_rows), account)
     return open_store(folder)

@@ -22,6 +22,8 @@ for _name, _value in (
     ("TOKENIZERS_PARALLELISM", "false"),
     ("TRANSFORMERS_VERBOSITY", "error"),
     ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ("OMP_NUM_THREADS", "1"),
+    ("OPENBLAS_NUM_THREADS", "1"),
 ):
     os.environ.setdefault(_name, _value)
 warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about its own names

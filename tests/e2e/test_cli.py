@@ -1,0 +1,150 @@
+"""The command line as a user types it, on a tiny model: train on each engine, hand over, generate, evaluate, plan real data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lab as labs
+from smolmlx.cli import main
+from smolmlx.models import make_model
+
+Call = Callable[..., tuple[int, str, str]]
+FORMATS = {
+    "fastchat_sharegpt.json": "sharegpt",
+    "gsm8k_prompt_completion.jsonl": "prompt-completion",
+    "preference_messages.jsonl": "preference",
+    "self_instruct_alpaca.jsonl": "alpaca",
+    "taskmaster_messages.jsonl": "messages",
+}
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["smolmlx", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, chat_rows: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        f"model: {{id: {tiny_model}}}\ndata: {{train: {chat_rows}, max_length: 256, validation_share: 0.2}}\n"
+        "train: {batch_size: 4, epochs: 2, learning_rate: 1e-2}\nlora: {r: 4}\nsave: {every: 2}\n"
+        "samples: {prompts: [red apple], max_tokens: 8}\n"
+    )
+    return path
+
+
+ENGINES = {"mlx": ("--backend", "mlx"), "cuda": ("--backend", "cuda", "--device", "cpu"), "auto": ()}
+
+
+def installed(name: str) -> None:
+    reason = labs.why_missing({"auto": "mlx"}.get(name, name))
+    if reason is not None and name != "auto":
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_train_generate_eval(call: Call, recipe: Path, tiny_model: Path, chat_rows: Path, tmp_path: Path, name: str) -> None:
+    installed(name)
+    code, out, err = call("train", recipe, *ENGINES[name])
+    assert code == 0, err
+    run = next((tmp_path / "runs").iterdir())
+    for file in ("recipe.yaml", "plan.json", "env.json", "metrics.jsonl", "metrics.csv", "samples.md", "report.json"):
+        assert (run / file).is_file(), file
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert (run / "adapter" / "tokenizer.json").is_file()
+    assert str(run.relative_to(tmp_path)) in out and "Next: smolmlx generate" in out
+    adapter = ("--model", tiny_model, "--adapter", run / "adapter")
+    code, out, err = call("generate", *adapter, "--prompt", "red apple", "--max-tokens", 5, "--json", *ENGINES[name])
+    assert code == 0 and json.loads(out)["answers"], err
+    code, out, err = call("eval", *adapter, "--data", chat_rows, "--suite", "loss", "--json", *ENGINES[name])
+    assert code == 0, err
+    systems = json.loads(out)["systems"]
+    base, trained = (systems[key]["loss"] for key in systems)
+    assert trained < base
+
+
+def test_a_run_is_handed_from_one_engine_to_the_other(call: Call, recipe: Path, tmp_path: Path) -> None:
+    installed("mlx")
+    installed("cuda")
+    code, out, err = call("train", recipe, "--backend", "mlx", "--json")
+    assert code == 0, err
+    whole = json.loads(out)
+    run = next((tmp_path / "runs").iterdir())
+    (run / "report.json").unlink()  # as if it had been killed after its second-to-last checkpoint
+    shutil.rmtree(sorted((run / "checkpoints").glob("0*"))[-1])
+    code, out, err = call("train", "--resume", run, "--backend", "cuda", "--device", "cpu", "--json")
+    assert code == 0, err
+    resumed = json.loads(out)
+    assert resumed["steps"] == whole["steps"]
+    assert resumed["final_loss"] == pytest.approx(whole["final_loss"], abs=2e-5)
+    assert resumed["best_val_loss"] == pytest.approx(whole["best_val_loss"], abs=2e-5)
+
+
+@pytest.fixture(scope="module")
+def smollm_like(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's real tokenizer and vocabulary size on a model narrow enough to draw in a moment."""
+    real = assets / "tokenizers" / "smollm2-135m-instruct"
+    folder: Path = shutil.copytree(real, tmp_path_factory.mktemp("smollm") / "model")
+    config: dict[str, Any] = json.loads((real / "config.json").read_text())
+    small = {"hidden_size": 18, "intermediate_size": 24, "num_hidden_layers": 1}
+    make_model({**config, **small}, folder, 0)
+    return folder
+
+
+@pytest.mark.parametrize("file", FORMATS)
+def test_plan_on_real_data(call: Call, assets: Path, smollm_like: Path, tmp_path: Path, file: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {{id: {smollm_like}}}\ndata: {{train: {assets / 'data' / file}, max_length: 2048}}\n")
+    code, out, err = call("plan", recipe, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["format"] == FORMATS[file]
+    assert 0 < found["supervised"] < found["tokens"]
+    assert found["recipe"]["data.max_length"] == {"value": 2048, "origin": "recipe"}
+    code, out, _ = call("plan", recipe)
+    assert code == 0 and "«" in out and "<|im_end|>»" in out
+
+
+def test_recipes_and_doctor(call: Call, tmp_path: Path) -> None:
+    code, out, _ = call("recipes", "ls")
+    assert code == 0 and "quickstart" in out
+    code, out, _ = call("recipes", "cp", "quickstart", tmp_path / "mine.yaml")
+    assert code == 0 and (tmp_path / "mine.yaml").is_file()
+    code, _, err = call("recipes", "cp", "quickstart", tmp_path / "mine.yaml")
+    assert code == 2 and "already there" in err
+    code, _, err = call("recipes", "validate", tmp_path / "mine.yaml", "notes/sft")
+    assert code == 0, err
+    code, out, _ = call("doctor", "--json")
+    assert code == 0 and all({"name", "passed", "summary"} <= set(engine) for engine in json.loads(out)["engines"])
+
+
+def test_python_api(recipe: Path, chat_rows: Path, tmp_path: Path) -> None:
+    import smolmlx
+
+    engine = "mlx" if labs.why_missing("mlx") is None else "cuda"
+    run = smolmlx.train(recipe, backend=engine, device="cpu", set={"train.max_steps": 2}, out=tmp_path / "api")
+    assert run.report.steps == 2 and run.adapter is not None
+    model = smolmlx.load(run)
+    assert len(model.generate(["red apple", "two plums"], max_tokens=4)) == 2
+    assert len(smolmlx.evaluate(model, str(chat_rows)).loss) == 2
+    assert len(smolmlx.load(run.path, backend=engine, device="cpu").generate(["red"], max_tokens=2)) == 1
