@@ -55,9 +55,8 @@ def info() -> dict[str, Any]:
 
 
 def name() -> str:
-    if has_gpu():
-        return str(info().get("device_name", "GPU"))
-    return "CPU"
+    found = str(mx.device_info().get("device_name", ""))
+    return found or "GPU" if has_gpu() else f"CPU {found}".strip()
 
 
 def memory_bytes() -> int | None:
