@@ -20,7 +20,11 @@ import numpy as np
 from smolmlx import backend, models, plan, recipe, rundir, session, stages
 from smolmlx.data.tokenizer_training import CHATML_TEMPLATE, train_tokenizer
 
-ENGINES = {"mlx": ("mlx.core", "cpu"), "cuda": ("torch", os.environ.get("SMOLMLX_TEST_DEVICE", "cpu")), "toy": ("numpy", "cpu")}
+ENGINES = {
+    "mlx": ("mlx.core", "cpu"),
+    "cuda": ("torch", os.environ.get("SMOLMLX_TEST_DEVICE", "cpu")),
+    "toy": ("numpy", "cpu"),
+}
 """Engine -> (package it stands on, device asked for)."""
 
 TINY = {

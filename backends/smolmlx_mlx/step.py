@@ -63,6 +63,7 @@ class Losses:
         return mx.concatenate([p[0] for p in parts]), mx.concatenate([p[1] for p in parts])
 
     def _piece(self, hidden: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
+        labels = mx.stop_gradient(labels)  # mx.checkpoint would ask for a gradient of these indices
         logits = self.head(hidden).astype(mx.float32)  # [S, V]
         target = mx.take_along_axis(logits, labels[:, None], axis=-1).squeeze(-1)
         correct = target >= mx.stop_gradient(logits).max(axis=-1)

@@ -102,9 +102,7 @@ def encode_source(
     if not (folder / "meta.json").is_file():
         account = Account()
         examples = (
-            example
-            for index, example in enumerate(itertools.islice(source, limit))
-            if keep is None or keep(index)
+            example for index, example in enumerate(itertools.islice(source, limit)) if keep is None or keep(index)
         )
         write_store(folder, _counted(encode_rows(examples, tokenizer, how, account), account, on_rows), account)
     return open_store(folder)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lab as labs
 import pytest
 
-import lab as labs
 from smolmlx.cli import main
 from smolmlx.models import make_model
 
@@ -63,7 +63,9 @@ def installed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_train_generate_eval(call: Call, recipe: Path, tiny_model: Path, chat_rows: Path, tmp_path: Path, name: str) -> None:
+def test_train_generate_eval(
+    call: Call, recipe: Path, tiny_model: Path, chat_rows: Path, tmp_path: Path, name: str
+) -> None:
     installed(name)
     code, out, err = call("train", recipe, *ENGINES[name])
     assert code == 0, err

@@ -25,7 +25,9 @@ class Golden:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
         assert path.is_file(), f"{path} is missing: pytest tests/golden --record"
-        assert text == path.read_text(encoding="utf-8"), f"{path.name} changed; if that is meant: pytest tests/golden --record"
+        assert text == path.read_text(encoding="utf-8"), (
+            f"{path.name} changed; if that is meant: pytest tests/golden --record"
+        )
 
 
 @pytest.fixture
