@@ -291,7 +291,10 @@ def load_arrays(path: Path) -> Arrays:
         RunError: missing or broken.
     """
     try:
-        return {name: _to_array(info) for name, info in deserialize(path.read_bytes())}
+        found = sorted(
+            deserialize(path.read_bytes()), key=lambda item: item[0]
+        )  # its own order changes from run to run
+        return {name: _to_array(info) for name, info in found}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RunError(
             f"{path}: cannot be read ({error}). Delete this checkpoint folder to go on from the one before."
