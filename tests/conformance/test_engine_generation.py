@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lab import Lab, make_tiny, sentence
 
+from lab import Lab, make_tiny, sentence
 from smolmlx import backend, models
 from smolmlx.backend import Decoding
 from smolmlx.data.batches import plan_batches

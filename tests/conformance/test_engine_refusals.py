@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import get_args
 
 import pytest
-from lab import ENGINES, Lab, toy_installed
 
+from lab import ENGINES, Lab, toy_installed
 from smolmlx import backend, recipe
 from smolmlx.errors import BackendError, RecipeError
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import Lab, numbers, stop_at
 
+from lab import Lab, numbers, stop_at
 from smolmlx import rundir, stages
 from smolmlx.errors import RunError
 from smolmlx.session import Event, read_state

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import Lab, column, make_lab, make_tiny, numbers, sentence
 
+from lab import Lab, column, make_lab, make_tiny, numbers, sentence
 from smolmlx.errors import RunError
 from smolmlx.plan import initial_adapter
 from smolmlx.session import load_arrays, read_metrics

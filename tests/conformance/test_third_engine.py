@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from lab import toy_installed
 
+from lab import toy_installed
 from smolmlx.cli import cli
 
 ROOT = Path(__file__).resolve().parents[2]

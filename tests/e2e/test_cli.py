@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lab as labs
 import pytest
 
+import lab as labs
 from smolmlx.cli import main
 from smolmlx.models import make_model
 

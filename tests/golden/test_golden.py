@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 import click
-import lab as labs
 import pytest
 from click.testing import CliRunner
 
+import lab as labs
 from smolmlx import backend, models, plan, recipe, session, shelf
 from smolmlx.cli import VERBS, cli
 

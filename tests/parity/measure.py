@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lab import Lab, column, make_lab, make_tiny, stop_at, write_chat, write_text
 
+from lab import Lab, column, make_lab, make_tiny, stop_at, write_chat, write_text
 from smolmlx import models, rundir, stages
 from smolmlx.backend import Loading
 

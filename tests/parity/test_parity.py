@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import column, numbers, why_missing
 from measure import CASES, LIMITS, LOGITS, PAIR, Bench, apart
 
+from lab import column, numbers, why_missing
 from smolmlx import models, rundir
 from smolmlx.session import load_arrays
 
