@@ -165,7 +165,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, with other seeds; medians count")
     parser.add_argument("--engines", default=",".join(CONTESTANTS), help="comma-separated, in the order of the table")
-    parser.add_argument("--peers-python", type=Path, default=Path("/opt/venv/peers/bin/python"))
+    parser.add_argument(
+        "--peers-python", type=Path, default=Path(os.environ.get("SMOLMLX_PEERS_PYTHON", ".venv-peers/bin/python"))
+    )
     parser.add_argument("--assets", type=Path, default=HERE.parent.parent / "shared" / "assets")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds for one run")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/<date>-sft-<shape>.json")
