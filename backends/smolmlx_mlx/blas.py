@@ -57,8 +57,7 @@ def _load() -> Blas:
 def _keep_freed_memory() -> None:
     """Tell glibc to reuse freed buffers instead of handing them back to the kernel.
 
-    MLX's CPU allocator is plain malloc, which maps every buffer over 128 kB afresh; the page faults cost a fifth of a
-    small model's training step.
+    MLX's CPU allocator is plain malloc, which maps every buffer over 128 kB afresh and pays for its page faults.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # not with musl

@@ -32,7 +32,7 @@ class MlxBackend:
             notes.append(f"MLX uses {fast.name}: 14 times slower than it need be. {blas.ADVICE}.")
         if not devices.can_compile():
             notes.append(
-                "no C++ compiler, so the training step is not compiled and takes about twice as long: apt-get install g++."
+                "no C++ compiler, so the training step is not compiled and is slower: apt-get install g++."
             )
         return Capabilities(
             device=found,
