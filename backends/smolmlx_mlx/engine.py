@@ -31,9 +31,7 @@ class MlxBackend:
         if not fast.fast:
             notes.append(f"MLX uses {fast.name}: 14 times slower than it need be. {blas.ADVICE}.")
         if not devices.can_compile():
-            notes.append(
-                "no C++ compiler, so the training step is not compiled and is slower: apt-get install g++."
-            )
+            notes.append("no C++ compiler, so the training step is not compiled and is slower: apt-get install g++.")
         return Capabilities(
             device=found,
             device_name=devices.name(),
