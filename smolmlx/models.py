@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from smolmlx.errors import BackendError, RecipeError
+from smolmlx.first_weights import draw
 
 EMBEDDED = "tiny"
 # A header longer than this is not a model but an attack or a broken file (safetensors' own limit).
@@ -210,21 +211,11 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def make_model(config: Mapping[str, Any], folder: Path, seed: int) -> BaseModel:
-    """Draw the first weights of a Llama-type model and save them, so that every engine starts from the same ones.
-
-    Normal(0, initializer_range) for matrices and embeddings, ones for norms, as in transformers' Llama.
-    """
+def make_model(config: Mapping[str, Any], folder: Path, seed: int, first_weights: str = "normal") -> BaseModel:
+    """Draw the first weights of a Llama-type model (see `first_weights.draw`) and save them as a model folder."""
     folder.mkdir(parents=True, exist_ok=True)
     full = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", **config}
-    rng = np.random.default_rng([seed, 0x1417])
-    std = float(full.get("initializer_range", 0.02))
-    weights = {
-        name: np.ones(shape, np.float32)
-        if len(shape) == 1
-        else rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
-        for name, shape in llama_shapes(full).items()
-    }
+    weights = draw(full, llama_shapes(full), first_weights, seed)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
     return BaseModel("from config", folder, None, full)

@@ -36,6 +36,9 @@ class Model(Section):
     """Commit, tag or branch of a hub id; the commit that was used is recorded in the run."""
     config: dict[str, Any] | None = None
     """A Llama-type config.json as a mapping: the model is made from scratch (stage pretrain)."""
+    first_weights: Literal["normal", "induction"] = "normal"
+    """First weights of a model made from `config`. induction: with heads that copy from the context, which training on few
+    tokens does not find by itself."""
     tokenizer: str | None = None
     """Folder of the tokenizer, when it is not the model's own."""
     chat_template: str | None = None

@@ -71,7 +71,7 @@ def start_run(plan: Plan, out: Path, name: str) -> RunDir:
     run.write_json("env.json", environment(plan))
     with rundir.writing(run.path):
         if recipe.model.config is not None:
-            make_model(plan.model.config, run.start, recipe.train.seed)
+            make_model(plan.model.config, run.start, recipe.train.seed, recipe.model.first_weights)
         elif not plan.full:
             run.start.mkdir()
             save_arrays(dict(initial_adapter(plan)), run.start / plan.weights_name)

@@ -489,10 +489,19 @@ def _numbers(option: str, text: str, example: str, make: Callable[[str], float])
 @click.argument("out_dir", metavar="OUT_DIR", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--package", "packages", multiple=True, metavar="NAME", help="Installed package; else a list of many.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Order, and what is held out.")
+@click.option(
+    "--chat-share",
+    default=0.35,
+    show_default=True,
+    type=click.FloatRange(0, 0.9),
+    help="Share of the characters in chat tasks, less where passages run out.",
+)
 @click.option("--tokenizer", metavar="DIR", type=click.Path(file_okay=False), help="Train a tokenizer on it, too.")
 @click.option("--vocab-size", type=click.IntRange(min=1), help=f"Tokens of the tokenizer.  [default: {_VOCABULARY}]")
 @options.as_json
-def corpus(out_dir: Path, packages: tuple[str, ...], seed: int, as_json: bool, **given: Any) -> None:
+def corpus(
+    out_dir: Path, packages: tuple[str, ...], seed: int, chat_share: float, as_json: bool, **given: Any
+) -> None:
     """Build a pretraining corpus from installed documentation.
 
     Writes train.jsonl, validation.jsonl and card.json. Packages are read, not imported. With --tokenizer, a byte-level
@@ -501,7 +510,7 @@ def corpus(out_dir: Path, packages: tuple[str, ...], seed: int, as_json: bool, *
     from smolmlx import console
 
     folder, vocab_size = _tokenizer_options(**given)
-    report = _build_corpus(out_dir, packages, seed)
+    report = _build_corpus(out_dir, packages, seed, chat_share)
     made: dict[str, Any] = {}
     if folder is not None:
         _train_tokenizer(out_dir, folder, vocab_size)
@@ -529,7 +538,7 @@ def _tokenizer_options(tokenizer: str | None, vocab_size: int | None) -> tuple[P
     return Path(tokenizer) if tokenizer else None, vocab_size or _VOCABULARY
 
 
-def _build_corpus(out_dir: Path, packages: Sequence[str], seed: int) -> CorpusReport:
+def _build_corpus(out_dir: Path, packages: Sequence[str], seed: int, chat_share: float) -> CorpusReport:
     from smolmlx import console
     from smolmlx.data.corpus import write_corpus
     from smolmlx.data.corpus_pages import DEFAULT_PACKAGES, collect
@@ -541,7 +550,7 @@ def _build_corpus(out_dir: Path, packages: Sequence[str], seed: int) -> CorpusRe
             raise DataError(f"--package {' '.join(packages)}: not installed here, or without documentation.")
         say("making chat views")
         with writing(out_dir):
-            return write_corpus(out_dir, seed, collection=collection)
+            return write_corpus(out_dir, seed, chat_share=chat_share, collection=collection)
 
 
 def _train_tokenizer(corpus_dir: Path, folder: Path, vocab_size: int) -> None:

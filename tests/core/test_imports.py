@@ -18,6 +18,7 @@ ENGINES = {path.name: path for path in sorted((ROOT / "backends").iterdir()) if 
 LAYERS = {
     "errors": 0,
     "recipe": 0,  # what the user wrote: needs errors alone
+    "first_weights": 0,  # numbers from a config: needs errors alone
     "models": 1,  # what a model folder says, read from headers: facts for the plan, like data
     "rundir": 1,  # where files lie
     "data": 1,  # rows to tokens
