@@ -146,7 +146,7 @@ def main() -> None:
 
 def describe_work(options: argparse.Namespace, rows: Rows) -> Tree:
     return {
-        **{name: getattr(options, name) for name in ("shape", "rows", "warmup", "steps", "repeats")},
+        **{name: getattr(options, name) for name in ("shape", "rows", "warmup", "steps", "repeats", "device", "dtype")},
         "batch": BATCH,
         "rank": RANK,
         "alpha": ALPHA,
@@ -164,17 +164,24 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="first steps that are left out, at least 3")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, with other seeds; medians count")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the PyTorch contestants alone")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base's weights")
     parser.add_argument("--engines", default=",".join(CONTESTANTS), help="comma-separated, in the order of the table")
     parser.add_argument(
         "--peers-python", type=Path, default=Path(os.environ.get("SMOLMLX_PEERS_PYTHON", ".venv-peers/bin/python"))
     )
-    parser.add_argument("--assets", type=Path, default=HERE.parent.parent / "shared" / "assets")
+    shared = next((f for f in (HERE.parent, HERE.parent.parent) if (f / "shared").is_dir()), HERE.parent.parent)
+    parser.add_argument("--assets", type=Path, default=shared / "shared" / "assets")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds for one run")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/<date>-sft-<shape>.json")
     options = parser.parse_args()
     unknown = [name for name in options.engines.split(",") if name not in CONTESTANTS]
     if unknown:
         parser.error(f"--engines {', '.join(unknown)}: not one of {', '.join(CONTESTANTS)}")
+    if options.device == "cuda":
+        options.engines = ",".join(name for name in options.engines.split(",") if CONTESTANTS[name].rival == "trl")
+    elif options.dtype != "float32":
+        parser.error(f"--dtype {options.dtype}: the CPU runs compare float32; use --device cuda.")
     if options.warmup < 3:
         parser.error("--warmup: the first steps compile and fill caches; leave at least 3 out")
     return options
@@ -268,6 +275,8 @@ def measure(name: str, model: Path, rows: Rows, repeat: int, options: argparse.N
             alpha=ALPHA,
             max_length=MAX_LENGTH,
             seed=repeat,
+            device=options.device,
+            dtype=options.dtype,
             options=dict(contestant.options),
         )
         result = _run(contestant, job, options)
@@ -360,8 +369,8 @@ def table(report: Tree) -> str:
     work, place = report["work"], report["machine"]
     lines = [
         f"{work['shape']}, {work['rows']} rows of {work['tokens_per_row']:.0f} tokens "
-        f"({work['supervised_per_row']:.0f} supervised), batch {work['batch']}, LoRA r {work['rank']}, float32. "
-        f"{place['cpu']}, {place['cores']} cores. "
+        f"({work['supervised_per_row']:.0f} supervised), batch {work['batch']}, LoRA r {work['rank']}, {work['dtype']}. "
+        f"{place['gpu'] if work['device'] == 'cuda' else place['cpu']}, {place['cores']} cores. "
         f"Medians of {work['repeats']} runs of {work['steps']} steps after {work['warmup']}. {report['date'][:10]}.",
         "",
         f"| {' | '.join(COLUMNS)} |",
@@ -395,7 +404,16 @@ def machine() -> Tree:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": platform.platform(),
         "load": os.getloadavg()[0],
+        "gpu": _gpu(),
     }
+
+
+def _gpu() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def commit() -> str:

@@ -95,6 +95,16 @@ class Plan:
         """Estimated peak memory; see `estimate_memory`."""
         return estimate_memory(self)
 
+    @property
+    def muon_ratio(self) -> float:
+        """What the learning rate of muon's matrices is times; both follow one schedule."""
+        train = self.recipe.train
+        return train.muon_learning_rate / train.learning_rate if train.muon_learning_rate else 10.0
+
+    def trains_with_muon(self, name: str, ndim: int) -> bool:
+        """Whether muon trains this weight: the matrices of the blocks, not embeddings, heads, norms and biases."""
+        return self.recipe.train.optimizer == "muon" and ndim == 2 and ".layers." in name
+
     def fingerprint(self) -> str:
         """Hash of all that decides what is learned; a checkpoint belongs to one fingerprint, an engine does not matter."""
         recipe = self.recipe.model_dump(mode="json", include={"stage", "model", "train", "lora", "eval"})
@@ -104,7 +114,7 @@ class Plan:
         ):
             for key in free:
                 recipe[section].pop(key)
-        recipe["moments"] = "8bit" if self.recipe.train.optimizer == "adamw_8bit" else "float32"
+        recipe["moments"] = {"adamw_8bit": "8bit", "muon": "muon"}.get(self.recipe.train.optimizer, "float32")
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
         digest.update(f"{self.steps} {self.train.digest()} {self.model.fingerprint()}".encode())
         digest.update((self.validation.digest() if self.validation else "").encode())

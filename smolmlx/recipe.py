@@ -99,8 +99,11 @@ class Train(Section):
     """Below 1: share of all steps; from 1: number of steps."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Where linear and cosine end, as a share of learning_rate."""
-    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
-    """What an engine lacks is refused, with what to take instead."""
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit", "muon"] = "adamw"
+    """What an engine lacks is refused, with what to take instead. muon (with `method: full`) is for the blocks' matrices; the
+    rest trains with AdamW."""
+    muon_learning_rate: float | None = Field(None, gt=0)
+    """Highest learning rate of the matrices that muon trains; left out, ten times learning_rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     eps: float = Field(1e-8, gt=0)
@@ -219,6 +222,12 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
         yield "model.tokenizer: a model made from scratch needs a tokenizer folder."
     if train.method == "full" and model.quantize != "none":
         yield f"model.quantize: '{model.quantize}' weights are frozen; full training needs quantize: none."
+    if model.first_weights != "normal" and model.config is None:
+        yield f"model.first_weights: '{model.first_weights}' is for a model made from `config`; `id` has its own weights."
+    if train.optimizer == "muon" and train.method == "lora":
+        yield "train.optimizer: 'muon' is for whole matrices (method: full); LoRA's thin factors train with adamw."
+    if train.muon_learning_rate and train.optimizer != "muon":
+        yield f"train.muon_learning_rate: has no effect with optimizer: {train.optimizer}. Set optimizer: muon, or leave it out."
     if recipe.stage == "pretrain" and data.loss_on == "completion":
         yield "data.loss_on: 'completion' has no meaning for stage pretrain, which trains on every token."
     if data.validation is not None and data.validation_share:

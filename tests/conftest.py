@@ -6,7 +6,8 @@ No network: hub libraries are told to stay offline before any of them is importe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,26 @@ def lab(engine: str, tiny_model: Path, chat_rows: Path, tmp_path: Path) -> Itera
     """Each installed engine in turn (the numpy one too), with a short recipe on the tiny model."""
     with labs.toy_installed():
         yield labs.make_lab(engine, tiny_model, chat_rows, tmp_path)
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process, in an empty folder: arguments to (exit code, stdout, stderr)."""
+    from smolmlx.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["smolmlx", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run

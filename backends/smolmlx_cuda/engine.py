@@ -65,7 +65,7 @@ class CudaBackend:
             stages=("pretrain", "sft"),
             methods=("lora", "full"),
             quantize=("none", "4bit", "8bit") if eight_bit else ("none",),
-            optimizers=("adamw", *(("adamw_fused",) if gpu else ()), *(("adamw_8bit",) if eight_bit else ())),
+            optimizers=("adamw", "muon", *(("adamw_fused",) if gpu else ()), *(("adamw_8bit",) if eight_bit else ())),
             memory_bytes=torch.cuda.get_device_properties(0).total_memory if gpu else None,
             missing={
                 "4bit": why_not, "8bit": why_not, "adamw_8bit": why_not,

@@ -23,6 +23,7 @@ from smolmlx.plan import Plan
 from smolmlx.session import Arrays, Session, StepResult
 from smolmlx_cuda import unsloth
 from smolmlx_cuda.model import Losses, add_lora, load_base, read_weights, to_inputs, to_numpy, trainable, write_weights
+from smolmlx_cuda.optimizer import make_optimizer
 
 Inputs = dict[str, torch.Tensor]
 
@@ -172,25 +173,6 @@ class Engine:
             }
             entry["step"] = torch.tensor(float(step)) if "exp_avg" in entry else step
             self.adam.state[parameter] = entry
-
-
-def make_optimizer(plan: Plan, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return AdamW over two groups: matrices, which decay, and norms and biases, which do not."""
-    train = plan.recipe.train
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if train.optimizer == "adamw_8bit":
-        import bitsandbytes
-
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-            groups, lr=train.learning_rate, betas=train.betas, eps=train.eps
-        )
-        return optimizer
-    fused = True if train.optimizer == "adamw_fused" else None
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=fused)
 
 
 class PlannedTrainer(SFTTrainer):  # type: ignore[misc]

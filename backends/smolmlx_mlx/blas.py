@@ -26,6 +26,8 @@ class Blas:
 
 
 _loaded: Blas | None = None
+_library: ctypes.CDLL | None = None
+_SET_THREADS = ("openblas_set_num_threads", "MKL_Set_Num_Threads")
 
 
 def ensure() -> Blas:
@@ -39,7 +41,17 @@ def ensure() -> Blas:
     return _loaded
 
 
+def set_threads(count: int) -> bool:
+    """Let a call of the BLAS use `count` threads; False where none was loaded here that can be told."""
+    for name in _SET_THREADS:
+        if _library is not None and (setter := getattr(_library, name, None)):
+            setter(count)
+            return True
+    return False
+
+
 def _load() -> Blas:
+    global _library
     if sys.platform != "linux":
         return Blas("Accelerate", None, True)
     _keep_freed_memory()
@@ -47,7 +59,7 @@ def _load() -> Blas:
         return Blas("unknown (mlx was imported before smolmlx)", None, False)
     for name, path in _candidates():
         try:
-            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
         return Blas(name, str(path), True)

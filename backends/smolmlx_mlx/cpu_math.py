@@ -20,6 +20,8 @@ blas.ensure()
 import mlx.core as mx  # noqa: E402 - after the BLAS
 import mlx.nn as nn  # noqa: E402
 
+from smolmlx_mlx.lanes import in_this_stream  # noqa: E402
+
 _LOG2_E = 1.44269504088896341
 # ln 2 in two parts, so that x - n ln 2 is exact in float32 (Cody & Waite 1980).
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
@@ -56,43 +58,57 @@ def sigmoid(x: mx.array) -> mx.array:
     return 1.0 / (1.0 + exp(-x))
 
 
-@mx.custom_function
-def softmax(x: mx.array) -> mx.array:
-    """Softmax over the last axis."""
+def _softmax(x: mx.array) -> mx.array:
     shifted = exp(x - x.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
-@softmax.vjp
 def _softmax_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     weighted = cotangent * output
     return weighted - output * weighted.sum(axis=-1, keepdims=True)
 
 
-@mx.custom_function
-def logsumexp(x: mx.array) -> mx.array:
-    """Log of the summed exponentials over the last axis."""
+def _logsumexp(x: mx.array) -> mx.array:
     most = x.max(axis=-1, keepdims=True)
     return (most + mx.log(exp(x - most).sum(axis=-1, keepdims=True))).squeeze(-1)
 
 
-@logsumexp.vjp
 def _logsumexp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return cotangent[..., None] * exp(x - output[..., None])
 
 
-@mx.custom_function
-def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """Return silu(gate) * x. Its backward pass makes the sigmoid again, which costs less than keeping it and its product."""
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return gate * sigmoid(gate) * x
 
 
-@swiglu.vjp
 def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     gate, x = primals
+    # Without this mx.compile finds the sigmoid of the forward pass equal to this one and keeps it for the backward pass.
+    (gate,) = mx.depends([gate], [cotangent])
     share = sigmoid(gate)
     silu = gate * share
     return cotangent * x * (share + silu * (1.0 - share)), cotangent * silu
+
+
+def softmax(x: mx.array) -> mx.array:
+    """Softmax over the last axis."""
+    return _with_vjp(_softmax, _softmax_vjp)(x)
+
+
+def logsumexp(x: mx.array) -> mx.array:
+    """Log of the summed exponentials over the last axis."""
+    return _with_vjp(_logsumexp, _logsumexp_vjp)(x)
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """Return silu(gate) * x. Its backward pass makes the sigmoid again, which costs less than keeping it and its product."""
+    return _with_vjp(_swiglu, _swiglu_vjp)(gate, x)
+
+
+def _with_vjp(forward: Callable[..., mx.array], backward: Callable[..., Any]) -> Callable[..., mx.array]:
+    function: Any = mx.custom_function(forward)
+    function.vjp(in_this_stream(backward))
+    return function  # type: ignore[no-any-return]
 
 
 def attention(

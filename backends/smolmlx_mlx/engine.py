@@ -41,7 +41,7 @@ class MlxBackend:
             stages=("pretrain", "sft"),
             methods=("lora", "full"),
             quantize=("none", "4bit", "8bit"),
-            optimizers=("adamw",),
+            optimizers=("adamw", "muon"),
             memory_bytes=devices.memory_bytes(),
             notes=tuple(notes),
             missing={

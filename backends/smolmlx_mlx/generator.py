@@ -14,8 +14,8 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.models import BaseModel
 from smolmlx_mlx import device as devices
 from smolmlx_mlx.device import mx as mx
+from smolmlx_mlx.losses import Losses, to_inputs
 from smolmlx_mlx.model import load_adapter, load_base
-from smolmlx_mlx.step import Losses, to_inputs
 
 
 class MlxGenerator:

@@ -29,6 +29,7 @@ from smolmlx.models import with_rope_theta  # noqa: E402
 from smolmlx.plan import PEFT_PREFIX  # noqa: E402
 from smolmlx.session import Arrays, load_arrays  # noqa: E402
 from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
+from smolmlx_mlx.lanes import in_this_stream  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _BITS = {"4bit": 4, "8bit": 8}
@@ -236,6 +237,6 @@ def checkpoint_layers(model: nn.Module) -> None:
                 self.update(parameters)
                 return _original.__call__(self, *inner_args, **kwargs)
 
-            return mx.checkpoint(inner)(self.trainable_parameters(), *args)
+            return mx.checkpoint(in_this_stream(inner))(self.trainable_parameters(), *args)
 
         layer.__class__ = type(f"Checkpointed{original.__name__}", (original,), {"__call__": call})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from mlx.utils import tree_flatten
 
 from smolmlx.errors import RunError
 from smolmlx.plan import Plan
 from smolmlx.session import Arrays, Session, StepResult
 from smolmlx_mlx import device as devices
 from smolmlx_mlx.device import mx as mx
+from smolmlx_mlx.lanes import open_lanes
 from smolmlx_mlx.model import add_lora, checkpoint_layers, from_mlx, load_base, read_arrays, to_tree, write_weights
+from smolmlx_mlx.optimizer import Optimizer
 from smolmlx_mlx.step import Stepper
 
 # Free cached buffers beyond this many bytes; clearing on every step would throw away what the next one needs.
@@ -89,7 +92,10 @@ class Engine:
             checkpoint_layers(self.model)
         self.model.train()
         compiled = recipe.train.compile and devices.can_compile()
-        self.stepper = Stepper(self.model, recipe.train, compiled)
+        parameters = self.model.trainable_parameters()
+        matrices = {path for path, value in tree_flatten(parameters) if plan.trains_with_muon(path, value.ndim)}
+        optimizer = Optimizer(parameters, recipe.train, matrices, plan.muon_ratio)
+        self.stepper = Stepper(self.model, optimizer, compiled, open_lanes(recipe.train.batch_size))
 
     def evaluate(self) -> tuple[float, int, int]:
         """Return (nats, supervised tokens, correct) over the whole validation set."""
@@ -106,9 +112,8 @@ class Engine:
         return read_arrays(self.model.trainable_parameters())
 
     def optimizer(self) -> Arrays:
-        optimizer = self.stepper.optimizer
         found: Arrays = {}
-        for kind, moments in (("exp_avg", optimizer.exp_avg), ("exp_avg_sq", optimizer.exp_avg_sq)):
+        for kind, moments in self.stepper.optimizer.moments.items():
             for path, value in moments.items():
                 array = np.array(value)
                 found[f"{from_mlx(path)}.{kind}"] = (
@@ -120,10 +125,7 @@ class Engine:
         write_weights(self.model, weights)
         if optimizer is None:
             return
-        for kind, moments in (
-            ("exp_avg", self.stepper.optimizer.exp_avg),
-            ("exp_avg_sq", self.stepper.optimizer.exp_avg_sq),
-        ):
+        for kind, moments in self.stepper.optimizer.moments.items():
             named = {
                 name.removesuffix(f".{kind}"): value for name, value in optimizer.items() if name.endswith(f".{kind}")
             }

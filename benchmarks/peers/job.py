@@ -21,7 +21,7 @@ _OPENBLAS = "/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run of one contestant. Optimizer AdamW, constant learning rate, no decay, no dropout, float32."""
+    """One run of one contestant. Optimizer AdamW, constant learning rate, no decay, no dropout."""
 
     model: str
     """Folder of the base model with its tokenizer."""
@@ -38,6 +38,10 @@ class Job:
     alpha: float
     max_length: int
     seed: int
+    device: str
+    """cpu or cuda."""
+    dtype: str
+    """Of the base's weights; adapters are float32."""
     options: dict[str, Any]
     """What sets this contestant apart from others of the same script."""
 
@@ -83,7 +87,10 @@ class Recorder:
 
 
 def peak_bytes() -> int:
-    """Largest resident set of this process so far."""
+    """Largest resident set of this process so far; on CUDA the most that torch has held there."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -12,7 +12,7 @@ from smolmlx.session import Event
 
 def main() -> None:
     job, recorder = read_job(), Recorder()
-    choice = backend.choose(job.options["engine"], job.options.get("device", "cpu"))
+    choice = backend.choose(job.options["engine"], job.device)
     loaded = recipe.build(_recipe(job), source="benchmarks/sft.py", folder=Path.cwd())
     resolved = plan.resolve(loaded, choice)
     for step in range(resolved.steps):
@@ -36,7 +36,7 @@ def main() -> None:
 def _recipe(job: Job) -> dict[str, object]:
     """The job in smolmlx's words; held-out rows are scored by the engine after the last step."""
     return {
-        "model": {"id": job.model, "dtype": "float32"},
+        "model": {"id": job.model, "dtype": job.dtype},
         "data": {
             "train": f"{job.rows}/train.jsonl",
             "validation": f"{job.rows}/held_out.jsonl",

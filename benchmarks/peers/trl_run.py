@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with its defaults, on prompt-completion rows, float32 on the CPU."""
+"""TRL's SFTTrainer with its defaults, on prompt-completion rows."""
 
 from __future__ import annotations
 
@@ -66,8 +66,9 @@ def _arguments(job: Job) -> SFTConfig:
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=job.device == "cpu",
         bf16=False,
+        model_init_kwargs={"dtype": job.dtype},
         **job.options,
     )
 
@@ -93,7 +94,7 @@ def _held_out_loss(model: Any, rows: list[dict[str, list[int]]]) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows:
-            logits = model(input_ids=torch.tensor([row["ids"][:-1]])).logits[0].float()
+            logits = model(input_ids=torch.tensor([row["ids"][:-1]], device=model.device)).logits[0].float().cpu()
             nats = cross_entropy(logits, torch.tensor(row["ids"][1:]), reduction="none")
             total += float((nats * torch.tensor(row["mask"][1:])).sum())
             count += sum(row["mask"][1:])

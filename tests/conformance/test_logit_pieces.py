@@ -1,15 +1,17 @@
-"""Logits made in pieces, each recomputed in the backward pass, train like logits made at once."""
+"""Logits made in pieces train like logits made at once; rows spread over the cores train like rows on one."""
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lab as labs
 
 WHERE = {
-    "mlx": ("smolmlx_mlx.step", ("_LOGIT_BYTES",)),
+    "mlx": ("smolmlx_mlx.losses", ("_CPU_PIECE", "_GPU_PIECE")),
     "cuda": ("smolmlx_cuda.model", ("_LOGIT_BYTES", "_CPU_LOGIT_BYTES")),
 }
 
@@ -22,5 +24,26 @@ def test_pieces(lab: labs.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = labs.column(lab.train(plan), "loss")
     name, limits = WHERE[lab.name]
     for limit in limits:
-        monkeypatch.setattr(importlib.import_module(name), limit, 1)  # 64 positions a piece, the least there is
+        monkeypatch.setattr(importlib.import_module(name), limit, 1)  # the fewest positions a piece may have
     assert labs.column(lab.train(plan), "loss") == pytest.approx(whole, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"train__gradient_checkpointing": True}, {"stage": "pretrain"}, {"data__packing": "on"}]
+)
+def test_lanes(lab: labs.Lab, text_rows: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    if lab.name != "mlx":
+        pytest.skip(f"{lab.name} leaves the cores to its library")
+    lanes = importlib.import_module("smolmlx_mlx.lanes")
+    monkeypatch.setattr(lanes.os, "sched_getaffinity", lambda _: range(3))
+    monkeypatch.setattr(lanes.blas, "set_threads", lambda _: True)
+    if changes.get("stage"):
+        changes = changes | {"data__train": str(text_rows), "train__method": "full"}
+    plan = lab.plan(train__max_steps=3, train__batch_size=4, **changes)
+    assert len(lanes.open_lanes(4)) == 3
+    spread = lab.train(plan)
+    monkeypatch.setattr(lanes.blas, "set_threads", lambda _: False)
+    assert len(lanes.open_lanes(4)) == 1
+    alone = lab.train(plan)
+    assert labs.column(spread, "loss") == pytest.approx(labs.column(alone, "loss"), abs=2e-6)
+    assert labs.column(spread, "grad_norm") == pytest.approx(labs.column(alone, "grad_norm"), rel=1e-5)

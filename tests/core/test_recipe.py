@@ -73,6 +73,9 @@ def test_all_problems_at_once() -> None:
         ({"data": {"train": "x", "validation": "y", "validation_share": 0.1}}, "not both"),
         ({"eval": {"patience": 2}}, "early stopping needs"),
         ({"lora": {"dora": True, "dropout": 0.1}}, "dropout"),
+        ({"model": {"id": "x", "first_weights": "induction"}}, "first_weights"),
+        ({"train": {"optimizer": "muon"}}, "method: full"),
+        ({"train": {"muon_learning_rate": 0.1}}, "has no effect"),
     ],
 )
 def test_impossible_combinations_are_refused(changes: dict[str, Any], word: str) -> None:

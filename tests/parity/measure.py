@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "SFT, all weights": {"train__method": "full", "train__learning_rate": 3e-4, "train__weight_decay": 0.1},
     "pretraining, all weights": _PRETRAIN,
     "pretraining, all weights, accumulation 4": {**_PRETRAIN, "train__accumulation": 4, "train__max_steps": 20},
+    "pretraining, Muon": {**_PRETRAIN, "train__optimizer": "muon", "train__muon_learning_rate": 0.003},
 }
 """What is compared -> how it differs from a LoRA run of 100 steps."""
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}

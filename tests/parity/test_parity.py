@@ -85,7 +85,14 @@ class TestGradients:
 class TestHandOver:
     @pytest.mark.parametrize("first", PAIR)
     @pytest.mark.parametrize(
-        "case", ["SFT, LoRA", "SFT, DoRA", "SFT, LoRA, packed, accumulation 4", "pretraining, all weights"]
+        "case",
+        [
+            "SFT, LoRA",
+            "SFT, DoRA",
+            "SFT, LoRA, packed, accumulation 4",
+            "pretraining, all weights",
+            "pretraining, Muon",
+        ],
     )
     def test_finished_on_the_other_engine(self, bench: Bench, first: str, case: str) -> None:
         second = next(engine for engine in PAIR if engine != first)
