@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from smolmlx.errors import BackendError, RecipeError
 from smolmlx.first_weights import draw
+from smolmlx.rundir import usual_mode
 
 EMBEDDED = "tiny"
 # A header longer than this is not a model but an attack or a broken file (safetensors' own limit).
@@ -217,6 +218,7 @@ def make_model(config: Mapping[str, Any], folder: Path, seed: int, first_weights
     full = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", **config}
     weights = draw(full, llama_shapes(full), first_weights, seed)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    usual_mode(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
     return BaseModel("from config", folder, None, full)
 

@@ -121,6 +121,13 @@ def write_text(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def usual_mode(path: Path) -> None:
+    """Give a file or folder the mode that a plain open() would have; tempfile and safetensors make theirs private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextlib.contextmanager
 def publish(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it takes the place of `folder` in one rename when all went well."""
@@ -129,7 +136,7 @@ def publish(folder: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             yield temporary
-            temporary.chmod(0o755)
+            usual_mode(temporary)
             if folder.exists():
                 old = folder.with_name(f".old-{folder.name}-{os.getpid()}")
                 folder.rename(old)

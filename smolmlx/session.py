@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from smolmlx.errors import RunError
 from smolmlx.plan import Plan
-from smolmlx.rundir import RunDir, publish, write_text
+from smolmlx.rundir import RunDir, publish, usual_mode, write_text
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
 
@@ -282,6 +282,7 @@ def read_state(checkpoint: Path) -> State:
 
 def save_arrays(arrays: Arrays, path: Path) -> None:
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata={"format": "pt"})
+    usual_mode(path)
 
 
 def load_arrays(path: Path) -> Arrays:
