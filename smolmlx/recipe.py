@@ -314,7 +314,7 @@ def build(
     merged = _copy(tree)
     origins = dict.fromkeys(_leaves(merged), "recipe")
     for text in overrides:
-        key, value = _parse_override(text)
+        key, value = parse_override(text)
         _put(merged, key, value)
         origins[key] = "--set"
     for key, (flag, value) in (flags or {}).items():
@@ -353,14 +353,19 @@ def _leaves(tree: Mapping[str, Any]) -> Iterator[str]:
     return (key for key, _ in _leaf_items(tree))
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str, option: str = "--set", example: str = "train.learning_rate=1e-4") -> tuple[str, Any]:
+    """Read `key=value`, the value as YAML.
+
+    Raises:
+        RecipeError: another shape, naming the option.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise RecipeError(f"--set {text}: expected key=value, for example --set train.learning_rate=1e-4.")
+        raise RecipeError(f"{option} {text}: expected key=value, for example {option} {example}.")
     try:
         return key.strip(), parse_yaml(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text}: the value is not valid YAML: {error}") from error
+        raise RecipeError(f"{option} {text}: the value is not valid YAML: {error}") from error
 
 
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -31,6 +31,13 @@ Examples:
 )
 @click.option("--output", metavar="OUT", type=click.Path(dir_okay=False), help="Write answers as JSONL.")
 @click.option("--system", metavar="TEXT", help="System message for rows that have none.")
+@click.option(
+    "--template-arg",
+    "template_args",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Extra variable of the chat template, e.g. enable_thinking=false.",
+)
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without a chat template.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
@@ -53,6 +60,7 @@ def command(
     source: str | None,
     output: str | None,
     system: str | None,
+    template_args: tuple[str, ...],
     raw: bool,
     backend: str,
     device: str | None,
@@ -68,12 +76,13 @@ def command(
 
     if (prompt is None) == (source is None):
         raise RecipeError("generate: pass either --prompt TEXT or --input rows.jsonl.")
+    variables = _variables(template_args, raw)
     base = find_model(model)
     if adapter and not Path(adapter).is_dir():
         raise RecipeError(f"--adapter {adapter}: no such folder.")
     tokenizer = Tokenizer(options.tokenizer_folder(base.folder, [adapter] if adapter else []))
     prompts = _read(prompt, source, system)
-    tokens = [_encode(tokenizer, messages, raw) for messages in prompts]
+    tokens = [_encode(tokenizer, messages, raw, variables) for messages in prompts]
     choice = options.choose(backend, device)
     with console.status("loading the model"):
         generator = choice.backend.generator(
@@ -104,10 +113,21 @@ def _read(prompt: str | None, source: str | None, system: str | None) -> list[tu
     return found
 
 
-def _encode(tokenizer: Tokenizer, messages: tuple[Mapping[str, Any], ...], raw: bool) -> list[int]:
+def _variables(given: tuple[str, ...], raw: bool) -> dict[str, Any]:
+    """Read KEY=VALUE pairs; a value is YAML, so `false` is no word."""
+    from smolmlx.recipe import parse_override
+
+    if raw and given:
+        raise RecipeError("--template-arg: has no effect with --raw, which uses no chat template.")
+    return dict(parse_override(pair, "--template-arg", "enable_thinking=false") for pair in given)
+
+
+def _encode(
+    tokenizer: Tokenizer, messages: tuple[Mapping[str, Any], ...], raw: bool, variables: Mapping[str, Any]
+) -> list[int]:
     if raw:
         return tokenizer.encode(str(messages[-1]["content"]), special=True)
-    return tokenizer.encode(tokenizer.prompt(messages))
+    return tokenizer.encode(tokenizer.prompt(messages, **variables))
 
 
 def _write(prompts: list[tuple[Mapping[str, Any], ...]], answers: list[str], output: str | None, as_json: bool) -> None:

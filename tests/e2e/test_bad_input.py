@@ -167,6 +167,20 @@ def test_an_adapter_for_another_base_exits_2(call: Call, recipe: Path, tiny_mode
     assert code == 2 and "another base model" in err
 
 
+def test_template_arguments(call: Call, tiny_model: Path, tmp_path: Path) -> None:
+    template = "{% if quiet is false %}LOUD{% endif %}{{ messages[0].content }}"
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    write(model / "tokenizer_config.json", json.dumps({**config, "chat_template": template}))
+    ask = ("generate", "--model", model, "--prompt", "red", "--max-tokens", "8", "--json")
+    plain, loud = (call(*ask, *extra)[1] for extra in ((), ("--template-arg", "quiet=false")))
+    assert json.loads(plain)["answers"][0]["answer"] != json.loads(loud)["answers"][0]["answer"]
+    code, _, err = call(*ask, "--template-arg", "quiet")
+    assert code == 2 and "--template-arg quiet: expected key=value" in err
+    code, _, err = call(*ask, "--template-arg", "quiet=false", "--raw")
+    assert code == 2 and "has no effect" in err
+
+
 def test_a_read_only_place_for_runs_exits_1(call: Call, recipe: Path, tmp_path: Path) -> None:
     write(tmp_path / "taken", "a file where the runs folder should be")
     code, _, err = call("train", recipe, "--out", tmp_path / "taken")
