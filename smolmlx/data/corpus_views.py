@@ -203,20 +203,34 @@ def _restriction(passage: Passage, rng: np.random.Generator) -> Made:
     return (found[0], {}) if found else None
 
 
+_HEADINGS = {
+    "first": ("Opening", "Start", "Topic", "First words"),
+    "last": ("Closing", "End", "Last words", "Outcome"),
+    "points": ("Points", "Main points", "Facts", "Details", "In short"),
+    "terms": ("Terms", "Names", "Vocabulary"),
+    "question": ("Question", "Open question", "Ask"),
+    "restriction": ("Restriction", "Caution", "Exception", "But"),
+}
+
+
 def _sections(passage: Passage, rng: np.random.Generator) -> Made:
-    """Answer under two to four labels that the instruction names, in its order."""
+    """Answer under two to five headings that the instruction names, in its order; a list has the number of bullets it names."""
+    count = int(rng.integers(2, 5))
+    several = np.sort(rng.permutation(len(passage.sentences))[:count])
     made = {
-        "Opening": passage.sentences[0],
-        "Closing": passage.sentences[-1],
-        "Points": "\n" + _bullets(passage.sentences[:3]) if len(passage.sentences) > 2 else "",
-        "Terms": (_key_terms(passage, rng) or ("", {}))[0],
-        "Question": (_question(passage, rng) or ("", {}))[0],
-        "Restriction": (_restriction(passage, rng) or ("", {}))[0],
+        "first": passage.sentences[0],
+        "last": passage.sentences[-1],
+        "points": _bullets(passage.sentences[i] for i in several) if len(several) == count else "",
+        "terms": (_key_terms(passage, rng) or ("", {}))[0],
+        "question": (_question(passage, rng) or ("", {}))[0],
+        "restriction": (_restriction(passage, rng) or ("", {}))[0],
     }
-    labels = [label for label, text in made.items() if text]
-    chosen = [str(label) for label in rng.permutation(labels)[: int(rng.integers(2, 5))]]
-    answer = "\n".join(f"{label}: {made[label]}".replace(": \n", ":\n") for label in chosen)
-    return answer, {"x": ", ".join(chosen)}
+    kinds = [str(kind) for kind in rng.permutation([kind for kind, text in made.items() if text])[: rng.integers(2, 6)]]
+    names = {kind: str(rng.choice(_HEADINGS[kind])) for kind in kinds}
+    below = rng.random() < 0.6
+    answer = "\n".join(f"{names[kind]}:{chr(10) if below or kind == 'points' else ' '}{made[kind]}" for kind in kinds)
+    asked = [f"{names[kind]} ({_NUMBERS[count]} bullets)" if kind == "points" else names[kind] for kind in kinds]
+    return answer, {"x": ", ".join(asked), "how": "each below its heading" if below else "each behind its heading"}
 
 
 def _json(passage: Passage, rng: np.random.Generator) -> Made:
@@ -286,7 +300,16 @@ VIEWS = (
     ),
     View(2, _question_and_answer, ("{x}", "Answer from the passage: {x}", "Use the text to answer. {x}")),
     View(2, _restriction, ("Which sentence states a restriction?", "What should the reader be careful about?")),
-    View(5, _sections, ("Write these sections: {x}.", "Fill in {x}.", "Answer under the headings {x}.")),
+    View(
+        12,
+        _sections,
+        (
+            "Write these sections, {how}: {x}.",
+            "Fill in, {how}: {x}",
+            "Turn this passage into sections, {how}: {x}.",
+            "{x}. Write {how}, from the passage.",
+        ),
+    ),
     View(0.5, _json, ("Give the first and the last sentence as JSON.",)),
     View(0.5, _extreme(max), ("Which sentence is the longest?", "Copy the longest sentence.")),
     View(0.5, _extreme(min), ("Which sentence is the shortest?", "Copy the shortest sentence.")),
