@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -249,6 +250,27 @@ def test_rows_beyond_the_limit_are_counted_not_held(views: list[RunView]) -> Non
 
     text = render(views[:1], max_rows=3)
     assert "test: 3 of 12 rows" in text
+
+
+@needs_vega
+def test_pages_of_less_than_a_whole_run(tmp_path: Path) -> None:
+    """An evaluation alone, a loss suite, a run without evaluation or samples, and one that has not made a step."""
+    from smolmlx.reports.page import render
+
+    run = make_run(tmp_path / "run", rows=6)
+    assert "Held-out rows" in render([read_run(run / "eval")])
+    loss = tmp_path / "loss"
+    loss.mkdir()
+    found = {"num_rows": 3, "num_tokens": 30, "loss": 2.5, "perplexity": None, "accuracy": 0.5}
+    (loss / "results.json").write_text(json.dumps({"suite": "loss", "data": "x.jsonl", "systems": {"base": found}}))
+    assert "Held-out loss" in render([read_run(loss)]) and "2.5000" in render([read_run(loss), read_run(run)])
+    for name in ("report.json", "samples.json", "recipe.yaml", "env.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "eval")
+    assert "Curves" in render([read_run(run)])
+    (run / "metrics.jsonl").unlink()
+    shutil.rmtree(run / "adapter")
+    assert "Not finished: step 0 of 100" in render([read_run(run)])
 
 
 @needs_vega
