@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from run_folders import INJECTED, make_run
@@ -137,6 +137,7 @@ def test_rows_hold_every_answer_whole_with_its_flaws(views: list[RunView]) -> No
     assert "text before the first header" in injected["flaws"]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200), st.sets(st.sampled_from(["reef", "coral", "gradient"])))
 def test_marked_pieces_are_the_text(text: str, known: set[str]) -> None:
     pieces = mark_text(text, known)
@@ -145,6 +146,7 @@ def test_marked_pieces_are_the_text(text: str, known: set[str]) -> None:
     assert all(first[1] != second[1] for first, second in itertools.pairwise(pieces))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=100))
 def test_spans_are_the_content_tokens(text: str) -> None:
     spans = content_spans(text)
@@ -167,6 +169,7 @@ def test_flaws_have_kinds_to_choose_from() -> None:
     assert flaw_kind("headers out of order: Limitation, Summary") == "headers out of order"
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-10, 10), max_size=2000))
 def test_thinning_keeps_range_and_bound(values: list[float]) -> None:
     points = list(enumerate(values))
