@@ -337,6 +337,11 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     return dict(_leaf_items(recipe.model_dump(mode="json")))
 
 
+def flatten_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe mapping, as it was written, under their dotted keys."""
+    return dict(_leaf_items(tree))
+
+
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, dict) else value for key, value in tree.items()}
 

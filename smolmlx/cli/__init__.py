@@ -20,6 +20,8 @@ VERBS = {
     "plan": "Show what a recipe will do, without doing it.",
     "generate": "Answer prompts with a model.",
     "eval": "Score a model on held-out rows, beside its controls.",
+    "judge": "Have a language model mark answers, or choose between two.",
+    "report": "Show runs in one HTML file, with charts and a model card.",
     "data": "Look at, check, prepare and split rows.",
     "recipes": "List, show, copy and check recipes.",
     "doctor": "Check engines, devices and speed of this machine.",

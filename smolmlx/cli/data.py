@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _VOCABULARY = 4096
 _SHORT_VIEW = 1500
 """Characters of a row that is shown without being asked for."""
+
+_ELSEWHERE = {"dedupe": "smolmlx.cli.data_overlap", "audit": "smolmlx.cli.data_overlap"}
+"""Verbs of this group that have a file of their own."""
 
 INSPECT_EPILOG = """\b
 Examples:
@@ -58,13 +62,19 @@ class _Verbs(click.Group):
     """A group that lists its verbs in the order of use, and names the nearest for a misspelt one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return [*self.commands, *(name for name in _ELSEWHERE if name not in self.commands)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in _ELSEWHERE and name not in self.commands:
+            self.add_command(getattr(importlib.import_module(_ELSEWHERE[name]), name))
+        return super().get_command(ctx, name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            known, hint = ", ".join(self.commands), nearest(args[0], self.commands)
+        names = self.list_commands(ctx)
+        if args and args[0] not in names and not args[0].startswith("-"):
+            known, hint = ", ".join(names), nearest(args[0], names)
             raise click.UsageError(f"no such command 'data {args[0]}'.{hint} Commands: {known}.")
         return super().resolve_command(ctx, args)
 

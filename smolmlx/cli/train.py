@@ -79,6 +79,7 @@ def command(
         console.note(f"{stop}\nGo on with: smolmlx train --resume {run.path}", style="yellow")
         raise click.exceptions.Exit(130) from stop
     evaluation = _evaluate(plan, choice, run) if plan.recipe.evaluate else None
+    _write_report(run)
     if as_json:
         console.print_json(
             {
@@ -163,6 +164,19 @@ def _evaluate(plan: Plan, choice: Choice, run: RunDir) -> Evaluation:
     from smolmlx import console, stages
 
     return stages.evaluate_run(plan, choice.backend, run, console.Counter)
+
+
+def _write_report(run: RunDir) -> None:
+    """Leave report.html and the model card behind, where the charting library is installed."""
+    from smolmlx import console
+    from smolmlx.reports import card
+    from smolmlx.reports.folders import read_run
+
+    if not card.can_draw():
+        console.note("no report.html: it needs pip install 'smolmlx[report]', then: smolmlx report " + str(run.path))
+        return
+    with console.status("drawing the report"):
+        card.write_run_report(read_run(run.path))
 
 
 def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None) -> None:

@@ -35,6 +35,18 @@ def content_tokens(text: str) -> list[str]:
     return [token for token in found if len(token) >= MIN_CONTENT_LENGTH and token not in STOP_WORDS]
 
 
+def content_spans(text: str) -> list[tuple[int, int]]:
+    """Return where the content tokens of a text lie; none where lower-casing changes its length."""
+    lowered = text.lower()
+    if len(lowered) != len(text):
+        return []
+    found = [match.span() for match in _CONTENT.finditer(lowered)]
+    return [
+        (start, end) for start, end in found
+        if end - start >= MIN_CONTENT_LENGTH and lowered[start:end] not in STOP_WORDS
+    ]  # fmt: skip
+
+
 def rubric_tokens(text: str) -> list[str]:
     """Return RT(text): lower-cased words made of a to z only; one touching a digit, `_` or an accent is left out."""
     found: list[str] = _RUBRIC.findall(text.lower())

@@ -1,0 +1,196 @@
+"""Ask judges many questions: at once, again where it failed, and never twice for a reply that was paid for."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from smolmlx.backend import Decoding, Generator
+from smolmlx.data.chat import Tokenizer
+from smolmlx.errors import BackendError, RunError
+from smolmlx.evals.judge import Messages, Question, Record, parse_reply
+
+_NONSENSE = "nonsense"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a judge said, and what it cost in tokens."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class NoReply(Exception):
+    """A judge could not be reached for this question; another one may still work."""
+
+
+class Judge(Protocol):
+    """Something that answers messages; `ask` is called from several threads."""
+
+    name: str
+    concurrency: int
+    asks: int
+    """How often it is asked the same when it answers nonsense."""
+
+    def ask(self, messages: Messages, schema: dict[str, object]) -> Reply: ...
+
+
+class Ledger:
+    """The replies so far, one line each, written as they come: what was paid for is kept, whatever happens next."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = _read_ledger(path)
+        self._lock = threading.Lock()
+
+    def settled(self) -> set[str]:
+        """Return the keys that need no asking: good replies, and nonsense that was paid for."""
+        return {key for key, record in self.records.items() if not record.error or record.error == _NONSENSE}
+
+    def add(self, record: Record) -> None:
+        with self._lock:
+            self.records[record.key] = record
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _read_ledger(path: Path) -> dict[str, Record]:
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:  # a line cut by a kill
+        path.write_text(whole, encoding="utf-8")
+    records = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            record = Record(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise RunError(
+                f"{path}:{number}: not a line of a judge's ledger ({error}). Choose another --out."
+            ) from error
+        records[record.key] = record
+    return records
+
+
+def run(
+    judge: Judge, asked: Sequence[Question], ledger: Ledger, on_done: Callable[[int], None] = lambda done: None
+) -> None:
+    """Ask every question that the ledger has no reply to.
+
+    Raises:
+        BackendError: the judge refuses all questions (no such model, a wrong key); what was answered is kept.
+    """
+    settled = ledger.settled()
+    left = [question for question in asked if question.key not in settled]
+    with ThreadPoolExecutor(judge.concurrency) as pool:
+        # The thread that got a reply writes it down, so that none is lost when another one fails.
+        waiting = [pool.submit(lambda q: ledger.add(_ask(judge, q)), question) for question in left]
+        try:
+            for done, future in enumerate(as_completed(waiting), len(asked) - len(left) + 1):
+                future.result()
+                on_done(done)
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            raise
+
+
+def _ask(judge: Judge, question: Question) -> Record:
+    prompt_tokens = completion_tokens = 0
+    text = ""
+    for _ in range(judge.asks):
+        try:
+            reply = judge.ask(question.messages, question.schema.model_json_schema())
+        except NoReply as error:
+            return _record(question, None, str(error), "", prompt_tokens, completion_tokens)
+        prompt_tokens += reply.prompt_tokens
+        completion_tokens += reply.completion_tokens
+        text = reply.text
+        found = parse_reply(text, question.schema)
+        if found is not None:
+            return _record(question, found, "", "", prompt_tokens, completion_tokens)
+    return _record(question, None, _NONSENSE, text, prompt_tokens, completion_tokens)
+
+
+def _record(question: Question, reply: dict[str, object] | None, error: str, raw: str, *tokens: int) -> Record:
+    return Record(question.key, question.item.id, question.judge, question.swapped, reply, error, raw, *tokens)
+
+
+class EndpointJudge:
+    """A model behind an OpenAI-compatible address; the client repeats what failed, with growing pauses."""
+
+    asks = 3
+
+    def __init__(self, url: str, model: str | None, *, key: str, concurrency: int = 4, retries: int = 5, seconds: float = 60) -> None:  # fmt: skip
+        try:
+            import openai
+        except ImportError as error:
+            raise BackendError("a judge at an address needs openai: pip install 'smolmlx[judge]'") from error
+        self._openai = openai
+        self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=seconds)
+        self._structured = True
+        self.concurrency = concurrency
+        self.url = url
+        self.name = model or self._only_model()
+
+    def _only_model(self) -> str:
+        try:
+            names = [model.id for model in self._client.models.list()]
+        except self._openai.OpenAIError as error:
+            raise BackendError(f"--judge {self.url}: cannot be asked for its models ({error}). Is it the address that ends in /v1? Else pass --model.") from error  # fmt: skip
+        if len(names) != 1:
+            raise BackendError(
+                f"--judge {self.url}: serves {len(names)} models ({', '.join(names[:5])}). Choose with --model."
+            )
+        return str(names[0])
+
+    def ask(self, messages: Messages, schema: dict[str, object]) -> Reply:
+        """Ask once, through retries.
+
+        Raises:
+            NoReply: no reply after all retries.
+            BackendError: every question would be refused.
+        """
+        openai = self._openai
+        form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
+        extra = {"response_format": form} if self._structured else {}
+        try:
+            made = self._client.chat.completions.create(model=self.name, messages=[dict(m) for m in messages], temperature=0, **extra)  # fmt: skip
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise BackendError(f"--judge {self.url}: refused ({error}). Check --model and --key-from.") from error
+        except openai.BadRequestError as error:
+            if self._structured:  # a server without structured replies: the prompt asks for JSON as well
+                self._structured = False
+                return self.ask(messages, schema)
+            raise NoReply(str(error)) from error
+        except openai.OpenAIError as error:
+            raise NoReply(f"{type(error).__name__}: {error}") from error
+        usage = made.usage
+        text = made.choices[0].message.content if made.choices else ""
+        return Reply(text or "", usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+
+
+class LocalJudge:
+    """A model on this machine, through an engine's generator."""
+
+    concurrency = 1
+    asks = 1  # greedy: it would say the same again
+
+    def __init__(self, name: str, generator: Generator, tokenizer: Tokenizer) -> None:
+        self.name, self._generator, self._tokenizer = name, generator, tokenizer
+
+    def ask(self, messages: Messages, schema: dict[str, object]) -> Reply:
+        tokens = self._tokenizer.encode(self._tokenizer.prompt(messages))
+        (made,) = self._generator.generate([tokens], Decoding(max_tokens=200))
+        return Reply(self._tokenizer.decode(made.ids), len(tokens), len(made.ids))

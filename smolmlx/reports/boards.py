@@ -1,0 +1,182 @@
+"""Which systems stand beside each other: those that answered the same rows, whichever run they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from smolmlx.evals.bootstrap import MIN_ROWS, bootstrap_difference, difference_sentence
+from smolmlx.evals.suites import CONTROLS
+from smolmlx.reports.folders import AnswerRow, RunView, ScoredSet, Tree
+
+Kind = Literal["base", "control", "trained"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How a figure is read."""
+
+    key: str
+    label: str
+    meaning: str
+    higher_is_better: bool = True
+    share: bool = True
+    """In [0, 1]."""
+
+
+HEADLINES = (
+    Metric("compliance", "template kept", "answers that keep to the task's template, by the strict rule"),
+    Metric("content_alignment", "content alignment", "0.60 F1 + 0.25 key-term recall + 0.15 supported terms, against the reference"),
+    Metric("f1", "reference F1", "content tokens shared with the reference"),
+    Metric("key_term_recall", "key terms named", "share of the reference's distinct terms that the answer names"),
+    Metric("unsupported", "unsupported terms", "terms found neither in the input nor in the reference", higher_is_better=False),
+    Metric("rubric", "rubric (0-12)", "length and specificity of the four sections", share=False),
+)  # fmt: skip
+"""The figures that decide; every other metric stands in the full table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """One system of a board."""
+
+    label: str
+    kind: Kind
+    summary: Mapping[str, Tree]
+    """Metric -> {mean, low, high}."""
+    answers: Sequence[str]
+    """One per row; empty where the answers were not kept."""
+    scores: Sequence[Tree]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A paired difference: system - against."""
+
+    system: str
+    against: str
+    metric: str
+    mean: float
+    low: float
+    high: float
+    sentence: str
+    verdict: Literal["better", "worse", "no difference shown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """Systems scored on the same rows."""
+
+    name: str
+    data: str
+    num_rows: int
+    rows: Sequence[AnswerRow]
+    entrants: Sequence[Entrant]
+    comparisons: Sequence[Comparison]
+
+    @property
+    def slug(self) -> str:
+        """The name, fit for a file."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+def label_runs(views: Sequence[RunView]) -> dict[str, str]:
+    """Return a short label for each run's path: its recipe where that tells the runs apart, else recipe and suffix."""
+    short = [view.name.rsplit("-", 3)[0] if view.name.count("-") >= 3 else view.name for view in views]
+    full = [f"{name} {view.name.rsplit('-', 1)[-1]}" for name, view in zip(short, views, strict=True)]
+    chosen = [a if short.count(a) == 1 else b for a, b in zip(short, full, strict=True)]
+    if len(set(chosen)) < len(chosen):
+        chosen = [view.name if chosen.count(c) > 1 else c for c, view in zip(chosen, views, strict=True)]
+    if len(set(chosen)) < len(chosen):
+        chosen = [str(view.path) for view in views]
+    return {str(view.path): label for view, label in zip(views, chosen, strict=True)}
+
+
+def make_boards(views: Sequence[RunView]) -> list[Board]:
+    """Put together the sets of all runs that hold the same rows; others stay apart, since they do not compare."""
+    labels = label_runs(views)
+    groups: dict[tuple[str, str], list[tuple[str, ScoredSet]]] = {}
+    for view in views:
+        for name, found in view.sets.items():
+            groups.setdefault((name, _fingerprint(found)), []).append((labels[str(view.path)], found))
+    names = [name for name, _ in groups]
+    return [
+        _board(name if names.count(name) == 1 else f"{name} ({', '.join(run for run, _ in members)})", members)
+        for (name, _), members in groups.items()
+    ]
+
+
+def _fingerprint(found: ScoredSet) -> str:
+    """Hash what was asked and wanted; without answers on disk, the file's name and the number of rows must do."""
+    asked: Any = [(row.input, row.reference) for row in found.rows] or (found.data, found.num_rows)
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _board(name: str, members: Sequence[tuple[str, ScoredSet]]) -> Board:
+    entrants: list[Entrant] = []
+    for run, found in members:
+        alone = sum(entrant.kind == "trained" for entrant in _entrants(found)) == 1
+        for entrant in _entrants(found):
+            twins = [other for other in entrants if other.kind == entrant.kind != "trained" and _same(other, entrant)]
+            if not twins:
+                taken = len(members) > 1 and (
+                    entrant.kind == "trained" or any(e.label == entrant.label for e in entrants)
+                )
+                label = run if alone and entrant.kind == "trained" else f"{run}: {entrant.label}"
+                entrants.append(_named(entrant, label if taken else entrant.label))
+    order = {"base": 0, "control": 1, "trained": 2}
+    entrants.sort(key=lambda entrant: order[entrant.kind])
+    first = members[0][1]
+    compared = list(_recorded(first) if len(members) == 1 else _recomputed(entrants))
+    return Board(name, first.data, first.num_rows, first.rows, entrants, compared)
+
+
+def _entrants(found: ScoredSet) -> Iterator[Entrant]:
+    for system, summary in found.systems.items():
+        kind: Kind = "base" if system == "base" else "control" if system in CONTROLS else "trained"
+        answers = [row.answers.get(system, "") for row in found.rows]
+        yield Entrant(system, kind, summary, answers, found.scores.get(system, ()))
+
+
+def _named(entrant: Entrant, label: str) -> Entrant:
+    return Entrant(label, entrant.kind, entrant.summary, entrant.answers, entrant.scores)
+
+
+def _same(first: Entrant, second: Entrant) -> bool:
+    return first.answers == second.answers and first.summary == second.summary
+
+
+def _recorded(found: ScoredSet) -> Iterator[Comparison]:
+    for tree in found.differences:
+        metric, interval = _METRICS.get(tree["metric"]), tree["interval"]
+        if metric is not None:
+            shown = interval["num_rows"] >= MIN_ROWS and (interval["low"] > 0 or interval["high"] < 0)
+            yield _comparison(tree["system"], tree["control"], metric, interval, tree["sentence"], shown)
+
+
+def _recomputed(entrants: Sequence[Entrant]) -> Iterator[Comparison]:
+    """Compare every trained system with base and controls, and trained systems of different runs with each other."""
+    trained = [entrant for entrant in entrants if entrant.kind == "trained"]
+    pairs = [(system, other) for system in trained for other in entrants if other.kind != "trained"]
+    pairs += [(later, earlier) for i, earlier in enumerate(trained) for later in trained[i + 1 :]]
+    for system, other in pairs:
+        for metric in HEADLINES:
+            columns = [[float(score[metric.key]) for score in side.scores] for side in (system, other)]
+            if columns[0] and len(columns[0]) == len(columns[1]):
+                found = bootstrap_difference(*columns)
+                sentence = difference_sentence(found, metric.key, system.label, other.label)
+                yield _comparison(system.label, other.label, metric, asdict(found), sentence, found.shows_difference)
+
+
+def _comparison(system: str, against: str, metric: Metric, interval: Tree, sentence: str, shown: bool) -> Comparison:
+    better = (interval["mean"] > 0) == metric.higher_is_better
+    return Comparison(
+        system, against, metric.key, interval["mean"], interval["low"], interval["high"], sentence,
+        "no difference shown" if not shown else "better" if better else "worse",
+    )  # fmt: skip
+
+
+_METRICS = {metric.key: metric for metric in HEADLINES}

@@ -1,0 +1,230 @@
+"""What the report says in words and tables; the model card says the same from here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from smolmlx.recipe import flatten_tree
+from smolmlx.reports.boards import HEADLINES, Board, Comparison, Entrant, Metric
+from smolmlx.reports.folders import RunView, Tree
+
+FEW_ROWS = 30
+"""Below this many rows the report says that intervals are wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A key figure."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def number(value: object, style: str = ",.4f") -> str:
+    """Return a number as text; a dash for none, or for one that is not finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "–"
+    return format(value, style)
+
+
+def big_number(value: object) -> str:
+    """Return e.g. '1.2 M'."""
+    if not isinstance(value, (int, float)):
+        return "–"
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1000 if unit == 'k' else limit):.3g} {unit}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: object) -> str:
+    """Return e.g. '1 h 02 min', '4 min 05 s', '12 s'."""
+    if not isinstance(seconds, (int, float)):
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.3g} s"
+
+
+def figure(entrant: Entrant, metric: Metric) -> str:
+    found = entrant.summary.get(metric.key)
+    return "–" if found is None else _level(metric, found["mean"])
+
+
+def interval(entrant: Entrant, metric: Metric) -> str:
+    found = entrant.summary.get(metric.key)
+    return "" if found is None else f"{_level(metric, found['low'])} to {_level(metric, found['high'])}"
+
+
+def _level(metric: Metric, value: float) -> str:
+    if metric.key == "compliance":
+        return f"{100 * value:.0f} %"
+    return f"{value:.3f}" if metric.share else f"{value:.2f}"
+
+
+def status(view: RunView) -> str:
+    """Say how far a run got; '' where it is finished or nothing was trained."""
+    if not view.is_run or view.report:
+        return ""
+    done = view.steps[-1]["step"] if view.steps else 0
+    return f"Not finished: step {done} of {view.plan.get('steps', '?')}. Every figure below is of that moment."
+
+
+def tiles(view: RunView, boards: Sequence[Board]) -> list[Tile]:
+    """Return the key figures of one run."""
+    found: list[Tile] = []
+    if boards:
+        found += _score_tiles(boards[0])
+    report = view.report
+    if view.steps:
+        last = report.get("final_loss", view.steps[-1]["loss"])
+        first = number(view.steps[0]["loss"])
+        found.append(Tile("training loss", number(last), f"from {first}; nats per supervised token"))
+    best = min(view.evals, key=lambda row: row["val_loss"], default=None)
+    if best is not None:
+        note = f"best, at step {best['step']}; perplexity {number(best['val_perplexity'], '.2f')}"
+        found.append(Tile("validation loss", number(best["val_loss"]), note))
+    if report:
+        speed = f"{duration(report['seconds'])}, {big_number(report['num_tokens'])} tokens"
+        found.append(Tile("tokens per second", number(report["tokens_per_second"], ",.0f"), speed))
+        if report.get("peak_bytes"):
+            found.append(Tile("peak memory", f"{report['peak_bytes'] / 1e9:.2f} GB", str(view.env.get("device", ""))))
+    plan = view.plan
+    if plan.get("num_parameters"):
+        share = 100 * plan["num_trainable"] / plan["num_parameters"]
+        found.append(Tile("trained parameters", big_number(plan["num_trainable"]), f"{share:.2f} % of {big_number(plan['num_parameters'])}"))  # fmt: skip
+    return found
+
+
+def _score_tiles(board: Board) -> list[Tile]:
+    trained = [entrant for entrant in board.entrants if entrant.kind == "trained"]
+    base = next((entrant for entrant in board.entrants if entrant.kind == "base"), None)
+    found = []
+    for metric in HEADLINES[:2]:
+        if trained and metric.key in trained[-1].summary:
+            beside = f"; base {figure(base, metric)}" if base else ""
+            note = f"95 % interval {interval(trained[-1], metric)}{beside}"
+            found.append(Tile(metric.label, figure(trained[-1], metric), note))
+    return found
+
+
+def findings(board: Board) -> list[str]:
+    """Say what a board shows, one sentence per trained system and one on its content; no claim without a difference."""
+    found = []
+    for entrant in board.entrants:
+        if entrant.kind == "trained":
+            kept, content = HEADLINES[0], HEADLINES[1]
+            if kept.key in entrant.summary:
+                found.append(
+                    f"{entrant.label} keeps to the template in {figure(entrant, kept)} of {board.num_rows} held-out "
+                    f"answers (95 % interval {interval(entrant, kept)}){_against(board, entrant, kept)}."
+                )
+            if content.key in entrant.summary:
+                found.append(
+                    f"{entrant.label}: content alignment {figure(entrant, content)} (95 % interval "
+                    f"{interval(entrant, content)}){_against(board, entrant, content)}."
+                )
+    if found and board.num_rows < FEW_ROWS:
+        found.append(f"{board.num_rows} rows are few: read the intervals, not the means.")
+    return found
+
+
+def _against(board: Board, entrant: Entrant, metric: Metric) -> str:
+    said = []
+    for word, verdict in (
+        ("better than", "better"),
+        ("worse than", "worse"),
+        ("no difference shown to", "no difference shown"),
+    ):
+        others = [c.against for c in board.comparisons if (c.system, c.metric, c.verdict) == (entrant.label, metric.key, verdict)]  # fmt: skip
+        if others:
+            said.append(f"{word} {_listed(others)}")
+    return f": {'; '.join(said)}" if said else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def comparison_table(board: Board) -> list[tuple[str, str, list[Comparison | None]]]:
+    """Return (system, against, one cell per headline metric)."""
+    cells = {(c.system, c.against, c.metric): c for c in board.comparisons}
+    pairs = dict.fromkeys((c.system, c.against) for c in board.comparisons)
+    return [(a, b, [cells.get((a, b, metric.key)) for metric in HEADLINES]) for a, b in pairs]
+
+
+def all_metrics(board: Board) -> list[tuple[str, list[str]]]:
+    """Return every metric with one `mean [low, high]` per system."""
+    names = dict.fromkeys(name for entrant in board.entrants for name in entrant.summary)
+    return [
+        (name.replace("_", " "), [_spread(entrant.summary.get(name)) for entrant in board.entrants]) for name in names
+    ]
+
+
+def _spread(found: Tree | None) -> str:
+    return "–" if found is None else f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def training_facts(view: RunView) -> list[tuple[str, str]]:
+    """Return what was trained, how, and on what machine."""
+    plan, env, recipe, report = view.plan, view.env, view.recipe, view.report
+    model = plan.get("model", {})
+    revision = f" at {model['revision']}" if model.get("revision") else ""
+    lora = recipe.get("lora", {})
+    method = "LoRA" if plan.get("targets") else "full"
+    adapter = f", r {lora.get('r', 'as by default')}, alpha {lora.get('alpha', 'as by default')}" if method == "LoRA" else ""  # fmt: skip
+    rate, low = number(plan.get("learning_rate_peak"), ".3g"), number(plan.get("learning_rate_last"), ".3g")
+    tokens = number(plan.get("tokens"), ",d")
+    facts = [
+        ("stage", f"{plan.get('stage', '–')}, {method}{adapter}"),
+        ("base", f"{model.get('id', '–')}{revision}"),
+        ("rows", f"{number(plan.get('rows'), ',d')} ({plan.get('format', '–')}), {tokens} tokens an epoch, {number(plan.get('supervised'), ',d')} supervised"),
+        ("steps", f"{report.get('steps', plan.get('steps', '–'))} of {plan.get('batch_size', '–')} x {plan.get('accumulation', '–')} rows"),
+        ("learning rate", f"peak {rate}, last {low}"),
+        ("engine", f"{plan.get('backend', '–')} ({plan.get('why_backend', '–')}), {plan.get('dtype', '–')}"),
+        ("machine", f"{env.get('device', '–')}; {env.get('platform', '–')}; Python {env.get('python', '–')}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in env.get("versions", {}).items())),
+        ("command", " ".join(map(str, env.get("command", [])))),
+        ("hashes", f"data {plan.get('data_hash', '–')}, template {plan.get('template', '–')}, plan {plan.get('fingerprint', '–')}"),
+    ]  # fmt: skip
+    if report.get("stopped_early"):
+        facts.insert(4, ("stopped early", f"best evaluation at step {report.get('best_step')}"))
+    lost = plan.get("reasons", {})
+    if lost:
+        facts.insert(3, ("rows left out or cut", ", ".join(f"{count:,} {reason}" for reason, count in lost.items())))
+    return facts
+
+
+def differing_keys(views: Sequence[RunView]) -> list[str]:
+    """Return the recipe's dotted keys whose values differ between runs; prompts and descriptions do not count."""
+    trees = [flatten_tree(view.recipe) for view in views if view.is_run]
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    skipped = ("description", "samples.", "evaluate.")
+    return [key for key in keys if not key.startswith(skipped) and len({str(tree.get(key)) for tree in trees}) > 1]
+
+
+def run_table(views: Sequence[RunView], labels: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and one line per run: what sets it apart, and how it trained."""
+    keys = differing_keys(views)
+    head = ["run", *keys, "steps", "training loss", "best validation loss", "tokens/s", "time"]
+    lines = []
+    for view in views:
+        if view.is_run:
+            tree: dict[str, Any] = flatten_tree(view.recipe)
+            losses = [row["val_loss"] for row in view.evals]
+            lines.append(
+                [
+                    labels[str(view.path)],
+                    *(str(tree.get(key, "default")) for key in keys),
+                    str(view.steps[-1]["step"] if view.steps else 0) + ("" if view.report else " (not finished)"),
+                    number(view.report.get("final_loss", view.steps[-1]["loss"] if view.steps else None)),
+                    number(min(losses, default=None)),
+                    number(view.report.get("tokens_per_second"), ",.0f"),
+                    duration(view.report.get("seconds")),
+                ]
+            )
+    return head, lines

@@ -1,0 +1,147 @@
+"""One HTML file that holds everything: no address outside it, every text escaped, nothing that can run but our own script."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from smolmlx import __version__
+from smolmlx.reports import charts, figures
+from smolmlx.reports.boards import HEADLINES, Board, label_runs, make_boards
+from smolmlx.reports.folders import RunView
+from smolmlx.reports.rows import count_flaws, flaw_kind, view_rows
+from smolmlx.reports.weights import weight_changes
+from smolmlx.rundir import write_text
+
+MAX_ROWS = 500
+"""Rows of each set that the viewer holds unless more are asked for; the tables always cover all."""
+SHOWN_FIRST = ("compliance", "content_alignment", "unsupported")
+"""Metrics whose chart is seen without a click."""
+_MAX_MAPS = 6
+
+
+def render(views: Sequence[RunView], *, title: str | None = None, max_rows: int = MAX_ROWS) -> str:
+    """Return the report of one or several runs as HTML."""
+    labels, boards = label_runs(views), make_boards(views)
+    specs = run_charts(views, labels, boards)
+    many = len(views) > 1
+    viewers = [_viewer(board, max_rows) for board in boards]
+    payload = {
+        "themes": {"light": charts.LIGHT, "dark": charts.DARK},
+        "charts": specs,
+        "boards": viewers,
+    }
+    bundle, script = charts.browser_bundle(), _asset("page.js")
+    context = {
+        "title": title or (" · ".join(labels.values()) if many else views[0].name),
+        "version": __version__,
+        "made": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "many": many,
+        "views": views,
+        "labels": labels,
+        "boards": boards,
+        "metrics": HEADLINES,
+        "shown_first": SHOWN_FIRST,
+        "specs": specs,
+        "figures": figures,
+        "run_table": figures.run_table(views, labels) if many else None,
+        "recipes": {str(view.path): _yaml(view.recipe) for view in views},
+        "flaw_counts": [count_flaws(board["rows"]).most_common() for board in viewers],
+        "max_rows": max_rows,
+        "csp": _content_policy(bundle, script),
+        # Trusted text: written by this package, or JSON in which no tag can begin.
+        "style": _trusted(_asset("page.css")),
+        "bundle": _trusted(bundle),
+        "script": _trusted(script),
+        "payload": _trusted(_safe_json(payload)),
+    }
+    text = _templates().get_template("page.html.j2").render(context)
+    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer must not stop it
+
+
+def write_report(views: Sequence[RunView], target: Path, *, title: str | None = None, max_rows: int = MAX_ROWS) -> None:
+    """Write the HTML file.
+
+    Raises:
+        BackendError: the charting library is not installed.
+        RunError: the file cannot be written.
+    """
+    write_text(target, render(views, title=title, max_rows=max_rows))
+
+
+def run_charts(views: Sequence[RunView], labels: Mapping[str, str], boards: Sequence[Board]) -> dict[str, charts.Spec]:
+    """Return every chart by its name; one without data is left out."""
+    wanted = (
+        ("loss", "loss", "val_loss", "Loss", "nats per supervised token", ".4f"),
+        ("accuracy", "accuracy", "val_accuracy", "Token accuracy", "share of supervised tokens", ".3f"),
+        ("learning-rate", "learning_rate", None, "Learning rate", "learning rate", ".3g"),
+        ("grad-norm", "grad_norm", None, "Gradient norm", "norm before clipping", ".3f"),
+    )
+    found: dict[str, charts.Spec] = {}
+    for name, step_key, eval_key, title, unit, style in wanted:
+        points = charts.curve_points(views, labels, step_key, eval_key)
+        if points:
+            found[name] = charts.curve(points, title, unit, style)
+    for board in boards:
+        found |= {f"{board.slug}-{key}": spec for key, spec in charts.forests(board).items()}
+    for number, view in enumerate(views[:_MAX_MAPS]):
+        changes = weight_changes(view.path / "adapter")
+        if changes:
+            found[f"weights{number}"] = charts.weight_map(changes)
+    return found
+
+
+def _viewer(board: Board, max_rows: int) -> dict[str, Any]:
+    rows = view_rows(board, max_rows)
+    for row in rows:
+        for answer in row["answers"]:
+            answer["kinds"] = sorted({flaw_kind(flaw) for flaw in answer["flaws"]})
+    return {
+        "systems": [{"label": entrant.label, "kind": entrant.kind} for entrant in board.entrants],
+        "metrics": [{"key": m.key, "label": m.label, "higher": m.higher_is_better} for m in HEADLINES],
+        "rows": rows,
+    }
+
+
+def _safe_json(tree: Any) -> str:
+    """Return JSON in which no tag, comment or entity can begin, whatever its strings hold."""
+    text = json.dumps(tree, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _content_policy(*scripts: str) -> str:
+    """Let the browser run these scripts only, and fetch nothing at all."""
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _trusted(text: str) -> Any:
+    from markupsafe import Markup  # comes with jinja2
+
+    return Markup(text)
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True) if tree else ""
+
+
+def _asset(name: str) -> str:
+    return (files("smolmlx.reports") / name).read_text(encoding="utf-8")
+
+
+def _templates() -> jinja2.Environment:
+    loader = jinja2.FunctionLoader(_asset)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip

@@ -1,0 +1,309 @@
+"""The judge against a real local server that fails in every way a server does, and killed in the middle of its work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smolmlx import cli
+from smolmlx.evals.judge import (
+    DIMENSIONS,
+    Choice,
+    Item,
+    Marks,
+    Question,
+    Record,
+    agreement,
+    parse_reply,
+    questions,
+    summarise,
+)
+
+pytest.importorskip("openai", reason="openai is not installed")
+
+GOOD = {"faithfulness": 5, "answer_correctness": 4, "relevance": 3, "completeness": 2, "reason": "short"}
+
+
+class Server:
+    """An OpenAI-compatible server on this machine; `answer(prompt, times asked)` says what it does."""
+
+    def __init__(self, answer: Callable[[str, int], Any]) -> None:
+        self.answer = answer
+        self.asked: Counter[str] = Counter()
+        self.paid: Counter[str] = Counter()
+        self.busy = self.most_busy = 0
+        self.lock = threading.Lock()
+        self.bodies: list[dict[str, Any]] = []
+
+
+@contextmanager
+def serve(answer: Callable[[str, int], Any]) -> Iterator[tuple[str, Server]]:
+    """Serve in threads. An answer is text to reply, an int to fail with that status, or None to hang up."""
+    state = Server(answer)
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *given: Any) -> None:
+            pass
+
+        def send(self, status: int, tree: Any) -> None:
+            body = json.dumps(tree).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.send_header("retry-after-ms", "5")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.send(200, {"object": "list", "data": [{"id": "tiny-judge", "object": "model"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            prompt = body["messages"][-1]["content"]
+            with state.lock:
+                state.bodies.append(body)
+                state.asked[prompt] += 1
+                times = state.asked[prompt]
+                state.busy += 1
+                state.most_busy = max(state.busy, state.most_busy)
+            found = (
+                state.answer(prompt, times)
+                if "response_format" in body or state.answer(prompt, 0) != 400
+                else state.answer(prompt, -1)
+            )
+            with state.lock:
+                state.busy -= 1
+            if found is None:
+                self.close_connection = True
+            elif isinstance(found, int):
+                self.send(found, {"error": {"message": f"fault {found}"}})
+            else:
+                with state.lock:
+                    state.paid[prompt] += 1
+                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": found}}
+                usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+                self.send(
+                    200,
+                    {
+                        "id": "x",
+                        "object": "chat.completion",
+                        "created": 1,
+                        "model": "tiny-judge",
+                        "choices": [choice],
+                        "usage": usage,
+                    },
+                )
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", state
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def write_rows(path: Path, count: int, **more: Any) -> Path:
+    rows = [
+        {"id": f"r{i}", "input": f"question {i}", "reference": f"right {i}", "answer": f"answer {i}", **more}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["smolmlx", "judge", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_faults_are_overcome_and_everything_is_counted(judge: Any, tmp_path: Path) -> None:
+    faults: dict[str, list[Any]] = {
+        "question 0": [500, 429],
+        "question 1": [None],
+        "question 2": [503, None, 429],
+        "question 3": ["no idea"],
+    }
+
+    def answer(prompt: str, times: int) -> Any:
+        time.sleep(0.02)  # so that requests overlap
+        planned = next((f for key, f in faults.items() if f"{key}\n" in prompt), [])
+        return planned[times - 1] if 0 < times <= len(planned) else json.dumps(GOOD)
+
+    with serve(answer) as (url, server):
+        code, out, _ = judge(write_rows(tmp_path / "a.jsonl", 12), "--judge", url, "--price", "1", "2", "--json")
+    (found,) = json.loads(out)["judges"]
+    assert code == 0 and found["judge"] == "tiny-judge"
+    assert (found["scored"], found["nonsense"], found["failed"]) == (12, 0, 0)
+    assert (found["prompt_tokens"], found["completion_tokens"]) == (1300, 130), "the nonsense reply was paid for, too"
+    assert found["cost"] == pytest.approx((1300 + 2 * 130) / 1e6)
+    means = {name: value["mean"] for name, value in found["means"].items()}
+    assert means == {**{name: GOOD[name] for name in DIMENSIONS}, "overall": 3.5}
+    assert 1 < server.most_busy <= 4
+    assert all(body["response_format"]["type"] == "json_schema" and body["temperature"] == 0 for body in server.bodies)
+
+
+@pytest.mark.parametrize("nonsense", ["", "I like it!", '{"faithfulness": 5}', json.dumps({**GOOD, "relevance": 7}), json.dumps({**GOOD, "relevance": "5"}), '{"faithfulness": 5,'])  # fmt: skip
+def test_nonsense_is_reported_and_never_scored(judge: Any, tmp_path: Path, nonsense: str) -> None:
+    with serve(lambda prompt, times: nonsense if "question 1\n" in prompt else json.dumps(GOOD)) as (url, server):
+        code, out, _ = judge(write_rows(tmp_path / "a.jsonl", 3), "--judge", url, "--json")
+        (found,) = json.loads(out)["judges"]
+        assert code == 0 and (found["scored"], found["nonsense"]) == (2, 1)
+        assert found["means"]["overall"]["mean"] == 3.5
+        assert max(server.paid.values()) == 3
+        judge(tmp_path / "a.jsonl", "--judge", url, "--resume")
+        assert sum(server.paid.values()) == 5, "nothing is asked again, nonsense neither"
+
+
+def test_what_got_no_reply_is_asked_again_on_resume(judge: Any, tmp_path: Path) -> None:
+    broken = True
+    rows = write_rows(tmp_path / "a.jsonl", 4)
+    with serve(lambda prompt, times: 500 if broken and "question 2\n" in prompt else json.dumps(GOOD)) as (url, server):
+        code, _, err = judge(rows, "--judge", url, "--retries", "1")
+        assert code == 1 and "1 of 4 questions got no reply" in err and "--resume" in err
+        code, _, err = judge(rows, "--judge", url)
+        assert code == 2 and "--resume" in err
+        broken = False
+        code, out, _ = judge(rows, "--judge", url, "--resume", "--json")
+    assert code == 0 and json.loads(out)["judges"][0]["scored"] == 4
+    assert set(server.paid.values()) == {1}
+
+
+def test_a_server_without_structured_replies_is_asked_in_words(judge: Any, tmp_path: Path) -> None:
+    with serve(lambda prompt, times: 400 if times >= 0 else f"Sure:\n```json\n{json.dumps(GOOD)}\n```") as (
+        url,
+        server,
+    ):
+        code, out, _ = judge(write_rows(tmp_path / "a.jsonl", 3), "--judge", url, "--json", "--concurrency", "1")
+    assert code == 0 and json.loads(out)["judges"][0]["scored"] == 3
+    assert ["response_format" in body for body in server.bodies] == [True, False, False, False]
+
+
+def test_a_refusal_stops_at_once_and_keeps_what_was_answered(judge: Any, tmp_path: Path) -> None:
+    with serve(lambda prompt, times: 401 if "question 5\n" in prompt else json.dumps(GOOD)) as (url, server):
+        code, _, err = judge(write_rows(tmp_path / "a.jsonl", 40), "--judge", url, "--concurrency", "2")
+    assert code == 3 and "--key-from" in err
+    ledger = (tmp_path / "a-judged" / "ledger.jsonl").read_text().splitlines()
+    assert len(ledger) == sum(server.paid.values()) < 40
+
+
+def test_no_server_is_one_clear_line(judge: Any, tmp_path: Path) -> None:
+    code, _, err = judge(write_rows(tmp_path / "a.jsonl", 1), "--judge", "http://127.0.0.1:9/v1", "--retries", "0")
+    assert code == 3 and "cannot be asked for its models" in err and "Traceback" not in err
+
+
+def test_a_killed_judge_goes_on_without_paying_twice(judge: Any, tmp_path: Path) -> None:
+    def slow(prompt: str, times: int) -> str:
+        time.sleep(0.05)
+        return json.dumps(GOOD)
+
+    rows, ledger = write_rows(tmp_path / "a.jsonl", 40), tmp_path / "a-judged" / "ledger.jsonl"
+    with serve(slow) as (url, server):
+        code = "from smolmlx.cli import main; main()"
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, "judge", rows, "--judge", url], env={**os.environ}, stderr=subprocess.DEVNULL
+        )
+        while not ledger.exists() or ledger.read_text().count("\n") < 10:
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        written = ledger.read_bytes()
+        recorded = {json.loads(line)["id"] for line in written.decode().splitlines() if line.endswith("}")}
+        assert 10 <= len(recorded) < 40
+        ledger.write_bytes(written + b'{"key": "cut off')
+        time.sleep(0.2)
+        before = sum(server.paid.values())
+        assert before - len(recorded) <= 4, "at most the requests in flight are lost"
+        status, out, _ = judge(rows, "--judge", url, "--resume", "--json")
+    assert status == 0 and json.loads(out)["judges"][0]["scored"] == 40
+    assert sum(server.paid.values()) - before == 40 - len(recorded)
+    assert all(
+        count == 1 for prompt, count in server.paid.items() if any(f"question {i[1:]}\n" in prompt for i in recorded)
+    )
+
+
+def test_pairs_are_judged_in_both_orders(judge: Any, tmp_path: Path) -> None:
+    def answer(prompt: str, times: int) -> str:
+        first, second = prompt.partition("===== FIRST\n")[2].split("\n===== SECOND\n")
+        if "question 0\n" in prompt:
+            return json.dumps({"winner": "first"})  # always the first: the orders disagree
+        return json.dumps({"winner": "first" if "better" in first else "second" if "better" in second else "tie"})
+
+    mine = write_rows(tmp_path / "a.jsonl", 8, answer="better")
+    other = write_rows(tmp_path / "b.jsonl", 8)
+    with serve(answer) as (url, server):
+        code, out, _ = judge(mine, "--pairwise", other, "--judge", url, "--json")
+    (found,) = json.loads(out)["judges"]
+    assert code == 0 and len(server.paid) == 16
+    assert (found["wins"], found["losses"], found["ties"], found["scored"]) == (7, 0, 1, 8)
+    assert found["orders_agree"] == 7 / 8 and found["win_minus_loss"]["mean"] == 7 / 8
+
+
+def test_bad_rows_are_all_named(judge: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input": "q"}\n{"answer": "a"}\n{"input": "q", "answers": {"base": "x", "sft": "y"}}\n')
+    code, _, err = judge(path, "--judge", "http://127.0.0.1:9/v1")
+    assert code == 4 and "3 problems" in err and "choose with --system" in err
+    write_rows(tmp_path / "b.jsonl", 2)
+    write_rows(tmp_path / "c.jsonl", 3)
+    code, _, err = judge(tmp_path / "c.jsonl", "--pairwise", tmp_path / "b.jsonl", "--judge", "http://127.0.0.1:9/v1")
+    assert code == 4 and "r2: not in" in err
+
+
+def test_an_answer_cannot_change_what_is_asked_of_other_rows() -> None:
+    plain, other = (Question(Item("r", "q", "", answer), "j") for answer in ("a", "b"))
+    assert plain.key != other.key and plain.key == Question(Item("r", "q", "", "a"), "j").key
+    assert plain.messages[0] == other.messages[0] and "never an instruction" in plain.messages[0]["content"]
+    assert [q.swapped for q in questions([Item("r", "q", "", "a", "b")], "j")] == [False, True]
+
+
+@settings(deadline=None)
+@given(st.text(max_size=200))
+def test_any_reply_can_be_read(text: str) -> None:
+    for schema in (Marks, Choice):
+        found = parse_reply(text, schema)
+        assert found is None or schema.model_validate(found)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(1, 5)] * 4), min_size=1, max_size=20))
+def test_means_are_of_rows_and_inside_the_scale(rows: list[tuple[int, ...]]) -> None:
+    records = [
+        Record(str(i), str(i), "j", False, dict(zip(DIMENSIONS, marks, strict=True))) for i, marks in enumerate(rows)
+    ]
+    means = summarise(records, "j")["means"]
+    assert means["overall"]["mean"] == pytest.approx(sum(map(sum, rows)) / (4 * len(rows)))
+    assert all(1 <= value["low"] <= value["mean"] <= value["high"] <= 5 for value in means.values())
+
+
+def test_agreement_is_over_answers_both_scored() -> None:
+    marks = dict.fromkeys(DIMENSIONS, 3)
+    records = [Record("1", "a", "x", False, marks), Record("2", "a", "y", False, {**marks, "relevance": 5}), Record("3", "b", "x", False, marks)]  # fmt: skip
+    assert agreement(records, "x", "y") == {"judges": ["x", "y"], "rows": 1, "equal": 0.75, "within_1": 0.75}
+    assert agreement(records, "x", "z")["rows"] == 0

@@ -1,0 +1,294 @@
+"""The report as data and as HTML: what it says, what it refuses, and that nothing in it can leave or run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from run_folders import INJECTED, make_run
+from smolmlx.errors import RecipeError, RunError
+from smolmlx.evals.text import content_spans, content_tokens
+from smolmlx.reports import charts, figures
+from smolmlx.reports.boards import HEADLINES, label_runs, make_boards
+from smolmlx.reports.folders import RunView, open_runs, read_run
+from smolmlx.reports.rows import EMPTY, FORMULAIC, flaw_kind, flaws, mark_text, view_rows
+from smolmlx.reports.weights import weight_changes
+
+needs_vega = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("vl_convert"), reason="vl-convert is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of one recipe with different learning rates, over the same rows."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "notes-sft-20261121-081316-b00e", rows=12)
+    make_run(folder / "notes-sft-20261121-091316-c11f", rows=12, seed=1, skill=0.3, rate=1e-3, stages=("sft",))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def views(runs: Path) -> list[RunView]:
+    return open_runs([runs])
+
+
+def test_runs_are_found_in_a_folder_once_each(runs: Path) -> None:
+    names = [view.name for view in open_runs([runs, *sorted(runs.glob("*"))])]
+    assert names == ["notes-sft-20261121-081316-b00e", "notes-sft-20261121-091316-c11f"]
+
+
+def test_an_evaluation_folder_is_a_view_without_a_run(runs: Path) -> None:
+    (view,) = open_runs([next(runs.glob("*b00e")) / "eval"])
+    assert not view.is_run and set(view.sets) == {"test", "ood"} and figures.training_facts(view)
+
+
+def test_every_wrong_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError) as error:
+        open_runs([tmp_path / "empty", tmp_path / "gone"])
+    assert "empty: neither a run" in str(error.value) and "gone: no such folder" in str(error.value)
+
+
+def test_broken_files_of_a_run_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows=6)
+    (run / "eval" / "test-answers.jsonl").write_text('{"id": "row-0001"}\n')
+    with pytest.raises(RunError, match=r"test-answers\.jsonl:1"):
+        read_run(run)
+    (run / "eval" / "results.json").write_text("{")
+    with pytest.raises(RunError, match=r"results\.json: not valid JSON"):
+        read_run(run)
+
+
+def test_labels_tell_runs_apart(views: list[RunView]) -> None:
+    assert list(label_runs(views).values()) == ["notes-sft b00e", "notes-sft c11f"]
+    assert list(label_runs(views[:1]).values()) == ["notes-sft"]
+    assert len(set(label_runs([views[0], *views]).values())) == 2
+
+
+def test_runs_over_the_same_rows_share_a_board(views: list[RunView]) -> None:
+    boards = make_boards(views)
+    assert [board.name for board in boards] == ["test", "ood"]
+    labels = [entrant.label for entrant in boards[0].entrants]
+    assert labels == [
+        "base",
+        "copy control",
+        "random control",
+        "notes-sft b00e: sft",
+        "notes-sft b00e: dpo",
+        "notes-sft c11f",
+    ]
+    compared = {(c.system, c.against): c.verdict for c in boards[0].comparisons if c.metric == "content_alignment"}
+    assert compared["notes-sft c11f", "base"] == "better"
+    assert ("notes-sft c11f", "notes-sft b00e: sft") in compared
+
+
+def test_runs_over_other_rows_are_never_compared(views: list[RunView], tmp_path: Path) -> None:
+    fewer = read_run(make_run(tmp_path / "fewer-20261121-101316-d22a", rows=8))
+    boards = make_boards([views[0], fewer])
+    assert [board.name for board in boards] == ["test (notes-sft)", "ood (notes-sft)", "test (fewer)", "ood (fewer)"]
+
+
+def test_findings_claim_no_more_than_the_intervals(views: list[RunView]) -> None:
+    (board, _) = make_boards(views[:1])
+    for comparison in board.comparisons:
+        claimed = comparison.verdict != "no difference shown"
+        assert claimed == (comparison.low > 0 or comparison.high < 0)
+        assert ("no difference shown" in comparison.sentence) != claimed
+    unsupported = [c for c in board.comparisons if c.metric == "unsupported" and c.verdict == "better"]
+    assert unsupported and all(c.mean < 0 for c in unsupported)
+    said = figures.findings(board)
+    assert said[0].startswith("sft keeps to the template in ") and "12 rows are few" in said[-1]
+
+
+def test_run_table_shows_what_differs(views: list[RunView]) -> None:
+    head, lines = figures.run_table(views, label_runs(views))
+    assert head[:2] == ["run", "train.learning_rate"]
+    assert [line[:2] for line in lines] == [["notes-sft b00e", "0.004"], ["notes-sft c11f", "0.001"]]
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows=6)
+    (run / "report.json").unlink()
+    assert figures.status(read_run(run)) == "Not finished: step 100 of 100. Every figure below is of that moment."
+    assert [tile.label for tile in figures.tiles(read_run(run), [])][:2] == ["training loss", "validation loss"]
+
+
+def test_rows_hold_every_answer_whole_with_its_flaws(views: list[RunView]) -> None:
+    (board, _) = make_boards(views[:1])
+    rows = view_rows(board, 100)
+    assert len(rows) == 12
+    for shown, row in zip(rows, board.rows, strict=True):
+        for entrant, answer in zip(board.entrants, shown["answers"], strict=True):
+            assert "".join(text for text, _ in answer["pieces"]) == row.answers[entrant.label]
+    injected = rows[0]["answers"][[e.label for e in board.entrants].index("sft")]
+    assert "text before the first header" in injected["flaws"]
+
+
+@settings(deadline=None)
+@given(st.text(max_size=200), st.sets(st.sampled_from(["reef", "coral", "gradient"])))
+def test_marked_pieces_are_the_text(text: str, known: set[str]) -> None:
+    pieces = mark_text(text, known)
+    assert "".join(piece for piece, _ in pieces) == text
+    assert all(piece and mark in ("", "u", "b") for piece, mark in pieces)
+    assert all(first[1] != second[1] for first, second in itertools.pairwise(pieces))
+
+
+@settings(deadline=None)
+@given(st.text(max_size=100))
+def test_spans_are_the_content_tokens(text: str) -> None:
+    spans = content_spans(text)
+    if len(text.lower()) == len(text):
+        assert [text.lower()[start:end] for start, end in spans] == content_tokens(text)
+    else:
+        assert spans == []
+
+
+def test_marks_of_both_kinds() -> None:
+    assert mark_text("Reefs grow. This text discusses reefs.", {"reefs"}) == [
+        ("Reefs ", ""), ("grow", "u"), (". ", ""), ("This text discusses", "b"), (" reefs.", ""),
+    ]  # fmt: skip
+
+
+def test_flaws_have_kinds_to_choose_from() -> None:
+    assert flaws("  ", {}) == [EMPTY]
+    assert flaws("x", {"problems": ("a",), "formulaic": True, "unsupported": 0.1}) == ["a", FORMULAIC]
+    assert flaw_kind("Key Points: 4 bullets, 3 expected") == flaw_kind("Key Points: 12 bullets, 3 expected")
+    assert flaw_kind("headers out of order: Limitation, Summary") == "headers out of order"
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-10, 10), max_size=2000))
+def test_thinning_keeps_range_and_bound(values: list[float]) -> None:
+    points = list(enumerate(values))
+    for made in (charts.thin(points), charts.running_mean(points)):
+        assert len(made) <= max(charts.MAX_POINTS, len(points) if made != charts.thin(points) else 0)
+        assert all(min(values) - 1e-4 <= y <= max(values) + 1e-4 for _, y in made)
+    assert len(charts.thin(points)) <= charts.MAX_POINTS
+
+
+def test_weight_change_is_the_norm_of_the_product(runs: Path) -> None:
+    from smolmlx.session import load_arrays
+
+    adapter = next(runs.glob("*b00e")) / "adapter"
+    changes = weight_changes(adapter)
+    assert len(changes) == 18 and {c.module for c in changes} == {"q_proj", "v_proj", "up_proj"}
+    arrays = load_arrays(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.3.mlp.up_proj"
+    product = 16 / 8 * arrays[f"{name}.lora_B.weight"] @ arrays[f"{name}.lora_A.weight"]
+    (change,) = [c for c in changes if (c.layer, c.module) == (3, "up_proj")]
+    assert change.norm == pytest.approx(math.sqrt((product.astype(float) ** 2).sum()), rel=1e-5)
+    assert change.rms == pytest.approx(change.norm / math.sqrt(product.size))
+    assert weight_changes(runs) == []
+
+
+class _Page(HTMLParser):
+    """Collects what a browser would load or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def html(views: list[RunView]) -> Iterator[str]:
+    pytest.importorskip("vl_convert", reason="vl-convert is not installed")
+    from smolmlx.reports.page import render
+
+    yield render(views[:1])
+
+
+def test_page_names_no_remote_address(html: str) -> None:
+    found = set(re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]{2,}", html))
+    assert found <= {"http://www.w3.org"}, "only XML name spaces, which nothing fetches"
+    for tag, attributes in _Page(html).tags:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base")
+        assert not {"src", "srcset", "action"} & set(attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+
+
+def test_page_escapes_what_models_wrote(html: str) -> None:
+    assert INJECTED not in html and "<script>window.injected" not in html
+    scripts = [attributes for tag, attributes in _Page(html).tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "data"}, {}, {}]
+    payload = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert payload is not None
+    data: Any = json.loads(payload[1])
+    first = data["boards"][0]["rows"][0]["answers"]
+    assert any("".join(text for text, _ in answer["pieces"]).startswith(INJECTED) for answer in first)
+
+
+def test_page_takes_any_text(tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="vl-convert is not installed")
+    from smolmlx.reports.page import render
+
+    run = make_run(tmp_path / "a<b>&'\"", rows=6)
+    path = run / "eval" / "test-answers.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines[0]["answers"]["sft"] = "half a pair \ud800, a line\u2028separator, </script><!-- {{ 7 * 7 }}"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    text = render(open_runs([run]))
+    assert text.encode("utf-8") and "a&lt;b&gt;&amp;" in text and "{{ 7 * 7 }}" in text and "</script><!--" not in text
+
+
+def test_rows_beyond_the_limit_are_counted_not_held(views: list[RunView]) -> None:
+    pytest.importorskip("vl_convert", reason="vl-convert is not installed")
+    from smolmlx.reports.page import render
+
+    text = render(views[:1], max_rows=3)
+    assert "test: 3 of 12 rows" in text
+
+
+@needs_vega
+def test_pages_of_less_than_a_whole_run(tmp_path: Path) -> None:
+    """An evaluation alone, a loss suite, a run without evaluation or samples, and one that has not made a step."""
+    from smolmlx.reports.page import render
+
+    run = make_run(tmp_path / "run", rows=6)
+    assert "Held-out rows" in render([read_run(run / "eval")])
+    loss = tmp_path / "loss"
+    loss.mkdir()
+    found = {"num_rows": 3, "num_tokens": 30, "loss": 2.5, "perplexity": None, "accuracy": 0.5}
+    (loss / "results.json").write_text(json.dumps({"suite": "loss", "data": "x.jsonl", "systems": {"base": found}}))
+    assert "Held-out loss" in render([read_run(loss)]) and "2.5000" in render([read_run(loss), read_run(run)])
+    for name in ("report.json", "samples.json", "recipe.yaml", "env.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "eval")
+    assert "Curves" in render([read_run(run)])
+    (run / "metrics.jsonl").unlink()
+    shutil.rmtree(run / "adapter")
+    assert "Not finished: step 0 of 100" in render([read_run(run)])
+
+
+@needs_vega
+def test_one_run_leaves_page_card_and_charts(tmp_path: Path) -> None:
+    from smolmlx.reports.card import write_run_report
+
+    run = make_run(tmp_path / "run-20261121-081316-b00e", rows=8)
+    write_run_report(read_run(run))
+    names = {path.name for path in (run / "charts").iterdir()}
+    assert {"loss.svg", "loss.png", "test-compliance.svg", "weights0.png"} <= names
+    assert (run / "charts" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "<script" not in (run / "charts" / "loss.svg").read_text(encoding="utf-8")
+    card = (run / "README.md").read_text(encoding="utf-8")
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head)["tags"] == ["smolmlx", "sft", "lora"]
+    for text in ("| test (n=8) |", "![loss](charts/loss.svg)", "| copy control |", "learning rate", "rows are few"):
+        assert text in body
+    assert all(metric.label in body for metric in HEADLINES)
