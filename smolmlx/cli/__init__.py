@@ -21,6 +21,7 @@ VERBS = {
     "generate": "Answer prompts with a model.",
     "eval": "Score a model on held-out rows, beside its controls.",
     "data": "Look at, check, prepare and split rows.",
+    "adapter": "Inspect, convert, merge and analyze adapters.",
     "recipes": "List, show, copy and check recipes.",
     "doctor": "Check engines, devices and speed of this machine.",
 }
