@@ -11,6 +11,7 @@ from typing import Any
 from smolmlx import backend as backends
 from smolmlx import recipe as recipes
 from smolmlx import shelf, stages
+from smolmlx.adapters.adapter import find_folder
 from smolmlx.adapters.convert import convert
 from smolmlx.backend import Backend, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
@@ -172,4 +173,4 @@ def convert_adapter(adapter: str | Path, out: str | Path, to: str | None = None,
         RecipeError: what the target cannot hold exactly, by name.
         DataError: a broken adapter.
     """
-    return convert(Path(adapter), Path(out), to, find_model(base) if base else None).folder
+    return convert(find_folder(adapter), Path(out), to, find_model(base) if base else None).folder

@@ -17,7 +17,7 @@ import numpy as np
 
 from smolmlx.adapters.tensors import Floats, TensorFile, Words, read_json, to_floats
 from smolmlx.errors import RecipeError
-from smolmlx.models import BaseModel, open_model
+from smolmlx.models import BaseModel, find_model, open_model
 
 PEFT_WEIGHTS, MLX_WEIGHTS, CONFIG = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
 SIDE_FILES = (
@@ -148,3 +148,23 @@ def recorded_base(adapter: Adapter) -> BaseModel | None:
     if name and (Path(name) / "config.json").is_file():
         return open_model(Path(name), name)
     return None
+
+
+def find_folder(name: str | Path) -> Path:
+    """Return the adapter folder of a path, or the one inside a run's folder."""
+    path = Path(name)
+    inside = (path / "adapter" / CONFIG).is_file() and not (path / CONFIG).is_file()
+    return path / "adapter" if inside else path
+
+
+def named_base(folder: Path) -> BaseModel:
+    """Open the base that an adapter names, from the hub or its cache if need be.
+
+    Raises:
+        RecipeError: none is named.
+    """
+    found = read(folder)
+    if found.base_name is None:
+        raise RecipeError(f"{folder}: names no base model. Pass --model M.")
+    revision = found.config.get("revision")
+    return find_model(found.base_name, str(revision) if revision else None)

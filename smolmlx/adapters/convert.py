@@ -38,11 +38,14 @@ class Conversion:
     notes: tuple[str, ...]
 
 
-def convert(folder: Path, out: Path, to: str | None = None, base: BaseModel | None = None) -> Conversion:
+def convert(
+    folder: Path, out: Path, to: str | None = None, base: BaseModel | None = None, *, fresh: bool = False
+) -> Conversion:
     """Convert an adapter folder to the other library's format and publish it as one rename.
 
     Args:
         to: peft or mlx; left out, the form that it is not.
+        fresh: convert by the rules even where the original file could be given back.
         base: needed where embeddings or a head are adapted and the recorded base is not on this machine.
 
     Raises:
@@ -60,7 +63,7 @@ def convert(folder: Path, out: Path, to: str | None = None, base: BaseModel | No
     weights = Weights(base) if base else None
     if weights:
         check_fits(adapter, weights)
-    origin, changed = recall(adapter)
+    origin, changed = (None, None) if fresh else recall(adapter)
     target, restored = _build(adapter, weights, to, origin)
     notes = [*target.notes, *([changed] if changed else []), *_doubt(base)]
     if origin and not restored:

@@ -83,32 +83,57 @@ def merge(
         RunError: values beyond the range of the dtype.
     """
     refuse_used(out)
+    made = prepare(base, adapters, dtype=dtype, untie=untie)
+    with publish(out) as temporary:
+        _write_shards(temporary, made.tensors)
+        _write_json(temporary / "config.json", made.config)
+        copy_side_files(made.tokenizer, temporary)
+        copy_side_files(base.folder, temporary)
+        _write_generation(temporary, base.folder)
+    return made.report(out)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A merge that is planned: every tensor is computed when its words are asked for."""
+
+    tensors: dict[str, Made]
+    config: dict[str, Any]
+    dtype: str
+    tied: bool
+    num_changed: int
+    notes: list[str]
+    tokenizer: Path
+    """The folder whose tokenizer and template go with the result."""
+    tallies: dict[str, _Tally]
+
+    def report(self, out: Path) -> Merged:
+        """Say what was written; to be called after the tensors have been made."""
+        erased = {name: tally.lost for name, tally in sorted(self.tallies.items()) if tally.lost > ERASED}
+        whole = _Tally(sum(t.wanted for t in self.tallies.values()), sum(t.error for t in self.tallies.values()))
+        return Merged(out, self.dtype, self.num_changed, self.tied, erased, whole.lost, self.notes)
+
+
+def prepare(
+    base: BaseModel, adapters: Sequence[tuple[Path, float]], *, dtype: str = "auto", untie: bool = False
+) -> Prepared:
+    """Plan a merge; see `merge`."""
     weights = Weights(base)
     opened = [(read(folder), weight) for folder, weight in adapters]
     changes = find_changes(opened, weights)
     code = _pick_dtype(weights, dtype)
     tied = weights.tied and not _breaks_tie(changes, weights, untie)
-    result = Merged(out, _NAMES[code], len(changes), tied)
+    notes = []
     if weights.quantized:
-        result.notes.append("the base was quantized: its weights are whole again, and larger")
+        notes.append("the base was quantized: its weights are whole again, and larger")
     if weights.tied and not tied:
-        result.notes.append("head and embedding are two weights now (tie_word_embeddings is false)")
+        notes.append("head and embedding are two weights now (tie_word_embeddings is false)")
     tallies: dict[str, _Tally] = {}
     made = _plan(weights, changes, code, tied, tallies)
-    with publish(out) as temporary:
-        _write_shards(temporary, made)
-        config = {**readable(base.config, dtype=_NAMES[code]), "tie_word_embeddings": tied}
-        _write_json(temporary / "config.json", config)
-        for source in [*(adapter.folder for adapter, _ in opened), base.folder]:
-            if _brings_tokenizer(source):
-                copy_side_files(source, temporary)
-                break
-        copy_side_files(base.folder, temporary)
-        _write_generation(temporary, base.folder)
-    result.erased = {name: tally.lost for name, tally in sorted(tallies.items()) if tally.lost > ERASED}
-    whole = _Tally(sum(t.wanted for t in tallies.values()), sum(t.error for t in tallies.values()))
-    result.lost = whole.lost
-    return result
+    config = {**readable(base.config, dtype=_NAMES[code]), "tie_word_embeddings": tied}
+    folders = [*(adapter.folder for adapter, _ in opened), base.folder]
+    tokenizer = next((folder for folder in folders if _brings_tokenizer(folder)), base.folder)
+    return Prepared(made, config, _NAMES[code], tied, len(changes), notes, tokenizer, tallies)
 
 
 def _pick_dtype(weights: Weights, dtype: str) -> str:

@@ -22,6 +22,7 @@ VERBS = {
     "eval": "Score a model on held-out rows, beside its controls.",
     "data": "Look at, check, prepare and split rows.",
     "adapter": "Inspect, convert, merge and analyze adapters.",
+    "export": "Write a tuned model for transformers, mlx-lm, llama.cpp or vLLM.",
     "recipes": "List, show, copy and check recipes.",
     "doctor": "Check engines, devices and speed of this machine.",
 }

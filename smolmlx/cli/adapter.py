@@ -52,9 +52,10 @@ def command() -> None:
 def inspect(adapter: str, as_json: bool) -> None:
     """Show kind, rank, scale, targets, base, size, and what looks wrong."""
     from smolmlx import console
+    from smolmlx.adapters.adapter import find_folder
     from smolmlx.adapters.inspection import inspect as look
 
-    found = look(find(adapter))
+    found = look(find_folder(adapter))
     if as_json:
         console.print_json(asdict(found))
         return
@@ -90,9 +91,10 @@ def inspect(adapter: str, as_json: bool) -> None:
 def convert(adapter: str, out: str, to: str | None, base: str | None, revision: str | None, as_json: bool) -> None:
     """Write ADAPTER as OUT in the other library's format; what cannot be kept exactly is refused by name."""
     from smolmlx import console
+    from smolmlx.adapters.adapter import find_folder
     from smolmlx.adapters.convert import convert as run
 
-    done = run(find(adapter), Path(out), to, _model(base, revision))
+    done = run(find_folder(adapter), Path(out), to, _model(base, revision))
     for note in done.notes:
         console.note(note)
     if as_json:
@@ -134,12 +136,13 @@ def merge(
 ) -> None:
     """Write the base with ADAPTERS folded in as a plain model folder OUT."""
     from smolmlx import console
+    from smolmlx.adapters.adapter import find_folder, named_base
     from smolmlx.adapters.merge import ERASED
     from smolmlx.adapters.merge import merge as run
 
     if weights and len(weights) != len(adapters):
         raise RecipeError(f"--weight: {len(weights)} given for {len(adapters)} adapters. Pass one for each, in order.")
-    folders = [find(adapter) for adapter in adapters]
+    folders = [find_folder(adapter) for adapter in adapters]
     base = _model(model, revision) or named_base(folders[0])
     with console.status("merging"):
         done = run(
@@ -178,10 +181,11 @@ def analyze(
     """Measure the change of every weight: Frobenius norm, relative norm, maximum, effective rank, cosine."""
     from smolmlx import console
     from smolmlx.adapters import analysis
+    from smolmlx.adapters.adapter import find_folder
     from smolmlx.rundir import write_text, writing
 
     with console.status("measuring"):
-        found = analysis.analyze(find(adapter), _model(model, revision))
+        found = analysis.analyze(find_folder(adapter), _model(model, revision))
     if csv_file:
         write_text(Path(csv_file), analysis.to_csv(found))
         console.note(f"table in {csv_file}")
@@ -210,29 +214,6 @@ def _print_changes(found: list[LayerChange]) -> None:
         ],
         headers,
     )  # fmt: skip
-
-
-def find(name: str) -> Path:
-    """Return the adapter folder of a path or of a finished run's folder."""
-    path = Path(name)
-    inner = path / "adapter"
-    return inner if (inner / "adapter_config.json").is_file() and not (path / "adapter_config.json").is_file() else path
-
-
-def named_base(folder: Path) -> BaseModel:
-    """Open the base that an adapter names.
-
-    Raises:
-        RecipeError: none is named.
-    """
-    from smolmlx.adapters import adapter as adapters
-    from smolmlx.models import find_model
-
-    found = adapters.read(folder)
-    if found.base_name is None:
-        raise RecipeError(f"{folder}: names no base model. Pass --model M.")
-    revision = found.config.get("revision")
-    return find_model(found.base_name, str(revision) if revision else None)
 
 
 def _model(name: str | None, revision: str | None) -> BaseModel | None:
