@@ -22,6 +22,11 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"tie_word_embeddings": False, "head_dim": 8}),
     "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "phi3": ("phi3", {"tie_word_embeddings": False}),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True, "num_hidden_layers": 4}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 7, "sliding_window": 16},
+    ),
     "qwen3-moe": (
         "qwen3_moe",
         {"tie_word_embeddings": False, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4,
@@ -30,14 +35,14 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_base(name: str, folder: Path) -> Path:
-    """Save a random base with transformers, with a config that both libraries read."""
+def make_base(name: str, folder: Path, **settings: Any) -> Path:
+    """Save a random base with transformers, with a config that both libraries read; `settings` change that config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, extra = BASES[name]
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **extra}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **extra, **settings}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
