@@ -90,7 +90,15 @@ def test_vllm_takes_no_dora(tiny_model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "adapter").exists() and any("DoRA" in note for note in done.notes)
 
 
-GGUF_BASES = ["llama-tied", "llama-untied", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3"]
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
+GGUF_BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("llama-tied", "llama-untied", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3")},
+    "llama, llama3 positions": ("llama-untied", {"rope_parameters": LLAMA3}),
+    "llama, linear positions": (
+        "llama-tied", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+}  # fmt: skip
 
 
 @needs_gguf
@@ -98,7 +106,8 @@ GGUF_BASES = ["llama-tied", "llama-untied", "qwen2", "qwen3", "smollm3", "gemma2
 @pytest.mark.parametrize("name", GGUF_BASES)
 def test_gguf_of_each_architecture(name: str, tiny_model: Path, tmp_path: Path) -> None:
     """float32: llama.cpp gives the ids, the logits and the greedy tokens of base and adapter in transformers."""
-    base = with_tokenizer(stock.make_base(name, tmp_path / "base", vocab_size=320), tiny_model)
+    kind, settings = GGUF_BASES[name]
+    base = with_tokenizer(stock.make_base(kind, tmp_path / "base", vocab_size=320, **settings), tiny_model)
     adapter = stock.train_peft(base, tmp_path / "adapter", target_modules=LINEAR)
     done = export("gguf", Source(name, open_model(base), adapter), tmp_path / "out.gguf", Settings(kind="f32"))
     assert done.agreements[0].nats < 1e-6 and done.agreements[0].greedy == 1 and (tmp_path / "out.gguf").is_file()
