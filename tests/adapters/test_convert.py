@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import stock
 
+from smolmlx import backend
 from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters.convert import convert
+from smolmlx.data.chat import Tokenizer
+from smolmlx.data.tokenizer_training import train_tokenizer
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.models import open_model
 
@@ -133,6 +136,17 @@ def test_a_changed_scale_is_not_undone(bases: dict[str, Path], tmp_path: Path) -
     assert not again.restored and "changed" in again.notes[0]
     doubled = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     assert doubled["lora_alpha"] == 24
+
+
+@pytest.mark.parametrize("kind", ["patterns", "patterns, dora", "tied embedding", "experts, ranks"])
+def test_the_mlx_engine_loads_what_peft_wrote(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Ranks and scales that differ from module to module were once taken for one."""
+    train_tokenizer(["some text"], 300, tmp_path / "tokenizer")
+    name, config = PEFT_KINDS[kind]
+    adapter = stock.train_peft(bases[name], tmp_path / "peft", **config)
+    how = backend.Loading("cpu", "float32")
+    engine = backend.load("mlx").generator(open_model(bases[name]), adapter, Tokenizer(tmp_path / "tokenizer"), how)
+    np.testing.assert_allclose(engine.logits(stock.IDS), stock.peft_logits(bases[name], adapter), atol=1e-4, rtol=0)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
