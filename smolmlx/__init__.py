@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Run", "__version__", "evaluate", "load", "train"]
+__all__ = ["Model", "Run", "__version__", "convert_adapter", "evaluate", "load", "train"]
 
 if TYPE_CHECKING:
-    from smolmlx.api import Model, Run, evaluate, load, train
+    from smolmlx.api import Model, Run, convert_adapter, evaluate, load, train
 
-_IN_API = {"Model", "Run", "evaluate", "load", "train"}
+_IN_API = {"Model", "Run", "convert_adapter", "evaluate", "load", "train"}
 
 
 def __getattr__(name: str) -> Any:

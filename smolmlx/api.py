@@ -11,6 +11,8 @@ from typing import Any
 from smolmlx import backend as backends
 from smolmlx import recipe as recipes
 from smolmlx import shelf, stages
+from smolmlx.adapters.adapter import find_folder
+from smolmlx.adapters.convert import convert
 from smolmlx.backend import Backend, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
@@ -162,3 +164,13 @@ def evaluate(
         encoding=Encoding(max_length=max_length),
     )  # fmt: skip
     return run_suite(model.backend, systems, model.tokenizer, settings, _silent)
+
+
+def convert_adapter(adapter: str | Path, out: str | Path, to: str | None = None, base: str | None = None) -> Path:
+    """Write an adapter in the other library's format (`peft` or `mlx`), as `smolmlx adapter convert` does.
+
+    Raises:
+        RecipeError: what the target cannot hold exactly, by name.
+        DataError: a broken adapter.
+    """
+    return convert(find_folder(adapter), Path(out), to, find_model(base) if base else None).folder

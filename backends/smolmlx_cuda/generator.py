@@ -19,6 +19,9 @@ from smolmlx.models import BaseModel
 from smolmlx_cuda.engine import pick_device
 from smolmlx_cuda.model import Losses, load_adapter, load_base, to_inputs
 
+EAGER_ONLY = ("gemma2",)
+"""Models whose capped attention transformers offers in its own code alone."""
+
 
 class TorchGenerator:
     """A base model with at most one adapter, ready to answer and to score."""
@@ -27,7 +30,8 @@ class TorchGenerator:
         self.device = pick_device(how.device)
         dtype = how.dtype if how.dtype != "auto" else ("bfloat16" if self.device == "cuda" else "float32")
         self.tokenizer = tokenizer
-        self.model = load_base(model.folder, dtype, self.device, how.quantize)
+        attention = "eager" if model.config.get("model_type") in EAGER_ONLY else "sdpa"
+        self.model = load_base(model.folder, dtype, self.device, how.quantize, attention)
         if adapter is not None:
             self.model = load_adapter(self.model, adapter)
         self.model.eval()

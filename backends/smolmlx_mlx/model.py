@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from mlx_lm.tuner.dora import DoRALinear  # noqa: E402
 from mlx_lm.tuner.lora import LoRALinear  # noqa: E402
+from mlx_lm.tuner.utils import load_adapters  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
+from smolmlx.adapters.convert import convert  # noqa: E402
 from smolmlx.errors import BackendError, RecipeError  # noqa: E402
 from smolmlx.models import with_rope_theta  # noqa: E402
 from smolmlx.plan import PEFT_PREFIX  # noqa: E402
@@ -105,6 +108,10 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
     config = json.loads(config_file.read_text(encoding="utf-8"))
     arrays = load_arrays(weights_file)
+    patterns = config.get("rank_pattern") or config.get("alpha_pattern")
+    if patterns or not all(split_name(name)[1] for name in arrays):
+        _load_converted(model, folder)
+        return
     paths = sorted({split_name(name)[0] for name in arrays})
     modules = dict(model.named_modules())
     strangers = [path for path in paths if path not in modules]
@@ -116,6 +123,19 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     add_lora(model, dict.fromkeys(paths), rank, scale, 0.0, bool(config.get("use_dora")))
     write_weights(model, arrays, folder)
+
+
+def _load_converted(model: nn.Module, folder: Path) -> None:
+    """Load what is more than LoRA of one rank and scale on linear layers, in the form that mlx-lm itself reads."""
+    with tempfile.TemporaryDirectory(prefix="smolmlx-") as parent:
+        found = convert(folder, Path(parent) / "mlx", "mlx")
+        try:
+            load_adapters(model, str(found.folder))
+        except ValueError as error:
+            raise RecipeError(
+                f"{folder}: made for another base model: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        mx.eval(model.parameters())
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -23,6 +23,8 @@ VERBS = {
     "judge": "Have a language model mark answers, or choose between two.",
     "report": "Show runs in one HTML file, with charts and a model card.",
     "data": "Look at, check, prepare and split rows.",
+    "adapter": "Inspect, convert, merge and analyze adapters.",
+    "export": "Write a tuned model for transformers, mlx-lm, llama.cpp or vLLM.",
     "recipes": "List, show, copy and check recipes.",
     "doctor": "Check engines, devices and speed of this machine.",
 }

@@ -1,0 +1,1 @@
+"""Adapters beyond training: convert between PEFT and mlx-lm, look inside, merge, and export what other programs load."""

@@ -1,0 +1,161 @@
+"""How much each layer changed: norms of the weight change and its shape, for every adapted weight.
+
+    frobenius       ||dW||
+    relative        ||dW|| / ||W||                     needs the base
+    largest         max |dW|
+    effective_rank  exp of the entropy of the singular values, normed to sum 1 (Roy and Vetterli 2007)
+    cosine          between W and W + dW               needs the base
+
+dW is the whole change, DoRA's rescaling included, but effective_rank is that of the low-rank part s BA. Where the base
+stores experts one by one, so does the table; else its effective rank is the mean over experts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from smolmlx.adapters import adapter as adapters
+from smolmlx.adapters.adapter import Module
+from smolmlx.adapters.base import Weights
+from smolmlx.adapters.delta import Term, find_changes, row_blocks
+from smolmlx.adapters.tensors import Floats
+from smolmlx.errors import BackendError, RecipeError
+from smolmlx.models import BaseModel
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChange:
+    """The change of one weight; see the module's docstring."""
+
+    weight: str
+    frobenius: float
+    relative: float | None
+    largest: float
+    effective_rank: float | None
+    cosine: float | None
+
+
+def analyze(folder: Path, base: BaseModel | None = None) -> list[LayerChange]:
+    """Measure an adapter, with what needs the base only where it is given or found on this machine.
+
+    Raises:
+        RecipeError: DoRA or whole weights without their base; an adapter made for another base.
+        DataError: a broken adapter.
+    """
+    adapter = adapters.read(folder)
+    base = base or adapters.recorded_base(adapter)
+    if base is not None:
+        weights = Weights(base)
+        changes = find_changes([(adapter, 1.0)], weights)
+        return [_measure(name, term, weights) for name, terms in sorted(changes.items(), key=_order) for term in terms]
+    if adapter.dora or adapter.full:
+        raise RecipeError(f"{folder}: {adapter.kind} changes weights relative to the base's. Pass --base MODEL.")
+    return [_measure(module.path, Term(adapter, module), None) for module in sorted(adapter.modules, key=_module_order)]
+
+
+def _measure(name: str, term: Term, weights: Weights | None) -> LayerChange:
+    stored = weights.find(name) if weights else None
+    shape = weights.shape(stored) if weights and stored else _shape(term)
+    squares = base_squares = inner = 0.0
+    largest = 0.0
+    for rows in row_blocks(shape):
+        base: Floats = weights.rows(stored, rows) if weights and stored else np.zeros((1,), np.float32)
+        change = term.change(base, rows) if weights else _low_rank_rows(term, rows)
+        squares += float(np.square(change, dtype=np.float64).sum())
+        largest = max(largest, float(np.abs(change).max(initial=0.0)))
+        if weights:
+            base_squares += float(np.square(base, dtype=np.float64).sum())
+            inner += float(np.multiply(base, change, dtype=np.float64).sum())
+    norm, base_norm = squares**0.5, base_squares**0.5
+    adapted = max(base_squares + 2 * inner + squares, 0.0) ** 0.5
+    known = weights is not None and base_norm > 0 and adapted > 0
+    return LayerChange(
+        name,
+        norm,
+        norm / base_norm if known else None,
+        largest,
+        effective_rank(*term.low_rank()) if term.module else None,
+        min(1.0, (base_squares + inner) / (base_norm * adapted)) if known else None,
+    )
+
+
+def effective_rank(left: Floats, right: Floats) -> float:
+    """Return the effective rank of left [..., rows, R] @ right [..., R, columns], from the factors alone."""
+    _, first = np.linalg.qr(left.astype(np.float64))
+    _, second = np.linalg.qr(np.swapaxes(right, -1, -2).astype(np.float64))
+    values = np.linalg.svd(first @ np.swapaxes(second, -1, -2), compute_uv=False)
+    total = values.sum(axis=-1, keepdims=True)
+    shares = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
+    entropy = -(shares * np.log(shares, out=np.zeros_like(shares), where=shares > 0)).sum(axis=-1)
+    return float(np.mean(np.where(total[..., 0] > 0, np.exp(entropy), 0.0)))
+
+
+def to_csv(changes: list[LayerChange]) -> str:
+    """Return the table as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(asdict(changes[0])) if changes else ["weight"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(change) for change in changes)
+    return text.getvalue()
+
+
+def draw(changes: list[LayerChange], path: Path) -> None:
+    """Draw the relative change (the absolute one without a base) of every weight, one line for each kind of weight.
+
+    Raises:
+        BackendError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BackendError("--chart needs matplotlib. pip install 'smolmlx[report]'.") from error
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for change in changes:
+        layer = re.search(r"\.(\d+)\.", change.weight)
+        kind = change.weight.removesuffix(".weight").rpartition(".")[2]
+        value = change.relative if change.relative is not None else change.frobenius
+        kinds.setdefault(kind, []).append((int(layer[1]) if layer else -1, value))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for kind, points in sorted(kinds.items()):
+        places, heights = zip(*sorted(points), strict=True)
+        axes.plot(places, heights, marker="o", label=kind)
+    relative = bool(changes) and changes[0].relative is not None
+    axes.set(xlabel="layer (-1: outside the blocks)", ylabel="||dW|| / ||W||" if relative else "||dW||", ylim=(0, None))
+    axes.legend(ncols=2, fontsize="small")
+    figure.savefig(path)
+
+
+def _shape(term: Term) -> tuple[int, ...]:
+    left, right = term.low_rank()
+    return (*left.shape[:-1], right.shape[-1])
+
+
+def _low_rank_rows(term: Term, rows: slice) -> Floats:
+    left, right = term.low_rank()
+    found: Floats = left[rows] @ (right[rows] if right.ndim == 3 else right)
+    return found
+
+
+def _order(item: tuple[str, object]) -> tuple[object, ...]:
+    return _natural(item[0])
+
+
+def _module_order(module: Module) -> tuple[object, ...]:
+    return _natural(module.path)
+
+
+def _natural(name: str) -> tuple[object, ...]:
+    """Sort layers by number."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
+
+
+def total(changes: list[LayerChange]) -> float:
+    """Return the Frobenius norm of all changes together."""
+    return float(np.sqrt(sum(change.frobenius**2 for change in changes)))

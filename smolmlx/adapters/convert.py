@@ -1,0 +1,149 @@
+"""Adapters between PEFT and mlx-lm, on bytes alone: the values are the same, and the way back gives the same file.
+
+A converted file notes the header and config of the one it came from in its metadata, so that converting it back, if
+nothing was changed, restores the original byte for byte. Nothing here needs torch or mlx.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolmlx.adapters import adapter as adapters
+from smolmlx.adapters import tensors, to_mlx, to_peft
+from smolmlx.adapters.adapter import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, SIDE_FILES, Adapter
+from smolmlx.adapters.base import Weights
+from smolmlx.adapters.names import SAME_NAMES
+from smolmlx.adapters.target import BULK, KEY, Origin, Target, recall, remember
+from smolmlx.errors import RecipeError
+from smolmlx.models import BaseModel
+from smolmlx.rundir import publish
+
+FORMS = {"peft": PEFT_WEIGHTS, "mlx": MLX_WEIGHTS}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was written."""
+
+    folder: Path
+    form: str
+    num_modules: int
+    num_folded: int
+    """Modules whose rank or scale was brought to the common one."""
+    restored: bool
+    """Whether the very file was given back that this one had been made from."""
+    notes: tuple[str, ...]
+
+
+def convert(
+    folder: Path, out: Path, to: str | None = None, base: BaseModel | None = None, *, fresh: bool = False
+) -> Conversion:
+    """Convert an adapter folder to the other library's format and publish it as one rename.
+
+    Args:
+        to: peft or mlx; left out, the form that it is not.
+        fresh: convert by the rules even where the original file could be given back.
+        base: needed where embeddings or a head are adapted and the recorded base is not on this machine.
+
+    Raises:
+        RecipeError: what the target cannot hold exactly, by name; an output folder that has something in it.
+        DataError: a broken adapter, or one made for another base.
+    """
+    refuse_used(out)
+    adapter = adapters.read(folder)
+    to = to or ("mlx" if adapter.form == "peft" else "peft")
+    if to not in FORMS:
+        raise RecipeError(f"--to {to}: expected peft or mlx.")
+    if to == adapter.form:
+        raise RecipeError(f"{folder}: already in {to} format. Copy the folder, or pass the other --to.")
+    base = base or adapters.recorded_base(adapter)
+    weights = Weights(base) if base else None
+    if weights:
+        check_fits(adapter, weights)
+    origin, changed = (None, None) if fresh else recall(adapter)
+    target, restored = _build(adapter, weights, to, origin)
+    notes = [*target.notes, *([changed] if changed else []), *_doubt(base)]
+    if origin and not restored:
+        notes.append("the original file cannot be rebuilt exactly (origin.safetensors is missing); converted afresh")
+    with publish(out) as temporary:
+        if restored and origin:
+            _write_restored(temporary, to, target, origin)
+        else:
+            _write(temporary, to, target, adapter)
+        copy_side_files(folder, temporary)
+    return Conversion(out, to, len(adapter.modules), len(target.folded), restored, tuple(notes))
+
+
+def _build(adapter: Adapter, weights: Weights | None, to: str, origin: Origin | None) -> tuple[Target, bool]:
+    build = to_mlx.build if to == "mlx" else to_peft.build
+    if origin is not None:
+        target = build(adapter, weights, origin)
+        if target.is_exactly(origin.entries):
+            return target, True
+    return build(adapter, weights), False
+
+
+def _write(folder: Path, to: str, target: Target, adapter: Adapter) -> None:
+    metadata = {"format": "mlx" if to == "mlx" else "pt", KEY: remember(adapter, target)}
+    tensors.write(folder / FORMS[to], target.tensors, metadata)
+    (folder / CONFIG).write_text(json.dumps(target.config, indent=2) + "\n", encoding="utf-8")
+    if target.bulk:
+        tensors.write(folder / BULK, target.bulk, {})
+
+
+def _write_restored(folder: Path, to: str, target: Target, origin: Origin) -> None:
+    ordered = sorted(origin.entries, key=lambda name: (origin.entries[name].start, origin.entries[name].end))
+    tensors.write_raw(folder / FORMS[to], origin.header, (target.tensors[name] for name in ordered))
+    (folder / CONFIG).write_bytes(origin.config.encode())
+
+
+def refuse_used(out: Path) -> None:
+    """Refuse to write into a folder that has something in it, or over a file.
+
+    Raises:
+        RecipeError
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise RecipeError(f"{out}: already there and not empty. Choose another folder, or remove it first.")
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Copy tokenizer, template and generation config where the source folder has them."""
+    for name in SIDE_FILES:
+        if (source / name).is_file() and not (out / name).exists():
+            shutil.copyfile(source / name, out / name)
+
+
+def check_fits(adapter: Adapter, weights: Weights) -> None:
+    """Compare every adapted shape with the base's.
+
+    Raises:
+        RecipeError: made for another base.
+    """
+    problems = []
+    for module in adapter.modules:
+        if module.kind == "experts":
+            continue
+        stored = weights.find(f"{module.path}.weight")
+        a, b = (adapter.file.entries[name].shape for name in (module.a, module.b))
+        ends = (a[0], b[1]) if adapter.form == "mlx" else (a[1], b[0])
+        wanted = ends if module.kind == "embedding" else ends[::-1]
+        if stored is None:
+            problems.append(f"{module.path}: the base has no such weight.")
+        elif weights.shape(stored) != wanted:
+            problems.append(
+                f"{module.path}: adapts a weight of {list(wanted)}, the base's is {list(weights.shape(stored))}."
+            )
+    if problems:
+        shown = problems[:5] + ([f"and {len(problems) - 5} more."] if problems[5:] else [])
+        raise RecipeError(f"{adapter.folder}: made for another base than {weights.model.name}", shown)
+
+
+def _doubt(base: BaseModel | None) -> list[str]:
+    kind = str(base.config.get("model_type")) if base else None
+    if kind is None or kind in SAME_NAMES:
+        return []
+    return [f"names of {kind} were not compared between transformers and mlx-lm; load the result before relying on it"]

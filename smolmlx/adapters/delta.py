@@ -1,0 +1,143 @@
+"""What adapters add to a base's weights: which stored tensor each module changes, and the new values, some rows at a time.
+
+Values are float32. A DoRA module replaces W by m * (W + s BA) / ||W + s BA||, rows apart (https://arxiv.org/abs/2402.09353).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from smolmlx.adapters import names
+from smolmlx.adapters.adapter import Adapter, Module
+from smolmlx.adapters.base import Weights
+from smolmlx.adapters.tensors import Floats
+from smolmlx.errors import RecipeError
+
+_BLOCK_BYTES = 64 << 20
+"""Size of the float32 rows that are worked on at once."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter's share in the change of one stored weight."""
+
+    adapter: Adapter
+    module: Module | None
+    """None where `full` replaces the weight."""
+    weight: float = 1.0
+    """Coefficient in a linear combination."""
+    full: str | None = None
+    expert: int | None = None
+    """Which expert, where the base stores them one by one."""
+    half: int | None = None
+    """0 for gate and 1 for up: which half of the rows this part of the adapter concerns."""
+    stacked_half: int | None = None
+    """The same, where the base's tensor holds both halves and only one is concerned."""
+
+    @cached_property
+    def _factors(self) -> tuple[Floats, Floats]:
+        assert self.module is not None
+        a, b = self.adapter.factors(self.module)
+        if self.module.kind == "experts":
+            if self.half is not None and self.module.path.endswith("gate_up_proj"):
+                a, b = names.split_gate_up(a, b)[self.half]
+            if self.expert is not None:
+                a, b = a[self.expert], b[self.expert]
+        return a, b
+
+    @cached_property
+    def _magnitude(self) -> Floats:
+        assert self.module is not None and self.module.m is not None
+        return self.adapter.file.floats(self.module.m)
+
+    def low_rank(self) -> tuple[Floats, Floats]:
+        """Return (left [..., rows, R], right [..., R, columns]) with the scale in the right one: s BA = left right."""
+        assert self.module is not None
+        a, b = self._factors
+        if self.module.kind == "experts":
+            return b, a * np.float32(self.module.scale)
+        if self.module.kind == "embedding":
+            return a, b * np.float32(self.module.scale)
+        return b.T, a.T * np.float32(self.module.scale)
+
+    def change(self, base: Floats, rows: slice) -> Floats:
+        """Return what this term adds to `base`, the rows `rows` of the stored weight (the first axis)."""
+        weight = np.float32(self.weight)
+        if self.full is not None:
+            return weight * (self.adapter.file.floats(self.full)[rows] - base)
+        assert self.module is not None
+        left, right = self.low_rank()
+        if self.stacked_half is None:
+            added: Floats = left[rows] @ (right[rows] if right.ndim == 3 else right)
+        else:
+            added = np.zeros_like(base)
+            middle = base.shape[1] // 2
+            part = slice(0, middle) if self.stacked_half == 0 else slice(middle, None)
+            added[:, part] = left[rows] @ right[rows]
+        if self.module.m is None:
+            return weight * added
+        adapted = base + added
+        length = np.linalg.norm(adapted, axis=1, keepdims=True)
+        return weight * (self._magnitude[rows, None] / np.where(length == 0, 1, length) * adapted - base)
+
+
+Changes = Mapping[str, Sequence[Term]]
+
+
+def find_changes(adapters: Sequence[tuple[Adapter, float]], weights: Weights) -> Changes:
+    """Return stored weight name -> what changes it.
+
+    Raises:
+        RecipeError: a module that the base lacks.
+    """
+    found: dict[str, list[Term]] = {}
+    problems = []
+    for adapter, weight in adapters:
+        for path, tensor in adapter.full.items():
+            stored = weights.find(path)
+            if stored is None or weights.shape(stored) != adapter.file.entries[tensor].shape:
+                problems.append(f"{adapter.folder}: {path}: the base has no such weight of this shape.")
+                continue
+            found.setdefault(path, []).append(Term(adapter, None, weight, full=tensor))
+        for module in adapter.modules:
+            spots = list(_spots(adapter, module, weight, weights))
+            if not spots:
+                problems.append(f"{adapter.folder}: {module.path}: the base has no such weight.")
+            for name, term in spots:
+                found.setdefault(name, []).append(term)
+    if problems:
+        raise RecipeError(f"{weights.model.name}: not the base of this adapter", problems[:8])
+    return found
+
+
+def _spots(adapter: Adapter, module: Module, weight: float, weights: Weights) -> Iterator[tuple[str, Term]]:
+    if module.kind != "experts":
+        name = f"{module.path}.weight"
+        if weights.find(name):
+            yield name, Term(adapter, module, weight)
+        return
+    for path in names.mlx_paths(module.path, module.kind) if adapter.form == "peft" else (module.path,):
+        layer, _, part = path.rpartition(".switch_mlp.")
+        half = {"gate_proj": 0, "up_proj": 1}.get(part)
+        stacked = f"{layer}.experts.{'down_proj' if half is None else 'gate_up_proj'}"
+        if weights.find(f"{path}.weight"):
+            yield f"{path}.weight", Term(adapter, module, weight, half=half)
+        elif weights.find(stacked):
+            yield stacked, Term(adapter, module, weight, half=half, stacked_half=half)
+        else:
+            expert = 0
+            while weights.find(f"{layer}.experts.{expert}.{part}.weight"):
+                yield f"{layer}.experts.{expert}.{part}.weight", Term(adapter, module, weight, expert=expert, half=half)
+                expert += 1
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield slices of the first axis, of a bounded size in float32."""
+    rows = shape[0] if shape else 1
+    size = max(1, _BLOCK_BYTES // max(4, 4 * int(np.prod(shape[1:]))))
+    for start in range(0, rows, size):
+        yield slice(start, min(rows, start + size))

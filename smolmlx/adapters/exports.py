@@ -1,0 +1,394 @@
+"""Write a tuned model for the program that will load it, and publish it once that program has loaded it and agreed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smolmlx import backend as backends
+from smolmlx.adapters import adapter as adapters
+from smolmlx.adapters import gguf_model, verification
+from smolmlx.adapters.adapter import CONFIG, PEFT_WEIGHTS
+from smolmlx.adapters.convert import convert, copy_side_files, refuse_used
+from smolmlx.adapters.merge import Merged, merge, prepare
+from smolmlx.adapters.verification import Agreement, Sample
+from smolmlx.data.chat import Tokenizer
+from smolmlx.errors import BackendError, RecipeError, SmolError
+from smolmlx.models import BaseModel, find_model, open_model
+from smolmlx.rundir import RunDir, publish
+
+TARGETS = ("hf", "mlx", "gguf", "vllm")
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is exported: a base and at most one adapter."""
+
+    name: str
+    base: BaseModel
+    adapter: Path | None
+
+    @property
+    def terms(self) -> list[tuple[Path, float]]:
+        return [(self.adapter, 1.0)] if self.adapter else []
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How it is exported."""
+
+    dtype: str = "auto"
+    """Of hf, mlx (not quantized) and vllm."""
+    quantize: str = "none"
+    """mlx: none, 4bit, 8bit."""
+    kind: str = "f16"
+    """gguf: one of gguf_model.PLAIN_TYPES or K_TYPES."""
+    untie: bool = False
+    verify: bool = True
+
+
+@dataclass(slots=True)
+class Export:
+    """What was written, and who has loaded it."""
+
+    target: str
+    path: Path
+    precision: str = ""
+    agreements: list[Agreement] = field(default_factory=list)
+    unverified: list[str] = field(default_factory=list)
+    """What could not be asked, and why."""
+    notes: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    """What to type to use it."""
+
+
+def find_source(name: str, model: str | None = None, revision: str | None = None) -> Source:
+    """Find what a run, an adapter folder, a model folder or a hub id stands for.
+
+    Args:
+        model: the base, where the adapter's own note of it does not help.
+
+    Raises:
+        RecipeError: an unfinished run, or nothing that can be exported.
+    """
+    path = Path(name)
+    run = RunDir(path)
+    if (path / "recipe.yaml").is_file() and not run.done:
+        raise RecipeError(f"{name}: this run is not finished. Go on with: smolmlx train --resume {name}")
+    if run.model.is_dir() and run.done:
+        return Source(name, open_model(run.model), None)
+    folder = adapters.find_folder(path)
+    if (folder / CONFIG).is_file():
+        base = find_model(model, revision) if model else adapters.named_base(folder)
+        return Source(name, base, folder)
+    if model:
+        raise RecipeError(f"{name}: not an adapter, so it takes no --model.")
+    return Source(name, find_model(name, revision), None)
+
+
+def export(target: str, source: Source, out: Path, how: Settings, say: Say = lambda text: None) -> Export:
+    """Export, verify, publish. Nothing is left behind when a check fails.
+
+    Raises:
+        RecipeError: what the target cannot hold; an output in use.
+        BackendError: a package that the target needs is missing.
+        VerificationError: the export does not agree with base and adapter.
+    """
+    assert target in TARGETS, target
+    refuse_used(out)
+    done = Export(target, out)
+    samples, reference = _reference(source, how, done, say)
+    with _publish(target, source, out, how) as place:
+        say(f"writing {target}")
+        if target == "gguf":
+            _write_gguf(source, place, how, done)
+            check = _check_gguf
+        else:
+            {"hf": _write_hf, "mlx": _write_mlx, "vllm": _write_vllm}[target](source, place, out, how, done)
+            check = _check_folders
+        if how.verify:
+            say("loading it where it will be used")
+            check(source, place, done, samples, reference)
+    return done
+
+
+@contextlib.contextmanager
+def _publish(target: str, source: Source, out: Path, how: Settings) -> Iterator[Path]:
+    """Yield the folder (for gguf: the file) to write; it is moved into place when all went well."""
+    if target != "gguf":
+        with publish(out) as temporary:
+            yield temporary
+        return
+    if out.suffix == ".gguf":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.parent) as folder:
+            yield Path(folder) / out.name
+            (Path(folder) / out.name).replace(out)
+        return
+    with publish(out) as temporary:
+        yield temporary / f"model-{how.kind}.gguf"
+
+
+def _reference(source: Source, how: Settings, done: Export, say: Say) -> tuple[list[Sample], str]:
+    """Ask base and adapter before anything is written."""
+    if not how.verify:
+        done.unverified.append("everything: --no-verify")
+        return [], ""
+    engine = verification.reference_engine(source.base, source.adapter)
+    if engine is None:
+        done.unverified.append(
+            "logits: neither torch with transformers and peft nor mlx-lm is installed to compare with"
+        )
+        return [], ""
+    say(f"asking base and adapter through {verification.library(engine)}")
+    tokenizer = Tokenizer(_tokenizer_folder(source))
+    samples = verification.make_samples(engine, source.base, source.adapter, tokenizer)
+    return samples, f"base{' and adapter' if source.adapter else ''} in {verification.library(engine)}"
+
+
+def _tokenizer_folder(source: Source) -> Path:
+    own = source.adapter is not None and (source.adapter / "tokenizer.json").is_file()
+    return source.adapter if own and source.adapter else source.base.folder
+
+
+def _write_hf(source: Source, place: Path, out: Path, how: Settings, done: Export) -> None:
+    merged = _merge_into(source, place, how, done)
+    done.precision = merged.dtype
+    done.commands.append(f'smolmlx generate --model {out} --prompt "..."')
+
+
+def _merge_into(source: Source, place: Path, how: Settings, done: Export) -> Merged:
+    merged = merge(source.base, source.terms, place, dtype=how.dtype, untie=how.untie)
+    done.notes += merged.notes
+    if merged.erased:
+        worst = max(merged.erased, key=lambda name: merged.erased[name])
+        done.notes.append(
+            f"{merged.dtype} loses {merged.erased[worst]:.0%} of the change of {worst}, and over 5 % of"
+            f" {len(merged.erased) - 1} others; --dtype float32 keeps it"
+        )
+    return merged
+
+
+def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Export) -> None:
+    """mlx-lm reads a merged folder as it is; quantizing is mlx-lm's own work."""
+    done.commands.append(f'mlx_lm.generate --model {out} --prompt "..."')
+    if how.quantize == "none":
+        done.precision = _merge_into(source, place, how, done).dtype
+        return
+    if not verification.is_installed("mlx"):
+        raise BackendError("export mlx --quantize needs mlx-lm. pip install 'smolmlx[mlx]'.")
+    backends.load("mlx")  # brings a fast BLAS before mlx.core
+    from mlx_lm import convert as mlx_convert
+
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=place.parent) as folder:
+        merged = _merge_into(source, Path(folder) / "merged", how, done)
+        with contextlib.redirect_stdout(sys.stderr):
+            mlx_convert(
+                str(merged.folder),
+                str(Path(folder) / "mlx"),
+                quantize=True,
+                q_bits=int(how.quantize[0]),
+                q_group_size=64,
+            )
+        shutil.copytree(Path(folder) / "mlx", place, dirs_exist_ok=True)
+        copy_side_files(merged.folder, place)
+    _sharpen_quantized_config(place, done)
+    done.precision = how.quantize
+
+
+def _sharpen_quantized_config(place: Path, done: Export) -> None:
+    """Remove mlx-lm's own card and say where nothing was quantized."""
+    (place / "README.md").unlink(missing_ok=True)
+    if not any(name.endswith(".scales") for name in open_model(place).shapes):
+        done.notes.append("no layer is a multiple of 64 wide, so nothing was quantized")
+
+
+def _write_vllm(source: Source, place: Path, out: Path, how: Settings, done: Export) -> None:
+    """A merged folder, and the adapter beside it in the form that vLLM's --lora-modules takes."""
+    done.precision = _merge_into(source, place / "merged", how, done).dtype
+    done.commands.append(f"vllm serve {out / 'merged'}")
+    if source.adapter is None:
+        return
+    reasons = _not_for_vllm(source.adapter)
+    if reasons:
+        done.notes.append(f"no adapter folder: vLLM loads none with {', '.join(reasons)}; serve the merged one")
+        return
+    with tempfile.TemporaryDirectory(prefix=".uniform-", dir=place) as folder:
+        uniform_adapter(source.adapter, Path(folder), place / "adapter", source.base)
+    rank = adapters.read(place / "adapter").modules[0].rank
+    limit = next((size for size in _VLLM_RANKS if size >= rank), rank)
+    base = source.base.name if source.base.revision else source.base.folder
+    done.commands.append(
+        f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules tuned={out / 'adapter'}"
+    )
+
+
+def _not_for_vllm(folder: Path) -> list[str]:
+    found = adapters.read(folder)
+    reasons = ["DoRA"] if found.dora else []
+    reasons += ["whole weights"] if found.full else []
+    reasons += (
+        ["embeddings or a head"] if any(m.kind == "embedding" or m.path == "lm_head" for m in found.modules) else []
+    )
+    reasons += ["stacked experts"] if any(m.kind == "experts" for m in found.modules) else []
+    return reasons
+
+
+def uniform_adapter(folder: Path, work: Path, out: Path, base: BaseModel) -> None:
+    """Write a PEFT adapter of one rank and one scale; vLLM scales all modules alike, whatever the patterns say."""
+    found = adapters.read(folder)
+    if found.form == "peft" and len({(m.rank, m.scale) for m in found.modules}) == 1:
+        out.mkdir()
+        for name in (PEFT_WEIGHTS, CONFIG):
+            shutil.copyfile(folder / name, out / name)
+        copy_side_files(folder, out)
+        return
+    if found.form == "peft":
+        folder = convert(folder, work / "mlx", "mlx", base).folder
+    convert(folder, out, "peft", base, fresh=True)
+
+
+def _write_gguf(source: Source, place: Path, how: Settings, done: Export) -> None:
+    kind = how.kind
+    if kind not in (*gguf_model.PLAIN_TYPES, *gguf_model.K_TYPES):
+        raise RecipeError(f"--type {kind}: expected {', '.join((*gguf_model.PLAIN_TYPES, *gguf_model.K_TYPES))}.")
+    prepared = prepare(source.base, source.terms, dtype="float32", untie=how.untie)
+    name = source.base.name.rstrip("/").rpartition("/")[2]
+    if kind in gguf_model.PLAIN_TYPES:
+        gguf_model.write_gguf(prepared, place, kind, name)
+    else:
+        with tempfile.TemporaryDirectory(prefix=".f32-", dir=place.parent) as folder:
+            gguf_model.write_gguf(prepared, Path(folder) / "f32.gguf", "f32", name)
+            done.notes.append(f"quantized by {gguf_model.quantize(Path(folder) / 'f32.gguf', place, kind)}")
+    done.precision = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
+    done.notes += prepared.notes
+    path = done.path if done.path.suffix == ".gguf" else done.path / place.name
+    done.commands.append(f"llama-cli -m {path}")
+
+
+def _check_folders(source: Source, place: Path, done: Export, samples: Sequence[Sample], reference: str) -> None:
+    """Load the folder in the libraries that will; transformers reads no MLX quantization."""
+    folder = place / "merged" if done.target == "vllm" else place
+    wanted = {"hf": ("cuda", "mlx"), "vllm": ("cuda",), "mlx": ("mlx",)}[done.target]
+    if done.target == "vllm":
+        here = "is here, but was not asked" if importlib.util.find_spec("vllm") else "is not installed"
+        done.unverified.append(
+            f"vLLM itself: it {here}; the folders were loaded by the libraries whose layout it reads"
+        )
+    for engine in wanted:
+        program = {"cuda": "transformers", "mlx": "mlx-lm"}[engine]
+        if not verification.is_installed(engine):
+            done.unverified.append(f"{program}: not installed")
+            continue
+        if not samples:
+            continue
+        try:
+            done.agreements.append(verification.check_folder(engine, folder, samples, reference, done.precision))
+        except SmolError as error:
+            if engine == wanted[0] or error.exit_code == 5:
+                raise
+            done.unverified.append(f"{program}: {error}")
+    _check_tokenizer(folder, done)
+    if done.target == "vllm" and (place / "adapter").is_dir() and samples and verification.is_installed("cuda"):
+        tokenizer = Tokenizer(_tokenizer_folder(source))
+        with verification.loaded("cuda", source.base, place / "adapter", tokenizer) as generator:
+            names = (f"base and the adapter folder in {verification.library('cuda')}", reference)
+            done.agreements.append(verification.compare(samples, generator.logits, names, "float32"))
+
+
+def _check_tokenizer(folder: Path, done: Export) -> None:
+    """transformers, and mlx-lm and vLLM through it, must cut text as in training."""
+    if importlib.util.find_spec("transformers") is None:
+        done.unverified.append("tokenizer: transformers is not installed")
+        return
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    count = verification.compare_ids(
+        Tokenizer(folder), lambda text: found.encode(text, add_special_tokens=False), "transformers' AutoTokenizer"
+    )
+    done.notes.append(f"the same ids from AutoTokenizer on {count} hard texts")
+
+
+def _check_gguf(source: Source, place: Path, done: Export, samples: Sequence[Sample], reference: str) -> None:
+    """Ask llama.cpp for ids and logits, with a float32 cache: its default of float16 alone costs 1e-2."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        done.unverified.append("llama.cpp: llama-cpp-python is not installed (pip install llama-cpp-python)")
+        return
+    import llama_cpp
+
+    name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
+    threads = max(1, (os.cpu_count() or 1) // 2)  # its threads wait by spinning: on busy cores more are far slower
+    longest = max([len(sample.ids) for sample in samples], default=0)
+    llama: Any = llama_cpp.Llama(
+        str(place), n_ctx=max(512, longest + 8), n_batch=max(512, longest + 8), logits_all=True, verbose=False,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, n_threads=threads, n_threads_batch=threads,
+    )  # fmt: skip
+    try:
+        count = verification.compare_ids(
+            Tokenizer(_tokenizer_folder(source)),
+            lambda text: llama.tokenize(text.encode(), add_bos=False, special=True),
+            name,
+        )
+        done.notes.append(f"the same ids from llama.cpp on {count} hard texts")
+
+        def logits(ids: Sequence[int]) -> Any:
+            llama.reset()
+            llama.eval(list(ids))
+            return llama.scores[: len(ids)].copy()
+
+        if samples:
+            done.agreements.append(verification.compare(samples, logits, (name, reference), done.precision))
+    finally:
+        llama.close()
+
+
+def card(done: Export, source: Source) -> str:
+    """Return a model card for an exported folder."""
+    name = source.base.name if source.base.revision else Path(source.base.name).name
+    tags = {"hf": "transformers", "vllm": "transformers", "mlx": "mlx", "gguf": "gguf"}[done.target]
+    lines = ["---", f"base_model: {json.dumps(name)}", f"library_name: {tags}", "tags: [smolmlx]", "---", ""]
+    lines += [f"# {Path(done.path).stem}", "", f"{name}, fine-tuned and exported with smolmlx ({done.precision}).", ""]
+    lines += [
+        f"* {a.consumer} against {a.reference}: {a.nats:.2g} nats per token, {a.greedy:.1%} of {a.num_tokens} greedy tokens"
+        for a in done.agreements
+    ]
+    lines += [f"* not verified: {text}" for text in done.unverified]
+    return "\n".join([*lines, ""])
+
+
+def push(done: Export, source: Source, repo: str, private: bool) -> str:
+    """Upload an export with its card to the hub; returns the address.
+
+    Raises:
+        BackendError: the hub cannot be reached, or refuses.
+    """
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise BackendError("--push needs huggingface_hub. pip install huggingface_hub.") from error
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if done.path.is_file():
+            api.upload_file(path_or_fileobj=str(done.path), path_in_repo=done.path.name, repo_id=repo)
+        else:
+            api.upload_folder(folder_path=str(done.path), repo_id=repo)
+        api.upload_file(path_or_fileobj=card(done, source).encode(), path_in_repo="README.md", repo_id=repo)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise BackendError(
+            f"--push {repo}: {str(error).splitlines()[0]} Log in with `hf auth login`, then push {done.path}."
+        ) from error
+    return f"https://huggingface.co/{repo}"

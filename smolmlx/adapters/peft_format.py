@@ -1,0 +1,254 @@
+"""Read a PEFT LoRA folder: tensor names, scales and targets as PEFT itself understands them, and what is refused.
+
+Read from PEFT 0.21's own files; patterns match as its `get_pattern_key` and `check_target_module_exists` do.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from smolmlx.adapters.adapter import Adapter, Module
+from smolmlx.adapters.tensors import FLOATS, TensorFile
+from smolmlx.errors import DataError, RecipeError
+
+PREFIX = "base_model.model."
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+"""Stacked expert weights of transformers 5, in the order in which PEFT nests its wrappers, innermost first."""
+
+_LEAVES = {
+    ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "ea", ".lora_embedding_B": "eb",
+    ".lora_magnitude_vector": "m", ".lora_magnitude_vector.weight": "m",
+}  # fmt: skip
+# Settings that leave the meaning of the saved weights alone, and those that this file reads.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "task_type",
+    "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules", "use_rslora",
+    "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "ensure_weight_tying", "init_lora_weights", "bias", "lora_bias", "megatron_core", "qalora_group_size",
+    "loftq_config", "eva_config", "base_model_class", "runtime_config", "base_model_fingerprint", "parent_library",
+}  # fmt: skip
+_REFUSED = {
+    "lora_bias": "it trains a bias beside B, which mlx-lm's layers have no place for",
+    "fan_in_fan_out": "its base stores weights transposed (Conv1D)",
+    "layer_replication": "its base repeats layers",
+    "trainable_token_indices": "it trains single rows of the embedding, outside LoRA",
+    "alora_invocation_tokens": "aLoRA switches on after a token, which a merged or converted adapter cannot do",
+    "use_qalora": "QALoRA pools its inputs before A",
+}
+_OWN_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
+
+
+def read(folder: Path, config: Mapping[str, Any], file: TensorFile) -> Adapter:
+    """Return the checked adapter; see `adapter.read`."""
+    refusals = _refusals(config)
+    if refusals:
+        raise RecipeError(f"{folder}: an adapter of a kind that is not converted or merged", refusals)
+    grouped, full, copies, problems = _group(file, config)
+    modules = []
+    for path, leaves in sorted(grouped.items()):
+        module, problem = _module(path, leaves, config, file)
+        if module:
+            modules.append(module)
+        problems += problem
+    problems += _unmatched(modules, config)
+    if config.get("use_dora"):
+        problems += [f"{m.path}: no lora_magnitude_vector, though use_dora is set." for m in modules if not m.m]
+    else:
+        problems += [f"{m.path}: a lora_magnitude_vector, though use_dora is not set." for m in modules if m.m]
+    if not modules and not problems:
+        problems.append("no LoRA tensor in it.")
+    if problems:
+        raise DataError(f"{file.path}", problems)
+    return Adapter(folder, "peft", config, file, tuple(modules), full, copies)
+
+
+def pattern_value(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any:
+    """Return the value of the first pattern that matches a module path, as PEFT does."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return otherwise
+
+
+def _refusals(config: Mapping[str, Any]) -> list[str]:
+    """Name every setting that would be lost."""
+    if config.get("peft_type") != "LORA":
+        return [f"peft_type: {config.get('peft_type')!r} is not LORA; only LoRA, rsLoRA and DoRA are known here."]
+    problems = [f"{key}: {config[key]!r}: {why}." for key, why in _REFUSED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias: {config['bias']!r}: trained biases have no place in mlx-lm's adapters.")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_OWN_BASE):
+        problems.append(
+            f"init_lora_weights: {start!r}: this start changes the base weights, so the adapter fits no other copy of the base."
+            " Convert it with PEFT first: save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    known = _HARMLESS | set(_REFUSED)
+    problems += [
+        f"{key}: {config[key]!r}: a setting unknown here." for key in config if key not in known and config[key]
+    ]
+    return problems + _bad_values(config)
+
+
+def _bad_values(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if not (type(config.get("r", 8)) is int and config.get("r", 8) > 0):
+        problems.append(f"r: expected a positive integer, found {config.get('r')!r}.")
+    for key in ("lora_alpha", "lora_dropout"):
+        value = config.get(key, 0)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            problems.append(f"{key}: expected a number, found {value!r}.")
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(
+            isinstance(value, kind) and math.isfinite(value) for value in patterns.values()
+        ):
+            problems.append(f"{key}: expected a table of pattern: number, found {patterns!r}.")
+            continue
+        problems += [
+            f"{key}: {pattern!r} is not a regular expression." for pattern in patterns if not _compiles(pattern)
+        ]
+    for key in ("target_modules", "exclude_modules"):
+        found = config.get(key)
+        if isinstance(found, str) and not _compiles(found):
+            problems.append(f"{key}: {found!r} is not a regular expression.")
+        elif not isinstance(found, (str, list, type(None))) or (
+            isinstance(found, list) and not all(isinstance(item, str) for item in found)
+        ):
+            problems.append(f"{key}: expected names or one regular expression, found {found!r}.")
+    return problems
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except re.error:
+        return False
+    return True
+
+
+Grouped = dict[str, dict[str, str]]
+
+
+def _group(file: TensorFile, config: Mapping[str, Any]) -> tuple[Grouped, dict[str, str], dict[str, str], list[str]]:
+    """Sort tensors into modules' leaves, full parameters and copies of the base."""
+    grouped: Grouped = defaultdict(dict)
+    full: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    problems = []
+    saved = config.get("modules_to_save") or []
+    for name, entry in file.entries.items():
+        bare = name.removeprefix(PREFIX)
+        leaf = next((leaf for leaf in _LEAVES if bare.endswith(leaf)), None)
+        if bare == name:
+            problems.append(f"{name}: an extra tensor: PEFT's names begin with {PREFIX}")
+        elif entry.dtype not in FLOATS:
+            problems.append(f"{name}: {entry.dtype}; expected float32, float16 or bfloat16.")
+        elif leaf:
+            grouped[bare.removesuffix(leaf)][_LEAVES[leaf]] = name
+        elif bare.endswith(".base_layer.weight"):
+            copies[bare.replace(".base_layer.weight", ".weight")] = name
+        elif _saved_whole(bare, saved):
+            full[bare] = name
+        else:
+            problems.append(f"{name}: an extra tensor: neither LoRA nor in modules_to_save.")
+    return grouped, full, copies, problems
+
+
+def _module(
+    path: str, leaves: Mapping[str, str], config: Mapping[str, Any], file: TensorFile
+) -> tuple[Module | None, list[str]]:
+    embedding = "ea" in leaves or "eb" in leaves
+    a, b = (leaves.get("ea"), leaves.get("eb")) if embedding else (leaves.get("a"), leaves.get("b"))
+    if a is None or b is None:
+        return None, [f"{path}: lora_{'B' if b is None else 'A'} is missing."]
+    real, kind = path, "embedding" if embedding else "linear"
+    if path.endswith((".experts", ".base_layer")):
+        parameter = _expert_parameter(path, config)
+        if parameter is None:
+            return None, [
+                f"{path}: adapts a parameter that target_parameters does not name as one of {', '.join(EXPERT_PARAMETERS)}."
+            ]
+        real, kind = parameter, "experts"
+    rank = pattern_value(config.get("rank_pattern") or {}, real, config.get("r", 8))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, real, config.get("lora_alpha", 8))
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    module = Module(real, kind, rank, scale, a, b, leaves.get("m"))
+    return module, _bad_shapes(module, file)
+
+
+def _expert_parameter(path: str, config: Mapping[str, Any]) -> str | None:
+    """Return which stacked parameter a wrapper adapts: PEFT nests one `base_layer` for each that lies further out."""
+    depth = path.count(".base_layer")
+    experts = path.replace(".base_layer", "")
+    targets = config.get("target_parameters") or []
+    adapted = [name for name in EXPERT_PARAMETERS if _matches(f"{experts}.{name}", targets)]
+    return f"{experts}.{adapted[-1 - depth]}" if depth < len(adapted) else None
+
+
+def _bad_shapes(module: Module, file: TensorFile) -> list[str]:
+    a, b = file.entries[module.a].shape, file.entries[module.b].shape
+    problems = []
+    if module.kind == "experts":
+        fits = len(a) == len(b) == 2 and a[0] % module.rank == 0 and b[1] == a[0] > 0
+    else:
+        fits = len(a) == len(b) == 2 and a[0] == b[1] == module.rank
+    if not fits:
+        problems.append(f"{module.path}: A is {list(a)} and B {list(b)}, which do not fit rank {module.rank}.")
+    elif module.m and module.kind == "linear" and file.entries[module.m].shape != (b[0],):
+        problems.append(f"{module.path}: its magnitude is {list(file.entries[module.m].shape)}, expected [{b[0]}].")
+    return problems
+
+
+def _matches(path: str, targets: Iterable[str]) -> bool:
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def _unmatched(modules: Iterable[Module], config: Mapping[str, Any]) -> list[str]:
+    """Name modules whose tensors PEFT would leave out without a word, and targets that have no tensor."""
+    targets = config.get("target_modules") or []
+    parameters = config.get("target_parameters") or []
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    modules = list(modules)
+    problems = []
+    for module in modules:
+        path = module.path
+        if path == "lm_head" and config.get("ensure_weight_tying"):
+            continue  # PEFT adds the tied head by itself
+        if module.kind == "experts" or _matches(f"{path}.weight", parameters):
+            continue
+        if isinstance(targets, str):
+            hit = targets == "all-linear" or re.fullmatch(targets, path) is not None
+        else:
+            layer = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+            inside = not layers or path in targets or (layer is not None and int(layer[1]) in layers)
+            hit = _matches(path, targets) and inside
+        if not hit:
+            problems.append(f"{path}: an extra module: target_modules does not match it, so PEFT would ignore it.")
+    if not isinstance(targets, str):
+        problems += [
+            f"target_modules: '{target}' has no tensor in the file."
+            for target in targets
+            if not any(_matches(module.path, [target]) for module in modules) and not _excluded(target, config)
+        ]
+    return problems
+
+
+def _excluded(target: str, config: Mapping[str, Any]) -> bool:
+    excluded = config.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, target) is not None
+    return _matches(target, excluded)
+
+
+def _saved_whole(name: str, saved: Iterable[Any]) -> bool:
+    """PEFT takes every module whose path ends like an entry, so 'norm' means all that end in norm."""
+    parts = name.split(".")
+    modules = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return any(module.endswith(str(entry)) for module in modules for entry in saved)

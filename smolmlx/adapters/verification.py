@@ -1,0 +1,205 @@
+"""Nothing counts as exported until the program that will load it has loaded it and agreed.
+
+The reference is the base with its adapter, loaded apart, in float32: its own greedy answer to fixed prompts, and its
+logits along prompt and answer. The export is fed the same ids, so a difference is a difference in weights or in
+arithmetic, never one that grew from an earlier token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from smolmlx import backend as backends
+from smolmlx.adapters import adapter as adapters
+from smolmlx.adapters.convert import convert
+from smolmlx.backend import Decoding, FloatArray, Loading
+from smolmlx.data.chat import Tokenizer
+from smolmlx.errors import BackendError, VerificationError
+from smolmlx.models import BaseModel, open_model
+
+PROMPTS = (
+    "Once upon a time",
+    "def add(a, b):\n    return",
+    "The three most common questions are:\n1.",
+    "Grüße aus Köln: 12,5 %",
+)
+HARD_TEXTS = (
+    "def f(x):\n\treturn {'a': [1, 2.5e-3], \"b\": x**2}  # ok?",
+    "🙂👩‍👩‍👧‍👦 🇩🇪 ✨",
+    "3.14159 1000000 007 1,234,567.89 2026-11-21",
+    "  two spaces,   three,\ttab and a trailing one ",
+    "\n\n  \n",
+    "Съешь ещё этих мягких французских булок",
+    "我能吞下玻璃而不伤身体。こんにちは、世界! 안녕하세요",
+    "naïve café – “quotes” … don't can't I'LL we've",
+    "https://example.org/a_b?c=%20&d=é#x <b>&amp;</b>",
+    "ﬁ Ⅷ ½ é",
+)
+_NUM_TOKENS = 64
+Consumer = Callable[[Sequence[int]], FloatArray]
+"""Ids -> logits [T, V]."""
+NATS = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 2e-2, "q8_0": 2e-2, "8bit": 2e-2}
+"""Mean KL divergence, in nats per token, up to which an export agrees. Lower precisions are measured and not judged,
+but by `_BROKEN`: what they lose depends on the model."""
+_BROKEN = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A prompt with the reference's greedy answer, and its logits at each position."""
+
+    ids: tuple[int, ...]
+    num_prompt: int
+    logits: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How an export compares with its reference."""
+
+    consumer: str
+    """Program and version that loaded it."""
+    reference: str
+    nats: float
+    """Mean KL(reference || export) over all positions."""
+    largest: float
+    """Largest difference of two log-probabilities that the reference gives more than e^-10."""
+    greedy: float
+    """Share of the reference's greedy tokens that the export would pick too."""
+    num_tokens: int
+    limit: float
+
+
+def compare(samples: Sequence[Sample], consumer: Consumer, names: tuple[str, str], precision: str) -> Agreement:
+    """Compare an export with the reference.
+
+    Args:
+        names: what loaded the export, and what the reference was made with.
+        precision: of the export; a key of NATS, or anything else where drift is expected.
+
+    Raises:
+        VerificationError: it drifts, or does not even give numbers.
+    """
+    nats, largest, same, answered, positions = 0.0, 0.0, 0, 0, 0
+    for sample in samples:
+        found = consumer(sample.ids)
+        if found.shape[0] != len(sample.ids) or not np.isfinite(found).all():
+            raise VerificationError(
+                f"{names[0]}: logits of shape {list(found.shape)}, or not finite, for {len(sample.ids)} ids."
+            )
+        width = min(found.shape[1], sample.logits.shape[1])  # a padded vocabulary is longer
+        ours, theirs = _log_softmax(sample.logits[:, :width]), _log_softmax(found[:, :width])
+        nats += float((np.exp(ours) * (ours - theirs)).sum())
+        likely = ours > -10
+        largest = max(largest, float(np.abs(ours - theirs)[likely].max()))
+        positions += len(sample.ids)
+        picked = theirs[sample.num_prompt - 1 : -1].argmax(axis=1)
+        same += int((picked == np.array(sample.ids[sample.num_prompt :])).sum())
+        answered += len(picked)
+    limit = NATS.get(precision, _BROKEN)
+    agreement = Agreement(*names, max(0.0, nats / positions), largest, same / max(1, answered), answered, limit)
+    exact = precision == "float32"
+    if agreement.nats > limit or (exact and agreement.greedy < 1 and largest > 1e-3):
+        raise VerificationError(
+            f"{names[0]} does not agree with {names[1]}: {agreement.nats:.2g} nats per token (limit {limit:g}),"
+            f" {agreement.greedy:.1%} of {answered} greedy tokens the same. The export was not kept; --no-verify keeps it."
+        )
+    return agreement
+
+
+def compare_ids(tokenizer: Tokenizer, encode: Callable[[str], Sequence[int]], name: str) -> int:
+    """Check that a program cuts hard texts into the same ids; returns how many texts.
+
+    Raises:
+        VerificationError: it does not, with the first such text.
+    """
+    for text in HARD_TEXTS:
+        ours, theirs = tokenizer.encode(text), list(encode(text))
+        if ours != theirs:
+            raise VerificationError(
+                f"{name} cuts {text!r} into {theirs[:12]}..., the tokenizer into {ours[:12]}.... Its vocabulary or"
+                " pre-tokenizer is not the same. The export was not kept; --no-verify keeps it."
+            )
+    return len(HARD_TEXTS)
+
+
+def make_samples(engine: str, base: BaseModel, adapter: Path | None, tokenizer: Tokenizer) -> list[Sample]:
+    """Ask the reference: base and adapter, loaded apart by an engine, in float32."""
+    texts = [*PROMPTS]
+    if tokenizer.template_text is not None:
+        texts.append(tokenizer.prompt(({"role": "user", "content": PROMPTS[2]},)))
+    prompts = [ids for ids in (tokenizer.encode(text)[:256] for text in texts) if ids]
+    with peft_form(adapter) as folder, loaded(engine, base, folder, tokenizer) as generator:
+        answers = {c.index: c.ids for c in generator.generate(prompts, Decoding(max_tokens=_NUM_TOKENS))}
+        whole = [(*prompt, *answers[index]) for index, prompt in enumerate(prompts)]
+        return [Sample(ids, len(prompts[i]), generator.logits(ids)) for i, ids in enumerate(whole)]
+
+
+@contextlib.contextmanager
+def loaded(engine: str, base: BaseModel, adapter: Path | None, tokenizer: Tokenizer) -> Iterator[backends.Generator]:
+    """Load a model by an engine in float32, and let go of it afterwards: two at once may not fit."""
+    device = "cpu" if engine == "cuda" and not backends.has_nvidia() else None
+    generator = backends.load(engine).generator(base, adapter, tokenizer, Loading(device, "float32"))
+    try:
+        yield generator
+    finally:
+        del generator
+        gc.collect()
+
+
+@contextlib.contextmanager
+def peft_form(adapter: Path | None) -> Iterator[Path | None]:
+    """Yield an adapter in PEFT's format, which is what engines load."""
+    if adapter is None or adapters.detect(adapter) == "peft":
+        yield adapter
+        return
+    with tempfile.TemporaryDirectory(prefix="smolmlx-") as folder:
+        yield convert(adapter, Path(folder) / "peft", "peft").folder
+
+
+def reference_engine(base: BaseModel, adapter: Path | None) -> str | None:
+    """Return the engine that can load base and adapter; transformers with PEFT first, but for MLX-quantized bases."""
+    order = ["mlx"] if base.quantization else ["cuda", "mlx"]
+    return next((engine for engine in order if is_installed(engine)), None)
+
+
+def is_installed(engine: str) -> bool:
+    packages = {"cuda": ("torch", "transformers", "peft"), "mlx": ("mlx", "mlx_lm")}[engine]
+    return all(importlib.util.find_spec(package) for package in packages)
+
+
+def check_folder(engine: str, folder: Path, samples: Sequence[Sample], reference: str, precision: str) -> Agreement:
+    """Load an exported folder with its consumer's library and compare.
+
+    Raises:
+        VerificationError: it does not load, or drifts.
+    """
+    tokenizer = Tokenizer(folder)
+    try:
+        with loaded(engine, open_model(folder), None, tokenizer) as generator:
+            return compare(samples, generator.logits, (library(engine), reference), precision)
+    except BackendError as error:
+        raise VerificationError(f"{library(engine)} does not load {folder}: {error}") from error
+
+
+def library(engine: str) -> str:
+    """Return the library an engine stands on, with its version."""
+    from importlib.metadata import version
+
+    package = {"cuda": "transformers", "mlx": "mlx-lm"}[engine]
+    return f"{package} {version(package)}"
+
+
+def _log_softmax(logits: FloatArray) -> FloatArray:
+    values = logits.astype(np.float64)
+    values -= values.max(axis=1, keepdims=True)
+    found: FloatArray = values - np.log(np.exp(values).sum(axis=1, keepdims=True))
+    return found

@@ -1,0 +1,289 @@
+"""Exports, loaded by the programs they are for; and that a wrong one does not pass."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import stock
+from safetensors.numpy import load_file
+
+from smolmlx.adapters import adapter as adapters
+from smolmlx.adapters import exports, gguf_model, gguf_vocab, verification
+from smolmlx.adapters.exports import Settings, Source, export
+from smolmlx.errors import BackendError, RecipeError, VerificationError
+from smolmlx.models import embedded_folder, open_model
+
+for package in ("torch", "peft", "mlx_lm"):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: exports are checked by it", allow_module_level=True)
+
+LINEAR = ["q_proj", "k_proj", "down_proj"]
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the gguf package is not installed")
+needs_llama = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: it is the judge here"
+)
+
+
+def with_tokenizer(folder: Path, tokenizer: Path) -> Path:
+    for name in TOKENIZER:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """A PEFT adapter with two ranks, trained on the tiny byte-level model."""
+    folder = tmp_path_factory.mktemp("tuned")
+    adapter = stock.train_peft(tiny_model, folder / "adapter", target_modules=LINEAR, rank_pattern={"q_proj": 2})
+    return Source("tuned", open_model(tiny_model), adapter)
+
+
+def test_hf_is_checked_by_both_libraries(tuned: Source, tmp_path: Path) -> None:
+    done = export("hf", tuned, tmp_path / "out", Settings())
+    assert [agreement.consumer.split()[0] for agreement in done.agreements] == ["transformers", "mlx-lm"]
+    assert all(agreement.nats < 1e-6 and agreement.greedy == 1 for agreement in done.agreements)
+    assert not any(path.name.startswith("adapter") for path in (tmp_path / "out").iterdir())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == tuned.base.config["rope_theta"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype: str, tuned: Source, tmp_path: Path) -> None:
+    done = export("hf", tuned, tmp_path / "out", Settings(dtype=dtype))
+    assert done.precision == dtype and all(0 < agreement.nats < agreement.limit for agreement in done.agreements)
+
+
+def test_mlx_quantized(tmp_path: Path, tiny_model: Path) -> None:
+    base = with_tokenizer(
+        stock.make_base("llama-tied", tmp_path / "base", vocab_size=320, hidden_size=128, intermediate_size=192),
+        tiny_model,
+    )
+    adapter = stock.train_mlx(base, tmp_path / "adapter")
+    done = export("mlx", Source("x", open_model(base), adapter), tmp_path / "out", Settings(quantize="8bit"))
+    assert done.agreements[0].consumer.startswith("mlx-lm") and 0 < done.agreements[0].nats < 2e-2
+    assert any(name.endswith(".scales") for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_vllm_folders(tuned: Source, tmp_path: Path) -> None:
+    """vLLM multiplies every module by alpha / r, so patterns must be gone from the adapter folder."""
+    done = export("vllm", tuned, tmp_path / "out", Settings())
+    assert len(done.agreements) == 2 and "vLLM itself" in done.unverified[0]
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    assert len({(m.rank, m.scale) for m in adapters.read(tmp_path / "out" / "adapter").modules}) == 1
+    assert "--lora-modules" in done.commands[1] and "--max-lora-rank 8" in done.commands[1]
+
+
+def test_vllm_takes_no_dora(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = stock.train_peft(tiny_model, tmp_path / "dora", target_modules=LINEAR, use_dora=True)
+    done = export("vllm", Source("x", open_model(tiny_model), adapter), tmp_path / "out", Settings())
+    assert not (tmp_path / "out" / "adapter").exists() and any("DoRA" in note for note in done.notes)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
+GGUF_BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("llama-tied", "llama-untied", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3")},
+    "llama, llama3 positions": ("llama-untied", {"rope_parameters": LLAMA3}),
+    "llama, linear positions": (
+        "llama-tied", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+}  # fmt: skip
+
+
+@needs_gguf
+@needs_llama
+@pytest.mark.parametrize("name", GGUF_BASES)
+def test_gguf_of_each_architecture(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    """float32: llama.cpp gives the ids, the logits and the greedy tokens of base and adapter in transformers."""
+    kind, settings = GGUF_BASES[name]
+    base = with_tokenizer(stock.make_base(kind, tmp_path / "base", vocab_size=320, **settings), tiny_model)
+    adapter = stock.train_peft(base, tmp_path / "adapter", target_modules=LINEAR)
+    done = export("gguf", Source(name, open_model(base), adapter), tmp_path / "out.gguf", Settings(kind="f32"))
+    assert done.agreements[0].nats < 1e-6 and done.agreements[0].greedy == 1 and (tmp_path / "out.gguf").is_file()
+
+
+@needs_gguf
+@needs_llama
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_k_m"])
+def test_gguf_types(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320, hidden_size=256), tiny_model)
+    adapter = stock.train_peft(base, tmp_path / "adapter", target_modules=LINEAR)
+    done = export("gguf", Source("x", open_model(base), adapter), tmp_path / "out", Settings(kind=kind))
+    assert (tmp_path / "out" / f"model-{kind}.gguf").is_file() and 0 < done.agreements[0].nats < done.agreements[
+        0
+    ].limit
+
+
+@needs_gguf
+@needs_llama
+def test_gguf_of_a_sentencepiece_model(assets: Path, tmp_path: Path) -> None:
+    base = assets / "models" / "stories260k"
+    adapter = stock.train_peft(base, tmp_path / "adapter", target_modules=LINEAR)
+    done = export("gguf", Source("stories", open_model(base), adapter), tmp_path / "out.gguf", Settings(kind="f32"))
+    assert done.agreements[0].greedy == 1 and done.agreements[0].num_tokens > 64
+    assert any("hard texts" in note for note in done.notes)
+
+
+@needs_gguf
+@needs_llama
+def test_gguf_of_the_embedded_model(tmp_path: Path) -> None:
+    base = open_model(embedded_folder(), "tiny")
+    adapter = stock.train_peft(base.folder, tmp_path / "adapter", target_modules=LINEAR, steps=2)
+    done = export("gguf", Source("tiny", base, adapter), tmp_path / "out.gguf", Settings(kind="f32"))
+    assert done.agreements[0].greedy == 1
+
+
+@needs_gguf
+@needs_llama
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen3"])
+def test_real_tokenizers_in_llama_cpp(name: str, assets: Path, tmp_path: Path) -> None:
+    size = len(json.loads((assets / "tokenizers" / name / "tokenizer.json").read_text())["model"]["vocab"]) + 300
+    base = with_tokenizer(
+        stock.make_base("llama-tied", tmp_path / "base", vocab_size=size, hidden_size=16, num_hidden_layers=1),
+        assets / "tokenizers" / name,
+    )
+    done = export("gguf", Source(name, open_model(base), None), tmp_path / "out.gguf", Settings(kind="f16"))
+    assert any("same ids from llama.cpp" in note for note in done.notes) and done.agreements
+
+
+@needs_gguf
+@needs_llama
+def test_a_wrong_gguf_does_not_pass(tuned: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q and k left in transformers' order: the file loads and talks, and is wrong."""
+    monkeypatch.setitem(gguf_model.ARCHITECTURES, "llama", gguf_model.Architecture("llama", interleaved=False))
+    with pytest.raises(VerificationError, match="nats per token"):
+        export("gguf", tuned, tmp_path / "out.gguf", Settings(kind="f32"))
+    assert not list(tmp_path.iterdir())
+    done = export("gguf", tuned, tmp_path / "out.gguf", Settings(kind="f32", verify=False))
+    assert done.unverified == ["everything: --no-verify"] and (tmp_path / "out.gguf").is_file()
+
+
+@needs_gguf
+@needs_llama
+def test_a_wrong_pre_tokenizer_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_vocab, "_pre_name", lambda tree, folder: "llama-bpe")
+    tiny = Source("tiny", open_model(embedded_folder()), None)
+    with pytest.raises(VerificationError, match="cuts"):
+        export("gguf", tiny, tmp_path / "out.gguf", Settings(kind="f32"))
+
+
+def test_a_wrong_merge_does_not_pass(tuned: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The complaint this is for: an export that lost the fine-tune."""
+    assert tuned.adapter is not None
+    monkeypatch.setattr(Source, "terms", property(lambda self: []))
+    with pytest.raises(VerificationError, match="does not agree"):
+        export("hf", tuned, tmp_path / "out", Settings())
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_finds_noise_and_nonsense() -> None:
+    rng = np.random.default_rng(0)
+    logits = 5 * rng.standard_normal((12, 20)).astype(np.float32)
+    sample = verification.Sample((1, *np.argmax(logits[:-1], axis=1).tolist()), 1, logits)
+    same = verification.compare([sample], lambda ids: logits + 3, ("a", "b"), "float32")
+    assert same.nats < 1e-12 and same.greedy == 1
+    padded = np.pad(logits, ((0, 0), (0, 4)), constant_values=-99)
+    assert verification.compare([sample], lambda ids: padded, ("a", "b"), "float32").nats < 1e-12
+    for wrong in (logits[:, ::-1], np.full_like(logits, np.nan), logits[:-1]):
+        with pytest.raises(VerificationError):
+            verification.compare([sample], lambda ids, wrong=wrong: wrong, ("a", "b"), "q4_k_m")  # type: ignore[misc]
+
+
+def edit_tokenizer(folder: Path, **changes: Any) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_vocabularies_that_llama_cpp_would_cut_differently(tiny_model: Path, tmp_path: Path) -> None:
+    folder = with_tokenizer(tmp_path, tiny_model)
+    split = {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    edit_tokenizer(folder, pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]})
+    with pytest.raises(RecipeError, match="not known here"):
+        gguf_vocab.read_vocabulary(folder, 320)
+    edit_tokenizer(folder, pre_tokenizer=None)
+    with pytest.raises(RecipeError, match=r"tokenizer\.model"):
+        gguf_vocab.read_vocabulary(folder, 320)
+    (folder / "tokenizer.model").write_bytes(b"\x0a\xff\xff\x01junk")
+    with pytest.raises(RecipeError, match="not a SentencePiece model"):
+        gguf_vocab.read_vocabulary(folder, 320)
+
+
+def test_pieces_as_sentencepiece_reads_them(assets: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed to compare with")
+    folder = assets / "models" / "stories260k"
+    known = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    pieces = gguf_vocab.read_pieces(folder)
+    assert [(text, score) for text, score, _ in pieces] == [
+        (known.id_to_piece(i), known.get_score(i)) for i in range(known.get_piece_size())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"model_type": "bert"}, "model_type bert"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 144}, "query_pre_attn_scalar"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+    ],
+)
+def test_models_that_would_be_others_in_llama_cpp(config: dict[str, Any], word: str) -> None:
+    with pytest.raises(RecipeError, match=word):
+        gguf_model.find_architecture({"hidden_size": 32, "num_attention_heads": 4, **config})
+
+
+def test_quantizer_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(BackendError, match="llama-quantize"):
+        gguf_model.quantize(tmp_path / "a", tmp_path / "b", "q4_k_m")
+
+
+def test_command_line(tuned: Source, tmp_path: Path) -> None:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        code = "from smolmlx.cli import main; main()"
+        return subprocess.run(
+            [sys.executable, "-c", code, "export", *map(str, arguments)], capture_output=True, text=True
+        )
+
+    shown = run("hf", tuned.adapter, tmp_path / "merged")
+    assert shown.returncode == 0 and shown.stdout.count("verified:") == 2 and "Next:" in shown.stdout, shown.stderr
+    again = run("hf", tuned.adapter, tmp_path / "merged")
+    assert again.returncode == 2 and "not empty" in again.stderr
+    kind = run("gguf", tuned.adapter, tmp_path / "x.gguf", "--type", "q9", "--no-verify")
+    assert kind.returncode == 2 and "q8_0" in kind.stderr
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    unfinished = run("hf", tmp_path / "run", tmp_path / "never")
+    assert unfinished.returncode == 2 and "--resume" in unfinished.stderr
+
+
+def test_push_is_only_asked_for(tuned: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be uploaded: the folder, then the card; no hub is reached here."""
+    import huggingface_hub
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Api:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: calls.append((name, kwargs))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    done = export("hf", tuned, tmp_path / "out", Settings(verify=False))
+    assert not calls
+    assert exports.push(done, tuned, "me/tuned", private=True) == "https://huggingface.co/me/tuned"
+    assert [name for name, _ in calls] == ["create_repo", "upload_folder", "upload_file"]
+    assert calls[0][1]["private"] and b"base_model:" in calls[2][1]["path_or_fileobj"]
+    assert b"not verified: everything" in calls[2][1]["path_or_fileobj"]

@@ -1,0 +1,251 @@
+"""Merged models: judged by transformers and mlx-lm beside base and adapter, and bit by bit against float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import stock
+from safetensors.numpy import load_file, save_file
+
+import lab as labs
+from smolmlx.adapters import adapter as adapters
+from smolmlx.adapters.analysis import analyze, effective_rank
+from smolmlx.adapters.base import Weights, dequantize
+from smolmlx.adapters.merge import merge
+from smolmlx.errors import DataError, RecipeError, RunError
+from smolmlx.models import open_model
+
+for package in ("torch", "peft", "mlx_lm"):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: its own loader is the judge here", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("llama-tied", {"target_modules": LINEAR}),
+    "tied, embedding": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    "untied, dora": ("llama-untied", {"target_modules": LINEAR, "use_dora": True}),
+    "untied head": ("qwen3", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
+    "whole norm and head": ("qwen3", {"target_modules": LINEAR, "modules_to_save": ["lm_head", "norm"]}),
+    "patterns, rslora": ("qwen2", {"target_modules": LINEAR, "use_rslora": True, "rank_pattern": {"v_proj": 3}}),
+    "fused projections": ("phi3", {"target_modules": "all-linear"}),
+    "experts": (
+        "qwen3-moe",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: stock.make_base(name, folder / name) for name in stock.BASES}
+
+
+@pytest.fixture(scope="module")
+def quantized(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tied base, quantized to 4 bits by mlx-lm itself."""
+    model = stock.mlx_base(bases["llama-tied"])
+    from mlx_lm.utils import quantize_model, save_config, save_model
+
+    config = json.loads((bases["llama-tied"] / "config.json").read_text())
+    model, config = quantize_model(model, config, group_size=32, bits=4)
+    out = tmp_path_factory.mktemp("quantized") / "base"
+    save_model(out, model)
+    save_config(config, out / "config.json")
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_peft_adapter_speaks_as_the_adapter(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    name, config = KINDS[kind]
+    adapter = stock.train_peft(bases[name], tmp_path / "peft", **config)
+    done = merge(open_model(bases[name]), [(adapter, 1.0)], tmp_path / "merged")
+    assert done.dtype == "float32" and done.lost < 1e-3 and not done.erased
+    wanted = stock.peft_logits(bases[name], adapter)
+    np.testing.assert_allclose(stock.peft_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(stock.mlx_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama-tied", "lora"), ("qwen3", "dora"), ("qwen3-moe", "lora")])
+def test_merged_mlx_adapter_speaks_as_the_adapter(name: str, kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = stock.train_mlx(bases[name], tmp_path / "mlx", kind=kind)
+    merge(open_model(bases[name]), [(adapter, 1.0)], tmp_path / "merged")
+    wanted = stock.mlx_logits(bases[name], adapter)
+    np.testing.assert_allclose(stock.peft_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(stock.mlx_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+def test_quantized_base(quantized: Path, tmp_path: Path) -> None:
+    adapter = stock.train_mlx(quantized, tmp_path / "mlx", keys=["self_attn.q_proj", "mlp.up_proj"])
+    done = merge(open_model(quantized), [(adapter, 1.0)], tmp_path / "merged", dtype="float32")
+    assert "quantized" in done.notes[0]
+    assert not {"quantization", "quantization_config"} & set(json.loads((tmp_path / "merged/config.json").read_text()))
+    wanted = stock.mlx_logits(quantized, adapter)
+    np.testing.assert_allclose(stock.mlx_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(stock.peft_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_dequantize_as_mlx_does(bits: int) -> None:
+    mx = labs.import_mlx()
+    weight = mx.random.normal((6, 128), key=mx.random.key(bits))
+    packed = mx.quantize(weight, group_size=32, bits=bits)
+    theirs = np.array(mx.dequantize(*packed, group_size=32, bits=bits))
+    ours = dequantize(*(np.array(part) for part in packed), bits, 32)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "step"), [("float32", 2**-23), ("float16", 2**-10), ("bfloat16", 2**-7)])
+def test_within_one_rounding_step(dtype: str, step: float, bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = stock.train_peft(bases["llama-untied"], tmp_path / "peft", target_modules=LINEAR)
+    merge(open_model(bases["llama-untied"]), [(adapter, 1.0)], tmp_path / "merged", dtype=dtype)
+    found = adapters.read(adapter)
+    before, after = Weights(open_model(bases["llama-untied"])), Weights(open_model(tmp_path / "merged"))
+    for module in found.modules:
+        a, b = (factor.astype(np.float64) for factor in found.factors(module))
+        wanted = before.floats(f"{module.path}.weight") + module.scale * (a @ b).T
+        got = after.floats(f"{module.path}.weight")
+        assert (np.abs(got - wanted) <= step * np.abs(wanted) + 1e-6).all()
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == dtype
+
+
+def test_erased_change_is_reported(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = stock.train_peft(bases["llama-untied"], tmp_path / "peft", target_modules=LINEAR)
+    base = open_model(bases["llama-untied"])
+    done = merge(base, [(adapter, 1e-3)], tmp_path / "merged", dtype="bfloat16")
+    assert len(done.erased) == 6 and done.lost > 0.05
+    assert done.lost > merge(base, [(adapter, 1.0)], tmp_path / "more", dtype="bfloat16").lost
+
+
+def test_sharded_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    sharded = tmp_path / "sharded"
+    model = stock.torch_base(bases["qwen2"]).to(torch.float32)
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    (sharded / "config.json").write_bytes((bases["qwen2"] / "config.json").read_bytes())
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    adapter = stock.train_peft(bases["qwen2"], tmp_path / "peft", target_modules=LINEAR)
+    merge(open_model(sharded), [(adapter, 1.0)], tmp_path / "merged")
+    merge(open_model(bases["qwen2"]), [(adapter, 1.0)], tmp_path / "whole")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "whole"))
+    assert set(one) == set(other) and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_index_that_leaves_the_folder(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((bases["qwen2"] / name).read_bytes())
+    index = {"weight_map": {"model.norm.weight": "../../etc/passwd.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="not a file of this folder"):
+        Weights(open_model(folder))
+
+
+def test_linear_combination(bases: dict[str, Path], tmp_path: Path) -> None:
+    """X6: two adapters together are the sum of their changes, and a coefficient of 0 switches one off."""
+    base = open_model(bases["llama-tied"])
+    one = stock.train_peft(bases["llama-tied"], tmp_path / "one", target_modules=["q_proj", "up_proj"])
+    two = stock.train_mlx(bases["llama-tied"], tmp_path / "two", keys=["self_attn.q_proj"], scale=1.0)
+    merge(base, [(one, 0.5), (two, -1.5)], tmp_path / "both")
+    merge(base, [(one, 1.0)], tmp_path / "first")
+    merge(base, [(two, 1.0)], tmp_path / "second")
+    merge(base, [(one, 1.0), (two, 0.0)], tmp_path / "off")
+    plain, both, first, second, off = (
+        load_file(folder / "model.safetensors")
+        for folder in (bases["llama-tied"], *(tmp_path / name for name in ("both", "first", "second", "off")))
+    )
+    for name in plain:
+        wanted = plain[name] + 0.5 * (first[name] - plain[name]) - 1.5 * (second[name] - plain[name])
+        np.testing.assert_allclose(both[name], wanted, atol=1e-5)
+        np.testing.assert_array_equal(off[name], first[name])
+
+
+def test_a_tie_is_kept_or_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = stock.train_peft(bases["llama-tied"], tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    base = open_model(bases["llama-tied"])
+    with pytest.raises(RecipeError, match="--untie"):
+        merge(base, [(adapter, 1.0)], tmp_path / "refused")
+    done = merge(base, [(adapter, 1.0)], tmp_path / "merged", untie=True)
+    assert not done.tied
+    wanted = stock.peft_logits(bases["llama-tied"], adapter)
+    for logits in stock.LOGITS.values():
+        np.testing.assert_allclose(logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+def test_tied_weight_stored_as_the_head_alone(bases: dict[str, Path], tmp_path: Path) -> None:
+    """mlx-lm and llama.cpp fail on such a folder; the merged one has the embedding."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((bases["llama-tied"] / "config.json").read_bytes())
+    tensors = load_file(bases["llama-tied"] / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    adapter = stock.train_peft(bases["llama-tied"], tmp_path / "peft", target_modules=LINEAR)
+    merge(open_model(folder), [(adapter, 1.0)], tmp_path / "merged")
+    wanted = stock.peft_logits(bases["llama-tied"], adapter)
+    np.testing.assert_allclose(stock.mlx_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+def test_full_weights_of_mlx_lm(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    folder.mkdir()
+    tensors = load_file(bases["qwen3"] / "model.safetensors")
+    trained = {name: value * 1.5 for name, value in tensors.items() if "q_proj" in name}
+    save_file(trained, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text('{"fine_tune_type": "full", "num_layers": 2}')
+    merge(open_model(bases["qwen3"]), [(folder, 1.0)], tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(np.array_equal(merged[name], trained.get(name, tensors[name])) for name in tensors)
+
+
+def test_float16_overflow_is_an_error(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = stock.train_peft(bases["qwen3"], tmp_path / "peft", target_modules=LINEAR)
+    with pytest.raises(RunError, match="bfloat16"):
+        merge(open_model(bases["qwen3"]), [(adapter, 1e7)], tmp_path / "merged", dtype="float16")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_never_beside_other_files(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = stock.train_peft(bases["qwen3"], tmp_path / "peft", target_modules=LINEAR)
+    with pytest.raises(RecipeError, match="not empty"):
+        merge(open_model(bases["qwen3"]), [(adapter, 1.0)], adapter)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied, dora", "experts"])
+def test_analysis_against_numpy(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Every figure again, from the merged weights."""
+    name, config = KINDS[kind]
+    adapter = stock.train_peft(bases[name], tmp_path / "peft", **config)
+    merge(open_model(bases[name]), [(adapter, 1.0)], tmp_path / "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (bases[name], tmp_path / "merged"))
+    changes = {change.weight: change for change in analyze(adapter, open_model(bases[name]))}
+    assert set(changes) >= {key for key in before if not np.array_equal(before[key], after[key])}
+    for key, change in changes.items():
+        if np.array_equal(before[key], after[key]):  # an expert that no token reached
+            assert change.frobenius == change.effective_rank == 0
+            continue
+        old, new = before[key].astype(np.float64), after[key].astype(np.float64)
+        delta = new - old
+        assert change.frobenius == pytest.approx(np.linalg.norm(delta), rel=1e-4)
+        assert change.relative == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(old), rel=1e-4)
+        assert change.largest == pytest.approx(np.abs(delta).max(), rel=1e-3)
+        assert change.cosine == pytest.approx((old * new).sum() / np.linalg.norm(old) / np.linalg.norm(new), rel=1e-5)
+        if kind != "untied, dora":
+            values = np.linalg.svd(delta, compute_uv=False)
+            shares = values[values > 1e-6 * values[0]] / values.sum()
+            assert change.effective_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=2e-2)
+
+
+def test_effective_rank_of_known_matrices() -> None:
+    eye = np.eye(5, 3, dtype=np.float32)
+    assert effective_rank(eye, eye.T) == pytest.approx(3)
+    assert effective_rank(eye[:, :1], eye.T[:1]) == pytest.approx(1)
+    assert effective_rank(eye, np.zeros((3, 4), np.float32)) == 0

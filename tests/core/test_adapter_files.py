@@ -1,0 +1,216 @@
+"""Broken and hostile adapter files: refused with a reason and the right exit code, without reading what they promise."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from smolmlx.adapters import adapter as adapters
+from smolmlx.adapters.convert import convert
+from smolmlx.adapters.inspection import inspect
+from smolmlx.errors import DataError, RecipeError, SmolError
+
+PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
+Change = Callable[[Path], None]
+
+
+def make_peft(folder: Path, **config: Any) -> Path:
+    """A small PEFT adapter of random numbers."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    tensors = {}
+    for path in PATHS:
+        tensors[f"base_model.model.{path}.lora_A.weight"] = rng.standard_normal((4, 8), np.float32)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = rng.standard_normal((6, 4), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tree = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(tree))
+    return folder
+
+
+def make_mlx(folder: Path, **parameters: Any) -> Path:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    tensors = {}
+    for path in PATHS:
+        tensors[f"{path}.lora_a"] = rng.standard_normal((8, 4), np.float32)
+        tensors[f"{path}.lora_b"] = rng.standard_normal((4, 6), np.float32)
+    save_file(tensors, folder / "adapters.safetensors")
+    tree = {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0, **parameters}}
+    (folder / "adapter_config.json").write_text(json.dumps(tree))
+    return folder
+
+
+def weights(folder: Path) -> Path:
+    return next(path for path in folder.glob("adapter*.safetensors"))
+
+
+def edit(change: Callable[[dict[str, Any]], None]) -> Change:
+    """Return a function that changes the tensors of a folder."""
+
+    def run(folder: Path) -> None:
+        tensors = dict(load_file(weights(folder)))
+        change(tensors)
+        save_file(tensors, weights(folder))
+
+    return run
+
+
+def header(tree: Any, tail: bytes = b"") -> Change:
+    """Return a function that replaces the weight file by a header and some bytes."""
+
+    def run(folder: Path) -> None:
+        text = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
+        weights(folder).write_bytes(len(text).to_bytes(8, "little") + text + tail)
+
+    return run
+
+
+def truncate(folder: Path) -> None:
+    whole = weights(folder).read_bytes()
+    weights(folder).write_bytes(whole[: len(whole) - 9])
+
+
+def config(**changes: Any) -> Change:
+    def run(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return run
+
+
+def text(name: str, content: bytes) -> Change:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+LORA_A = f"base_model.model.{PATHS[0]}.lora_A.weight"
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+BROKEN: dict[str, tuple[Change, str]] = {
+    "truncated": (truncate, "promises"),
+    "empty": (text("adapter_model.safetensors", b""), "header"),
+    "seven bytes": (text("adapter_model.safetensors", b"1234567"), "header"),
+    "header bomb": (text("adapter_model.safetensors", (1 << 62).to_bytes(8, "little") + b"{}"), "header of 4611686018427387904"),
+    "not JSON": (header(b"{oops"), "not JSON"),
+    "not text": (header(b"\xff\xfe\x00"), "not JSON"),
+    "deep JSON": (header(b"[" * 100_000), "not JSON"),
+    "list": (header([1]), "not a table"),
+    "a promise of terabytes": (header({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}), "promises"),
+    "unknown dtype": (header({"a": {**ENTRY, "dtype": "F33"}}, bytes(8)), "dtype"),
+    "negative shape": (header({"a": {**ENTRY, "shape": [-2]}}, bytes(8)), "shape"),
+    "boolean shape": (header({"a": {**ENTRY, "shape": [True, 2]}}, bytes(8)), "shape"),
+    "backward offsets": (header({"a": {**ENTRY, "data_offsets": [8, 0]}}, bytes(8)), "bytes for shape"),
+    "overlap": (header({"a": ENTRY, "b": ENTRY}, bytes(8)), "overlap"),
+    "hole": (header({"a": {**ENTRY, "data_offsets": [8, 16]}}, bytes(16)), "hole"),
+    "more data than tensors": (header({"a": ENTRY}, bytes(16)), "promises 8"),
+    "missing B": (edit(lambda t: t.pop(LORA_A.replace("_A", "_B"))), "lora_B is missing"),
+    "extra tensor": (edit(lambda t: t.update({"base_model.model.model.norm.weight": np.ones(8, np.float32)})), "extra tensor"),
+    "foreign name": (edit(lambda t: t.update({"norm": np.ones(8, np.float32)})), "extra tensor"),
+    "wrong rank": (edit(lambda t: t.update({LORA_A: np.ones((3, 8), np.float32)})), "do not fit rank 4"),
+    "three axes": (edit(lambda t: t.update({LORA_A: np.ones((4, 8, 1), np.float32)})), "do not fit"),
+    "integers": (edit(lambda t: t.update({LORA_A: np.ones((4, 8), np.int32)})), "expected float32"),
+    "target without tensors": (config(target_modules=["q_proj", "up_proj", "v_proj"]), "'v_proj' has no tensor"),
+    "tensors without target": (config(target_modules=["q_proj"]), "does not match"),
+    "config not JSON": (text("adapter_config.json", b"{"), "not valid JSON"),
+    "config a list": (text("adapter_config.json", b"[]"), "expected a JSON table"),
+    "config too deep": (text("adapter_config.json", b"[" * 100_000), "not valid JSON"),
+    "config too long": (text("adapter_config.json", b" " * (9 << 20)), "at most"),
+}  # fmt: skip
+REFUSED: dict[str, tuple[Change, str]] = {
+    "both weight files": (text("adapters.safetensors", b"x"), "holds both"),
+    "not LoRA": (config(peft_type="IA3"), "peft_type"),
+    "unknown setting": (config(use_magic={"a": 1}), "use_magic"),
+    "aLoRA": (config(alora_invocation_tokens=[1]), "aLoRA"),
+    "corda": (config(init_lora_weights="corda"), "init_lora_weights"),
+    "rank as text": (config(r="8"), "positive integer"),
+    "alpha as text": (config(lora_alpha="8"), "expected a number"),
+    "alpha not finite": (config(lora_alpha=float("inf")), "expected a number"),
+    "pattern not a regex": (config(rank_pattern={"(": 4}), "regular expression"),
+    "patterns a list": (config(alpha_pattern=[1]), "expected a table"),
+    "targets a number": (config(target_modules=3), "target_modules"),
+}
+
+
+@pytest.mark.parametrize("case", [*BROKEN, *REFUSED])
+def test_refused(case: str, tmp_path: Path) -> None:
+    folder = make_peft(tmp_path / "adapter")
+    change, word = {**BROKEN, **REFUSED}[case]
+    change(folder)
+    tracemalloc.start()
+    with pytest.raises(SmolError, match=word) as caught:
+        convert(folder, tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(caught.value, DataError if case in BROKEN else RecipeError)
+    assert caught.value.exit_code == (4 if case in BROKEN else 2)
+    assert peak < 8 << 20, "refusing a file must not cost its promised size"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (edit(lambda t: t.update({f"{PATHS[0]}.lora_a": np.ones((8, 5), np.float32)})), "do not fit rank 4"),
+        (edit(lambda t: t.update({"model.norm.weight": np.ones(8, np.float32)})), "loader refuses it"),
+        (edit(lambda t: t.update({f"{PATHS[0]}.m": np.ones(6, np.float32)})), "magnitude"),
+        (edit(lambda t: t.pop(f"{PATHS[0]}.lora_b")), "lora_b is missing"),
+        (config(lora_parameters={"rank": 4, "alpha": 8, "dropout": 0.0}), "'alpha' does not stand for it"),
+        (config(lora_parameters={"rank": 4, "scale": 2.0, "keys": ["self_attn.q_proj"]}), "not among"),
+        (config(lora_parameters=None), "lora_parameters"),
+        (config(fine_tune_type="dora"), "m is missing"),
+        (config(fine_tune_type="lokr"), "none of mlx-lm's"),
+    ],
+)
+def test_broken_mlx_adapters(change: Change, word: str, tmp_path: Path) -> None:
+    folder = make_mlx(tmp_path / "adapter")
+    change(folder)
+    with pytest.raises((DataError, RecipeError), match=word):
+        convert(folder, tmp_path / "out")
+
+
+def test_alpha_beside_scale_is_ignored(tmp_path: Path) -> None:
+    """Old mlx-lm files carry both; the loader multiplies by scale."""
+    folder = make_mlx(tmp_path / "adapter", alpha=1000.0)
+    assert {module.scale for module in adapters.read(folder).modules} == {20.0}
+
+
+@pytest.mark.parametrize("name", ["adapter_model-00001-of-00002.safetensors", "adapter_model.bin", "README.md"])
+def test_no_weights(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match="not an adapter folder"):
+        adapters.read(tmp_path)
+
+
+def test_a_broken_note_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    folder = make_peft(tmp_path / "adapter")
+    convert(folder, tmp_path / "mlx")
+    for note in ("{}", '{"form": 1}', "[]", '{"form":"peft","header":"{}","config":"[]","written":"","folded":{}}'):
+        tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+        save_file(tensors, tmp_path / "mlx" / "adapters.safetensors", metadata={"smolmlx_origin": note})
+        with pytest.raises(DataError):
+            convert(tmp_path / "mlx", tmp_path / "out")
+
+
+def test_a_path_in_a_config_is_only_a_name(tmp_path: Path) -> None:
+    """Nothing is read or written at a path that a config names, other than a model's own files."""
+    folder = make_peft(tmp_path / "adapter", base_model_name_or_path="../../../../etc", revision="../x")
+    convert(folder, tmp_path / "mlx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "mlx"]
+    assert sorted(path.name for path in (tmp_path / "mlx").iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+
+
+def test_inspection_names_problems(tmp_path: Path) -> None:
+    found = inspect(make_mlx(tmp_path / "loud"))
+    assert any("scale 20" in problem for problem in found.problems) and any("no base" in p for p in found.problems)
+    folder = make_peft(tmp_path / "adapter", base_model_name_or_path="/no/such/folder")
+    edit(lambda t: t.update({LORA_A: np.full((4, 8), np.nan, np.float32)}))(folder)
+    edit(lambda t: t.update({LORA_A.replace("_A", "_B"): np.zeros((6, 4), np.float32)}))(folder)
+    problems = "\n".join(inspect(folder).problems)
+    assert "not finite" in problems and "B is zero" in problems and "/no/such/folder" in problems

@@ -1,0 +1,114 @@
+"""`smolmlx adapter` as typed: results on stdout, notes on stderr, exit codes."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_adapter_files import PATHS, make_mlx, make_peft
+
+from smolmlx.models import open_model
+
+
+def smolmlx(*arguments: object) -> subprocess.CompletedProcess[str]:
+    code = "from smolmlx.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter that fits the tiny model, as a finished run leaves it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    (folder / "adapter").mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    tensors = {}
+    for path, (width_in, width_out) in open_model(tiny_model).linear_shapes().items():
+        if path.endswith(("q_proj", "up_proj")):
+            tensors[f"base_model.model.{path}.lora_A.weight"] = rng.standard_normal((4, width_in), np.float32)
+            tensors[f"base_model.model.{path}.lora_B.weight"] = 0.05 * rng.standard_normal((width_out, 4), np.float32)
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
+    config["base_model_name_or_path"] = str(tiny_model)
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_inspect_a_run(trained: Path) -> None:
+    shown = smolmlx("adapter", "inspect", trained)
+    assert shown.returncode == 0 and "LoRA" in shown.stdout and "q_proj (2)" in shown.stdout
+    tree = json.loads(smolmlx("adapter", "inspect", trained, "--json").stdout)
+    assert (
+        tree["ranks"] == {"4": 4} and tree["scales"] == {"2.0": 4} and tree["layers"] == [0, 1] and not tree["problems"]
+    )
+
+
+def test_convert_there_and_back(trained: Path, tmp_path: Path) -> None:
+    there = smolmlx("adapter", "convert", trained, tmp_path / "mlx", "--to", "mlx")
+    assert there.returncode == 0 and "4 modules" in there.stdout, there.stderr
+    back = smolmlx("adapter", "convert", tmp_path / "mlx", tmp_path / "peft")
+    assert back.returncode == 0 and "byte for byte" in back.stdout
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "peft" / name).read_bytes() == (trained / "adapter" / name).read_bytes()
+
+
+def test_exit_codes(trained: Path, tmp_path: Path) -> None:
+    same = smolmlx("adapter", "convert", trained, tmp_path / "out", "--to", "peft")
+    assert same.returncode == 2 and "already in peft format" in same.stderr
+    used = smolmlx("adapter", "convert", trained, trained)
+    assert used.returncode == 2 and "not empty" in used.stderr
+    broken = make_peft(tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"12345678")
+    for verb in (["inspect"], ["analyze"], ["convert"], ["merge"]):
+        out = [tmp_path / "never"] if verb[0] in ("convert", "merge") else []
+        shown = smolmlx("adapter", *verb, broken, *out)
+        assert shown.returncode == 4 and "Traceback" not in shown.stderr, shown.stderr
+    assert not (tmp_path / "never").exists()
+    nameless = smolmlx("adapter", "merge", make_mlx(tmp_path / "nameless"), tmp_path / "never")
+    assert nameless.returncode == 2 and "--model M" in nameless.stderr
+    uneven = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", 1, "--weight", 2)
+    assert uneven.returncode == 2 and "--weight" in uneven.stderr
+
+
+def test_merge_brings_tokenizer_template_and_eos(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+    done = smolmlx("adapter", "merge", trained, tmp_path / "merged", "--dtype", "float16", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_changed"] == 4
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    } <= names
+    assert not any(name.startswith("adapter") for name in names)
+    from smolmlx.data.chat import Tokenizer
+
+    generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    found = generation["eos_token_id"]
+    assert set(Tokenizer(tiny_model).eos_ids) <= set(found if isinstance(found, list) else [found])
+    assert Tokenizer(tmp_path / "merged").template_text == Tokenizer(tiny_model).template_text
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {value.dtype for value in merged.values()} == {np.dtype(np.float16)} and "lm_head.weight" not in merged
+
+
+def test_analyze_as_table_csv_and_chart(trained: Path, tmp_path: Path) -> None:
+    shown = smolmlx("adapter", "analyze", trained, "--csv", tmp_path / "a.csv")
+    assert shown.returncode == 0 and "effective rank" in shown.stdout, shown.stderr
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert len(rows) == 4 and all(float(row["relative"]) > 0 and 1 <= float(row["effective_rank"]) <= 4 for row in rows)
+    alone = make_peft(tmp_path / "alone")
+    tree = json.loads(smolmlx("adapter", "analyze", alone, "--json").stdout)
+    assert [row["weight"] for row in tree["weights"]] == list(PATHS) and tree["weights"][0]["relative"] is None
+    chart = smolmlx("adapter", "analyze", trained, "--chart", tmp_path / "a.svg")
+    if importlib.util.find_spec("matplotlib") is None:
+        assert chart.returncode == 3 and "smolmlx[report]" in chart.stderr
+    else:
+        assert chart.returncode == 0 and (tmp_path / "a.svg").read_text().startswith("<?xml")
