@@ -499,9 +499,7 @@ def _numbers(option: str, text: str, example: str, make: Callable[[str], float])
 @click.option("--tokenizer", metavar="DIR", type=click.Path(file_okay=False), help="Train a tokenizer on it, too.")
 @click.option("--vocab-size", type=click.IntRange(min=1), help=f"Tokens of the tokenizer.  [default: {_VOCABULARY}]")
 @options.as_json
-def corpus(
-    out_dir: Path, packages: tuple[str, ...], seed: int, chat_share: float, as_json: bool, **given: Any
-) -> None:
+def corpus(out_dir: Path, packages: tuple[str, ...], seed: int, chat_share: float, as_json: bool, **given: Any) -> None:
     """Build a pretraining corpus from installed documentation.
 
     Writes train.jsonl, validation.jsonl and card.json. Packages are read, not imported. With --tokenizer, a byte-level
