@@ -20,7 +20,7 @@ VERBS = {
     "plan": "Show what a recipe will do, without doing it.",
     "generate": "Answer prompts with a model.",
     "eval": "Score a model on held-out rows, beside its controls.",
-    "data": "Look at, check, prepare and split rows.",
+    "data": "Look at, check, prepare and split rows, and make them from documents.",
     "recipes": "List, show, copy and check recipes.",
     "doctor": "Check engines, devices and speed of this machine.",
 }
