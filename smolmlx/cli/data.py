@@ -566,3 +566,4 @@ def _train_tokenizer(corpus_dir: Path, folder: Path, vocab_size: int) -> None:
 
 # The verbs on documents have a file of their own.
 command.add_command(documents.chunk)
+command.add_command(documents.augment)

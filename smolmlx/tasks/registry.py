@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,7 +75,7 @@ class TaskSpec(_Entry):
     generations: Annotated[int, Field(ge=1, le=100)] = 1
     temperature: Annotated[float, Field(ge=0, le=2)]
     max_tokens: Annotated[int, Field(ge=1)]
-    min_words: Annotated[int, Field(ge=1)] = 40
+    min_words: Annotated[int, Field(ge=5)] = 40
     passage_words: Annotated[int, Field(ge=20)] | None = None
     passages: tuple[Annotated[int, Field(ge=2, le=20)], Annotated[int, Field(ge=2, le=20)]] | None = None
     """Fewest and most passages of a retrieval row."""
@@ -187,6 +187,11 @@ def _body_faults(place: str, body: str, fields: frozenset[str]) -> list[str]:
         return []
     named = ", ".join(f"{{{name}}}" for name in sorted(found)) or "nothing"
     return [f"{place}: expected exactly {', '.join(f'{{{name}}}' for name in sorted(fields))}, got {named}"]
+
+
+def number_passages(passages: Sequence[str]) -> str:
+    """Lay passages out with the numbers, from 1, that an answer names."""
+    return "\n\n".join(f"Passage {number}:\n{passage}" for number, passage in enumerate(passages, 1))
 
 
 def read_registry(path: Path | None = None) -> Registry:

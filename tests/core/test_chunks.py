@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolmlx import cli
@@ -57,6 +57,7 @@ def test_published_counts(count: int, sizes: list[int]) -> None:
     assert [size for _, size, _ in cut_text(words(count), Cut())] == sizes
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400), st.integers(1, 60), st.integers(0, 59))
 def test_chunks_cover_every_word(count: int, size: int, overlap: int) -> None:
     cut = Cut(size, min(overlap, size - 1))

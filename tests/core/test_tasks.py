@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolmlx.errors import RecipeError
@@ -112,6 +112,7 @@ VALUES: dict[str, st.SearchStrategy[schemas.Value]] = {
 
 
 @pytest.mark.parametrize("task", VALUES)
+@settings(deadline=None)
 @given(data=st.data())
 def test_every_style_is_read_back(task: str, data: st.DataObject) -> None:
     value = data.draw(VALUES[task])
@@ -121,6 +122,7 @@ def test_every_style_is_read_back(task: str, data: st.DataObject) -> None:
         assert replies.read_freely(task, written) == value
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200), st.sampled_from(sorted(schemas.ANSWERS)))
 def test_reading_never_raises(text: str, task: str) -> None:
     replies.read_freely(task, text)
