@@ -54,12 +54,9 @@ class BatchResearcher:
         *,
         context: int | None = None,
         constrained: bool,
-        batch_size: int = 32,
-        temperature: float | None = None,
-        seed: int = 0,
+        sampling: Decoding = Decoding(),
     ) -> None:
-        self.model, self.registry, self.constrained = model, registry, constrained
-        self.batch_size, self.temperature, self.seed = batch_size, temperature, seed
+        self.model, self.registry, self.constrained, self.sampling = model, registry, constrained, sampling
         self.budget = Budget(model.tokenizer, registry, context)
 
     def extract_bullets(self, passages: Sequence[str]) -> list[list[str]]:
@@ -140,12 +137,8 @@ class BatchResearcher:
         return [(retrieval_schema(size), rows) for size, rows in sizes.items()]
 
     def _decoding(self, task: str, schema: Mapping[str, Any] | None) -> dict[str, Any]:
-        given: dict[str, Any] = {
-            "max_tokens": self.budget.answer_tokens(task),
-            "temperature": self.temperature or 0.0,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-        }
+        given = {field.name: getattr(self.sampling, field.name) for field in fields(Decoding) if field.name != "schema"}
+        given["max_tokens"] = self.budget.answer_tokens(task)
         return given if schema is None else {**given, "schema": schema}
 
     def _read(self, task: str, reply: str, num_passages: int) -> Value:
@@ -167,9 +160,7 @@ class PaperResearcher:
         registry: Registry | str | Path | None = None,
         constrained: bool | None = None,
         context: int | None = None,
-        batch_size: int = 32,
-        temperature: float | None = None,
-        seed: int = 0,
+        sampling: Decoding = Decoding(),
         backend: str = "auto",
         device: str | None = None,
     ) -> None:
@@ -180,7 +171,7 @@ class PaperResearcher:
             constrained: keep answers to their schema while they are written; None does so where the engine can. Without
                 it answers are read tolerantly.
             context: most tokens of prompt and answer; None takes the model's own.
-            temperature: None and 0 are greedy, so that the same question has the same answer.
+            sampling: how answers are drawn; greedy unless said otherwise. Their length is the registry's.
 
         Raises:
             BackendError: `constrained` is asked for, and engines cannot.
@@ -196,9 +187,7 @@ class PaperResearcher:
             registry if isinstance(registry, Registry) else read_registry(Path(registry) if registry else None),
             context=context or own_context,
             constrained=can_constrain() if constrained is None else constrained,
-            batch_size=batch_size,
-            temperature=temperature,
-            seed=seed,
+            sampling=sampling,
         )
 
     def extract_bullets(self, passage: str) -> list[str]:

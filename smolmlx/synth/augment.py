@@ -107,14 +107,15 @@ def augment(
         raise RecipeError(
             f"{workshop.store.source}: no job in {len(workshop.store)} chunks. Give more text, or another seed.{reasons}"
         )
-    _claim(out_dir, _settings(workshop, attempts))
+    settings = {**_settings(workshop), "attempts": attempts, "together": runtime.together}
+    _claim(out_dir, settings)
     with Journal(out_dir / JOURNAL, planned.total) as journal:
         totals = Totals(planned.total)
         for record in journal.records():
             if record.state != FAILED:
                 totals.count(record)
         asyncio.run(_Run(workshop, runtime, journal, totals, attempts, on_progress).all())
-        manifest = publish(out_dir, journal, workshop, planned, totals)
+        manifest = publish(out_dir, journal, settings, (workshop, planned, totals))
     return Result(out_dir, totals, manifest)
 
 
@@ -239,7 +240,8 @@ class _Run:
             )
 
 
-def _settings(workshop: Workshop, attempts: int) -> dict[str, Any]:
+def _settings(workshop: Workshop) -> dict[str, Any]:
+    """Return what decides the rows."""
     order = workshop.order
     return {
         "made_by": MADE_BY,
@@ -250,7 +252,6 @@ def _settings(workshop: Workshop, attempts: int) -> dict[str, Any]:
         "runtime": order.runtime,
         "seed": order.seed,
         "layout": order.layout,
-        "attempts": attempts,
     }
 
 
@@ -275,8 +276,11 @@ def _claim(out_dir: Path, settings: dict[str, Any]) -> None:
         raise RecipeError(f"{out_dir}: was begun with other settings. Choose another folder, or give the same", changed)
 
 
-def publish(out_dir: Path, journal: Journal, workshop: Workshop, planned: Outline, totals: Totals) -> dict[str, Any]:
+def publish(
+    out_dir: Path, journal: Journal, settings: dict[str, Any], work: tuple[Workshop, Outline, Totals]
+) -> dict[str, Any]:
     """Write the accepted rows to one file per split in the order of jobs, then README.md and manifest.json."""
+    workshop, planned, totals = work
     digests = {split: hashlib.sha256() for split in SPLITS}
     counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     with contextlib.ExitStack() as stack:
@@ -291,8 +295,7 @@ def publish(out_dir: Path, journal: Journal, workshop: Workshop, planned: Outlin
                 digests[split].update(line)
                 counts[split][row["task"]] += 1
     manifest = {
-        **_settings(workshop, 0),
-        "attempts": json.loads((out_dir / SETTINGS).read_text(encoding="utf-8"))["attempts"],
+        **settings,
         "source": str(workshop.store.source),
         "rows": totals.rows,
         "jobs": {"planned": planned.total, "accepted": totals.accepted, "rejected": totals.rejected.total(), "failed": totals.failed.total()},

@@ -6,6 +6,7 @@ What cannot be used is left out with a reason, so that one broken file of a thou
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from smolmlx.data.clean import text_hash
 from smolmlx.data.formats import read_rows
 from smolmlx.errors import DataError
-from smolmlx.synth.markup import TO_TEXT, pdf_text, suffix_of
+from smolmlx.synth.markup import TO_TEXT, html_text, pdf_text, suffix_of
 
 ROWS = (".jsonl", ".jsonl.gz")
 SUFFIXES = (*TO_TEXT, ".pdf", *ROWS)
@@ -93,8 +94,8 @@ def _find(names: Sequence[str]) -> list[tuple[Path, str]]:
             found.setdefault(root, root.name)
     if problems:
         raise DataError("documents", problems)
-    taken = list(found.values())
-    return [(path, name if taken.count(name) == 1 else path.as_posix()) for path, name in found.items()]
+    taken = Counter(found.values())
+    return [(path, name if taken[name] == 1 else path.as_posix()) for path, name in found.items()]
 
 
 def _read(path: Path, name: str, left_out: LeftOut) -> Iterator[Document]:
@@ -107,7 +108,7 @@ def _read(path: Path, name: str, left_out: LeftOut) -> Iterator[Document]:
         if suffix == ".pdf":
             text = pdf_text(data)
         else:
-            source = decode(data, html=suffix in (".html", ".htm"))
+            source = decode(data, html=TO_TEXT[suffix] is html_text)
             text = TO_TEXT[suffix](_with_inputs(source, path.parent, path.parent, 0) if suffix == ".tex" else source)
     except OSError as error:
         left_out.note(UNREADABLE, name, str(error.strerror or error))

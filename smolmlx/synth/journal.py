@@ -63,13 +63,21 @@ class Journal:
                 f"{path}: another process is writing here. Wait for it, or choose another folder."
             ) from error
         self._end = 0
-        with path.open("rb") as lines:
+        try:
+            self._read(num_jobs)
+        except RunError:
+            os.close(self._file)
+            raise
+
+    def _read(self, num_jobs: int) -> None:
+        with self.path.open("rb") as lines:
             for line in lines:
                 if not line.endswith(b"\n"):
                     break
-                self._remember(_parse(line, path, num_jobs), self._end)
+                self._remember(_parse(line, self.path, num_jobs), self._end)
                 self._end += len(line)
-        os.ftruncate(self._file, self._end)
+        with writing(self.path):
+            os.ftruncate(self._file, self._end)
 
     def _remember(self, record: Record, offset: int) -> None:
         self._offsets[record.number] = offset

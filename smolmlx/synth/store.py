@@ -24,28 +24,33 @@ class ChunkStore:
             DataError: nothing there, or rows that are no chunks.
         """
         self.source = source
-        self._files: list[BinaryIO] = []
-        self._offsets, self._file, self._document = array("q"), array("b"), array("q")
+        self._files: list[tuple[Path, BinaryIO]] = []
+        self._offsets, self._lines, self._file, self._document = array("q"), array("q"), array("b"), array("q")
         self._starts, self._words = array("q"), array("q")
         self._documents: dict[tuple[str, str], list[int]] = {}
         self._splits: dict[str, array[int]] = {}
         self._split_names: list[str] = []
         self._document_chunks: list[list[int]] = []
         digest = hashlib.sha256()
-        for path in _find(source):
-            self._index(path, digest)
+        try:
+            for path in _find(source):
+                self._index(path, digest)
+            if not len(self):
+                raise DataError(f"{source}: no chunks. Make some with: smolmlx data chunk DOCUMENTS {source}")
+        except DataError:
+            self.close()
+            raise
         self.fingerprint = digest.hexdigest()[:16]
-        if not len(self):
-            raise DataError(f"{source}: no chunks. Make some with: smolmlx data chunk DOCUMENTS {source}")
 
     def _index(self, path: Path, digest: hashlib._Hash) -> None:
         file = path.open("rb")
-        self._files.append(file)
+        self._files.append((path, file))
         offset = 0
         for number, line in enumerate(file, 1):
             digest.update(line)
             if line.strip():
                 self._add(_parse(line, path, number), len(self._files) - 1, offset)
+                self._lines.append(number)
             offset += len(line)
 
     def _add(self, chunk: Chunk, file: int, offset: int) -> None:
@@ -69,9 +74,9 @@ class ChunkStore:
         return len(self._offsets)
 
     def __getitem__(self, number: int) -> Chunk:
-        file = self._files[self._file[number]]
+        path, file = self._files[self._file[number]]
         file.seek(self._offsets[number])
-        return _parse(file.readline(), self.source, number + 1)
+        return _parse(file.readline(), path, self._lines[number])
 
     def num_words(self, number: int) -> int:
         return self._words[number]
@@ -92,7 +97,7 @@ class ChunkStore:
         return self._starts[second] < self._starts[first] + self._words[first]
 
     def close(self) -> None:
-        for file in self._files:
+        for _, file in self._files:
             file.close()
 
     def __enter__(self) -> ChunkStore:

@@ -457,7 +457,7 @@ COMMAND = [sys.executable, "-c", "from smolmlx.cli import main; main()", "data",
 
 @pytest.mark.slow
 def test_killed_ten_times(chunks: Path, tmp_path: Path) -> None:
-    """SIGKILL at ten random moments, then a last run: the same bytes as one that ran through, and no job answered twice."""
+    """SIGKILL at ten random moments and one Ctrl-C, then a last run: the same bytes as one that ran through, and no job answered twice."""
     tasks = tmp_path / "tasks.yaml"
     tree = always(read_registry(), 0.9).model_dump(mode="json", by_alias=True, exclude_none=True)
     tasks.write_text(json.dumps(tree))
@@ -483,6 +483,12 @@ def test_killed_ten_times(chunks: Path, tmp_path: Path) -> None:
             process.wait()
             killed += 1
             sizes.append(journal.stat().st_size)
+        stopped = subprocess.Popen([*COMMAND, str(chunks), str(tmp_path / "out"), *options], stderr=subprocess.PIPE)
+        while stopped.poll() is None and journal.stat().st_size <= sizes[-1]:
+            time.sleep(0.005)
+        stopped.send_signal(signal.SIGINT)
+        _, said = stopped.communicate()
+        assert stopped.returncode == 130 and b"every finished job is kept" in said and b"Traceback" not in said
         subprocess.run([*COMMAND, str(chunks), str(tmp_path / "out"), *options], check=True, capture_output=True)
     assert sizes == sorted(sizes) and sizes[-1] > 0
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -221,7 +221,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     (source / "broken.pdf").write_bytes(b"%PDF")
     assert data(monkeypatch, "chunk", source, "out", "--words", 50, "--overlap", 10) == 0
     shown = capsys.readouterr()
-    assert "train" in shown.out and "Next: smolmlx data inspect out/train.jsonl" in shown.out
+    assert "train" in shown.out and "Next: smolmlx data augment out rows" in shown.out
     assert "left out, cannot be read: 1, first broken.pdf" in shown.err
     assert data(monkeypatch, "chunk", source, "out", "--json") == 0
     assert json.loads(capsys.readouterr().out)["documents"] == 20

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import lab as labs
 import smolmlx
+from smolmlx.backend import Decoding
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, DataError, RecipeError
 from smolmlx.research import PaperResearcher, PassageCut, QAPair, RetrievalResult, Triplet
@@ -93,7 +94,10 @@ def test_batch_asks_once_and_keeps_order(tokenizer: Tokenizer) -> None:
     assert researcher.batch.extract_bullets(passages) == [[text] for text in passages]
     assert len(model.decoding) == 1 and researcher.batch.extract_bullets([]) == []
     assert [researcher.extract_bullets(text) for text in passages] == [[text] for text in passages]
-    assert model.decoding[0] == {"max_tokens": 600, "temperature": 0.0, "seed": 0, "batch_size": 32}
+    assert Decoding(**model.decoding[0]) == Decoding(max_tokens=600)
+    researcher, model = ask(tokenizer, "x", sampling=Decoding(temperature=0.7, seed=3, batch_size=4))
+    researcher.extract_fact(PASSAGE)
+    assert Decoding(**model.decoding[0]) == Decoding(max_tokens=120, temperature=0.7, seed=3, batch_size=4)
 
 
 def test_asked_as_the_registry_says(tokenizer: Tokenizer, tmp_path: Path) -> None:
