@@ -201,9 +201,9 @@ def test_troubles_lose_nothing(store: ChunkStore, tmp_path: Path) -> None:
     made = workshop(store, 0.5)
     with serving(Behaviour(nonsense=0.1)) as server:
         calm = augment(made, ServerRuntime(server.url, "rule", limits=FAST), tmp_path / "calm")
-    how = Behaviour(errors=0.1, limits=0.1, hangs=0.01, drops=0.05, garbage=0.05, nonsense=0.1, seconds=0.003)
+    how = Behaviour(errors=0.1, limits=0.1, hangs=0.01, drops=0.05, garbage=0.05, nonsense=0.1, seconds=0.003, hang_seconds=3)
     with serving(how) as server:
-        runtime = ServerRuntime(server.url, "rule", limits=Limits(concurrency=8, timeout=2, retries=20))
+        runtime = ServerRuntime(server.url, "rule", limits=Limits(concurrency=8, timeout=1.5, retries=20))
         rough = augment(made, runtime, tmp_path / "rough")
     assert published(tmp_path / "calm") == published(tmp_path / "rough")
     assert rough.totals.failed.total() == 0 and rough.totals.done == rough.totals.jobs
