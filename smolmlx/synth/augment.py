@@ -299,9 +299,9 @@ def publish(
         "source": str(workshop.store.source),
         "rows": totals.rows,
         "jobs": {"planned": planned.total, "accepted": totals.accepted, "rejected": totals.rejected.total(), "failed": totals.failed.total()},
-        "rejected": dict(totals.rejected.most_common()),
-        "failed": dict(totals.failed.most_common()),
-        "answers_refused": dict(totals.attempts_refused.most_common()),
+        "rejected": _most_first(totals.rejected),
+        "failed": _most_first(totals.failed),
+        "answers_refused": _most_first(totals.attempts_refused),
         "chunks_left_out": dict(planned.left_out),
         "tokens": {"prompt": totals.prompt_tokens, "completion": totals.completion_tokens},
         "files": {
@@ -312,6 +312,11 @@ def publish(
     write_text(out_dir / "README.md", _card(manifest))
     write_text(out_dir / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest
+
+
+def _most_first(counts: Counter[str]) -> dict[str, int]:
+    """Return counts, the highest first; equal ones by name, since they came in the order of answers."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _card(manifest: dict[str, Any]) -> str:

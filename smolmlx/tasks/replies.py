@@ -79,6 +79,8 @@ def read(schema: type[Answer], reply: str, num_passages: int = 20) -> Value | Re
 def read_freely(task: str, reply: str, num_passages: int = 20) -> Value:
     """Return what a reply to a task holds, without bounds: metrics.md's tolerant parsers, JSON and Python lists."""
     found = _parse(ANSWERS[task], reply, num_passages)
+    if ANSWERS[task] is Bullets:
+        return found or parse_bullets(reply)
     return reply.strip() if found is None else found
 
 
@@ -125,6 +127,7 @@ def _parse(schema: type[Answer], reply: str, num_passages: int) -> Value | None:
 
 
 def _bullets(reply: str) -> tuple[str, ...]:
+    """Return the items of a list; none of a text that is no list, which must not become a row as a single point."""
     tree = load_json(reply)
     items = next(iter(tree.values()), None) if isinstance(tree, dict) else tree
     if not isinstance(items, list):
@@ -132,7 +135,7 @@ def _bullets(reply: str) -> tuple[str, ...]:
     if items and all(isinstance(item, str) for item in items):
         return tuple(plain(item) for item in items if item.strip())
     numbered = tuple(match.strip() for match in _NUMBERED.findall(reply))
-    return numbered if len(numbered) > 1 and not bullet_lines(reply) else parse_bullets(reply)
+    return bullet_lines(reply) or (numbered if len(numbered) > 1 else ())
 
 
 def _python_list(reply: str) -> list[Any] | None:

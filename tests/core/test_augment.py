@@ -198,10 +198,12 @@ def test_layouts_are_read_as_the_same_conversation(store: ChunkStore, tmp_path: 
 
 
 def test_troubles_lose_nothing(store: ChunkStore, tmp_path: Path) -> None:
-    made = workshop(store, 0.5)
+    made = workshop(store, 0.3)
     with serving(Behaviour(nonsense=0.1)) as server:
         calm = augment(made, ServerRuntime(server.url, "rule", limits=FAST), tmp_path / "calm")
-    how = Behaviour(errors=0.1, limits=0.1, hangs=0.01, drops=0.05, garbage=0.05, nonsense=0.1, seconds=0.003, hang_seconds=3)
+    how = Behaviour(
+        errors=0.1, limits=0.1, hangs=0.01, drops=0.05, garbage=0.05, nonsense=0.1, seconds=0.003, hang_seconds=3
+    )
     with serving(how) as server:
         runtime = ServerRuntime(server.url, "rule", limits=Limits(concurrency=8, timeout=1.5, retries=20))
         rough = augment(made, runtime, tmp_path / "rough")
@@ -287,7 +289,7 @@ def test_closed_servers_stop_the_run(store: ChunkStore, tmp_path: Path, status: 
 
 
 def test_a_dead_server_stops_the_run_and_the_next_goes_on(store: ChunkStore, tmp_path: Path) -> None:
-    made = workshop(store)
+    made = workshop(store, 0.3)
     with (
         serving(Behaviour(status=500, after=40)) as server,
         pytest.raises(RunError, match=r"no answer to the last \d+"),
@@ -497,6 +499,26 @@ def test_killed_ten_times(chunks: Path, tmp_path: Path) -> None:
     assert len(rows) == len({row["id"] for row in rows}) > 200
     done = [json.loads(line)["job"] for line in journal.read_text().splitlines()]
     assert len(done) == len(set(done))
+
+
+@pytest.mark.slow
+def test_real_documents_to_rows(assets: Path, tmp_path: Path) -> None:
+    made = write_chunks([str(assets / "text")], tmp_path / "chunks", Cut(), Method())
+    with ChunkStore(tmp_path / "chunks") as store, serving() as server:
+        work = Workshop(store, read_registry(), Order(model="rule", runtime="server"))
+        result = augment(work, ServerRuntime(server.url, "rule", limits=FAST), tmp_path / "rows")
+        texts = {store[n].id: " ".join(store[n].text.split()) for n in range(len(store))}
+    rows = read_rows(tmp_path / "rows")
+    assert result.totals.accepted == result.totals.jobs and len(rows) == result.totals.rows > 200
+    homes = {entry["id"]: entry["split"] for entry in made["document_list"]}
+    for row in rows:
+        assert row["split"] == homes[row["document"]]
+        assert {homes[other.rpartition(":")[0]] for other in row["other_chunks"]} <= {row["split"]}
+        if row["task"] in ("bullets", "qa", "triplets"):
+            shown = row["messages"][0]["content"].partition("Passage:\n")[2]
+            assert " ".join(shown.split()) == texts[row["chunk"]]
+    for split, entry in result.manifest["files"].items():
+        assert entry["rows"] == sum(row["split"] == split for row in rows)
 
 
 def data(

@@ -140,6 +140,7 @@ def test_reading_never_raises(text: str, task: str) -> None:
         ("bullets", '{"bullets": ["a", " "]}', replies.EMPTY),
         ("bullets", "\n".join(f"- point {i}" for i in range(7)), "invalid bullets: too long"),
         ("bullets", '{"bullets": ["' + "x" * 301 + '"]}', "invalid bullets: string too long"),
+        ("bullets", "Just a sentence.", replies.UNREADABLE),
         ("qa", "I cannot do that.", replies.UNREADABLE),
         ("qa", '{"pairs": [{"question": "a?"}]}', "invalid pairs.answer: missing"),
         ("triplets", '{"triplets": [{"subject": "a", "relation": "b", "object": 3}]}', "invalid triplets.object: string type"),
@@ -162,6 +163,7 @@ def test_replies_without_a_schema_are_read_tolerantly() -> None:
     assert read(schemas.Text, '{"a": 1} is JSON') == '{"a": 1} is JSON'
     assert read(schemas.Question, '{"question": "What?", "why": "Line 1."}') == schemas.Quest("What?", "Line 1.")
     assert read(schemas.Question, "What?") == Rejected(replies.UNREADABLE)
+    assert replies.read_freely("bullets", "Just a sentence.") == ("Just a sentence.",)
     assert replies.read_freely("retrieval", "**Passage:** 9\n**Why:** x", 3) == RetrievalResult(None, "x")
 
 
