@@ -31,7 +31,7 @@ def main() -> None:
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     # torch first and pinned: a looser request would fetch gigabytes of CUDA packages onto a machine without a GPU.
     run(*pip, torch_requirement())
-    extras = "mlx,cuda,dev,parquet,report,dedupe,judge"
+    extras = "mlx,cuda,dev,parquet,report,dedupe,judge,gguf"
     run(*pip, "--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[{extras}]")
     install_blas(pip)
     run(str(venv / "bin" / "smolmlx"), "doctor")

@@ -169,9 +169,10 @@ class Counter:
         self._began = time.monotonic()
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=40), TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=self.console, transient=True,
+            _Figures(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=self.console, transient=True,
         )  # fmt: skip
         self._task = self._progress.add_task(escape(title), total=total)
+        self._first: int | None = None
 
     def __enter__(self) -> Counter:
         if self.console.is_terminal:
@@ -182,13 +183,17 @@ class Counter:
         if self.console.is_terminal:
             self._progress.stop()
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, done: int, figures: str = "") -> None:
+        """Show how many are done; the first call may count what was done before."""
+        if self._first is None:
+            self._first = done if done > 1 else 0
         if self.console.is_terminal:
-            self._progress.update(self._task, completed=done)
+            self._progress.update(self._task, completed=done, figures=figures)
         elif time.monotonic() - self._last >= _EVERY_SECONDS:
             self._last = time.monotonic()
-            left = (time.monotonic() - self._began) / max(1, done) * (self.total - done)
-            self.console.print(escape(f"{self.title}  {done}/{self.total}  eta {format_seconds(left)}"))
+            left = (time.monotonic() - self._began) / max(1, done - self._first) * (self.total - done)
+            shown = f"  {figures}" if figures else ""
+            self.console.print(escape(f"{self.title}  {done}/{self.total}{shown}  eta {format_seconds(left)}"))
 
 
 def format_bytes(count: float) -> str:

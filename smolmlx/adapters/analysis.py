@@ -25,7 +25,7 @@ from smolmlx.adapters.adapter import Module
 from smolmlx.adapters.base import Weights
 from smolmlx.adapters.delta import Term, find_changes, row_blocks
 from smolmlx.adapters.tensors import Floats
-from smolmlx.errors import BackendError, RecipeError
+from smolmlx.errors import RecipeError
 from smolmlx.models import BaseModel
 
 
@@ -106,30 +106,37 @@ def to_csv(changes: list[LayerChange]) -> str:
 
 
 def draw(changes: list[LayerChange], path: Path) -> None:
-    """Draw the relative change (the absolute one without a base) of every weight, one line for each kind of weight.
+    """Draw the relative change (the absolute one without a base) of every weight, one line for each kind, as SVG or PNG.
 
     Raises:
-        BackendError: matplotlib is not installed.
+        BackendError: vl-convert is not installed.
+        RecipeError: a file name of another kind.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendError("--chart needs matplotlib. pip install 'smolmlx[report]'.") from error
-    kinds: dict[str, list[tuple[int, float]]] = {}
+    from smolmlx.reports import charts
+
+    if path.suffix not in {".svg", ".png"}:
+        raise RecipeError(f"--chart {path}: charts are written as .svg or .png.")
+    relative = bool(changes) and changes[0].relative is not None
+    values = []
     for change in changes:
         layer = re.search(r"\.(\d+)\.", change.weight)
         kind = change.weight.removesuffix(".weight").rpartition(".")[2]
-        value = change.relative if change.relative is not None else change.frobenius
-        kinds.setdefault(kind, []).append((int(layer[1]) if layer else -1, value))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for kind, points in sorted(kinds.items()):
-        places, heights = zip(*sorted(points), strict=True)
-        axes.plot(places, heights, marker="o", label=kind)
-    relative = bool(changes) and changes[0].relative is not None
-    axes.set(xlabel="layer (-1: outside the blocks)", ylabel="||dW|| / ||W||" if relative else "||dW||", ylim=(0, None))
-    axes.legend(ncols=2, fontsize="small")
-    figure.savefig(path)
+        size = change.relative if relative else change.frobenius
+        values.append({"layer": int(layer[1]) if layer else -1, "weight": kind, "size": size})
+    spec = {
+        "data": {"values": values},
+        "mark": {"type": "line", "point": True},
+        "encoding": {
+            "x": {"field": "layer", "type": "ordinal", "title": "layer (-1: outside the blocks)"},
+            "y": {"field": "size", "type": "quantitative", "title": "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖"},
+            "color": {"field": "weight", "type": "nominal", "title": None},
+        },
+        "height": 300,
+    }
+    if path.suffix == ".svg":
+        path.write_text(charts.to_svg(spec), encoding="utf-8")
+    else:
+        path.write_bytes(charts.to_png(spec))
 
 
 def _shape(term: Term) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ VERBS = {
     "eval": "Score a model on held-out rows, beside its controls.",
     "judge": "Have a language model mark answers, or choose between two.",
     "report": "Show runs in one HTML file, with charts and a model card.",
-    "data": "Look at, check, prepare and split rows.",
+    "data": "Look at, check, prepare and split rows, and make them from documents.",
     "adapter": "Inspect, convert, merge and analyze adapters.",
     "export": "Write a tuned model for transformers, mlx-lm, llama.cpp or vLLM.",
     "recipes": "List, show, copy and check recipes.",

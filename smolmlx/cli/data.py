@@ -1,4 +1,7 @@
-"""`smolmlx data`: look at rows, check them, clean them, split them, and build the pretraining corpus."""
+"""`smolmlx data`: look at rows, check them, clean them, split them, and build the pretraining corpus.
+
+`chunk` and `augment`, which make rows from documents, are in `documents`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from smolmlx.cli import options
+from smolmlx.cli import documents, options
 from smolmlx.errors import DataError, RecipeError, SmolError, nearest
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ class _Verbs(click.Group):
 
 @click.group("data", cls=_Verbs)
 def command() -> None:
-    """Look at, check, prepare and split rows.
+    """Look at, check, prepare and split rows, and make them from documents.
 
     Files may be jsonl, json, csv, parquet or txt (gzip too), in any known layout; `data inspect` names it.
     """
@@ -569,3 +572,8 @@ def _train_tokenizer(corpus_dir: Path, folder: Path, vocab_size: int) -> None:
     rows = corpus_dir / "train.jsonl"
     with console.status("training the tokenizer"), writing(folder), rows.open(encoding="utf-8") as lines:
         train_tokenizer((json.loads(line)["text"] for line in lines), vocab_size, folder)
+
+
+# The verbs on documents have a file of their own.
+command.add_command(documents.chunk)
+command.add_command(documents.augment)

@@ -44,7 +44,7 @@ class Triplet:
 
 
 @dataclass(frozen=True, slots=True)
-class Retrieval:
+class RetrievalResult:
     """Which passage was chosen, counted from 0, or None, and why."""
 
     index: int | None
@@ -75,16 +75,18 @@ def parse_triplets(text: str) -> tuple[Triplet, ...]:
     return triplets or _whole(_line_triplet(line) for line in text.splitlines())
 
 
-def parse_retrieval(text: str, num_passages: int) -> Retrieval:
+def parse_retrieval(text: str, num_passages: int) -> RetrievalResult:
     """Return the chosen passage from JSON or `**Passage:** 2 ... **Why:** x`; text counts from 1, the result from 0.
 
     `None`, `null`, no number, or a number outside 1 to `num_passages` give index None.
     """
-    value = _load_json(text)
+    value = load_json(text)
     if isinstance(value, Mapping) and "passage" in value:
-        return Retrieval(_index(_passage_number(value["passage"]), num_passages), _field(value, ("why", "reasoning")))
+        return RetrievalResult(
+            _index(_passage_number(value["passage"]), num_passages), _field(value, ("why", "reasoning"))
+        )
     number, why = _PASSAGE.search(text), _WHY.search(text)
-    return Retrieval(_index(int(number[1]) if number else None, num_passages), why[1].strip() if why else "")
+    return RetrievalResult(_index(int(number[1]) if number else None, num_passages), why[1].strip() if why else "")
 
 
 def _index(number: int | None, num_passages: int) -> int | None:
@@ -97,7 +99,7 @@ def _passage_number(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _load_json(text: str) -> object:
+def load_json(text: str) -> object:
     """Return the first JSON value that the text is, holds in a code fence, or has from its first bracket on."""
     fenced = _FENCE.search(text)
     bracket = re.search(r"[\[{]", text)
@@ -114,7 +116,7 @@ def _load_json(text: str) -> object:
 
 def _json_items(text: str) -> list[object]:
     """Return the items of a JSON array, bare or as the first array of an object; an object alone is one item."""
-    value = _load_json(text)
+    value = load_json(text)
     if isinstance(value, Mapping):
         return next((list(inner) for inner in value.values() if isinstance(inner, list)), [value])
     if not isinstance(value, list):

@@ -108,7 +108,9 @@ def test_analyze_as_table_csv_and_chart(trained: Path, tmp_path: Path) -> None:
     tree = json.loads(smolmlx("adapter", "analyze", alone, "--json").stdout)
     assert [row["weight"] for row in tree["weights"]] == list(PATHS) and tree["weights"][0]["relative"] is None
     chart = smolmlx("adapter", "analyze", trained, "--chart", tmp_path / "a.svg")
-    if importlib.util.find_spec("matplotlib") is None:
+    if importlib.util.find_spec("vl_convert") is None:
         assert chart.returncode == 3 and "smolmlx[report]" in chart.stderr
     else:
-        assert chart.returncode == 0 and (tmp_path / "a.svg").read_text().startswith("<?xml")
+        assert chart.returncode == 0 and (tmp_path / "a.svg").read_text().startswith("<svg")
+        code = smolmlx("adapter", "analyze", trained, "--chart", tmp_path / "a.pdf")
+        assert code.returncode == 2 and ".svg or .png" in code.stderr

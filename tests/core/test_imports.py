@@ -32,10 +32,11 @@ LAYERS = {
     "sweep": 3,
     "bench": 3,
     "loggers": 3,  # reports metrics to services by name
-    "research": 3,  # typed tasks over a tuned model: a client of the seam, like synth
+    "tasks": 3,  # wording, schemas and reading of the research tasks: shared by synth, evals and research
     "stages": 4,
     "shelf": 4,  # which recipes there are and which runs a name means: composes recipe, models and rundir for the verbs
     "doctor": 4,  # looks at every engine and the files: composes what lies below for one verb
+    "research": 5,  # typed tasks over a loaded model: stands on the API's `load`
     "api": 5,  # the verbs for Python; __init__ hands them out lazily
     "": 5,  # smolmlx/__init__.py: the public API, one name per verb
     "console": 5,  # printing is the command line's alone; the library is silent

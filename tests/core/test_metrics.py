@@ -33,7 +33,7 @@ from smolmlx.evals.notes import (
 )
 from smolmlx.evals.parsers import (
     QAPair,
-    Retrieval,
+    RetrievalResult,
     Triplet,
     parse_bullets,
     parse_qa,
@@ -438,7 +438,7 @@ def test_parse_triplets_edges() -> None:
     ],
 )
 def test_parse_retrieval(text: str, index: int | None, why: str) -> None:
-    assert parse_retrieval(text, 3) == Retrieval(index, why)
+    assert parse_retrieval(text, 3) == RetrievalResult(index, why)
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"passage": ' + "9" * 5000 + "}", "**Passage:** " + "9" * 5000])

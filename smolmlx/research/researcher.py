@@ -1,0 +1,260 @@
+"""`PaperResearcher`: ten typed questions to a model, asked as it was trained, and answers of the type they should have.
+
+researcher = PaperResearcher("runs/research-...")
+researcher.extract_bullets(passage)                      # ["...", "..."]
+researcher.batch.answer([("What keeps two moments?", passage), ...])
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from smolmlx.backend import Decoding
+from smolmlx.data.chat import Tokenizer
+from smolmlx.errors import BackendError, DataError
+from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
+from smolmlx.research.budget import Asked, Budget, Fill, fill_numbered, fill_pair, fill_single
+from smolmlx.tasks.registry import Registry, read_registry
+from smolmlx.tasks.replies import Rejected, read, read_freely
+from smolmlx.tasks.schemas import ANSWERS, Text, Value, retrieval_schema
+
+if TYPE_CHECKING:
+    from smolmlx.api import Model, Run
+
+_MOST_PASSAGES = 20
+
+
+class Answering(Protocol):
+    """What a researcher needs of a model; `smolmlx.load` returns one."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    def generate(self, prompts: Sequence[str], **decoding: Any) -> list[str]: ...
+
+
+def can_constrain() -> bool:
+    """Whether engines can be asked to keep to a schema."""
+    return "schema" in {field.name for field in fields(Decoding)}
+
+
+class BatchResearcher:
+    """The ten questions for many passages at a time; answers come in the order of what was asked.
+
+    The bounds that methods name hold for constrained answers; others are as long as the model made them.
+    """
+
+    def __init__(
+        self,
+        model: Answering,
+        registry: Registry,
+        *,
+        context: int | None = None,
+        constrained: bool,
+        sampling: Decoding = Decoding(),
+    ) -> None:
+        self.model, self.registry, self.constrained, self.sampling = model, registry, constrained, sampling
+        self.budget = Budget(model.tokenizer, registry, context)
+
+    def extract_bullets(self, passages: Sequence[str]) -> list[list[str]]:
+        """Return the main points of each passage, one to six."""
+        return [list(cast("tuple[str, ...]", value)) for value in self._ask("bullets", _each(passages))]
+
+    def generate_qa_pairs(self, passages: Sequence[str]) -> list[list[QAPair]]:
+        """Return questions that each passage answers, with their answers, one to three."""
+        return [list(cast("tuple[QAPair, ...]", value)) for value in self._ask("qa", _each(passages))]
+
+    def extract_triplets(self, passages: Sequence[str]) -> list[list[Triplet]]:
+        """Return facts of each passage as subject, relation and object, one or two."""
+        return [list(cast("tuple[Triplet, ...]", value)) for value in self._ask("triplets", _each(passages))]
+
+    def answer(self, asked: Sequence[tuple[str, str]]) -> list[str]:
+        """Answer each (question, passage) from its passage."""
+        return self._texts("answer", [Asked({"question": question}, (passage,)) for question, passage in asked])
+
+    def rephrase(self, passages: Sequence[str]) -> list[str]:
+        """Say each passage in other words."""
+        return self._texts("rephrase", _each(passages))
+
+    def continue_from(self, passages: Sequence[str]) -> list[str]:
+        """Write what comes next in each text."""
+        return self._texts("continuation", _each(passages))
+
+    def extract_fact(self, passages: Sequence[str]) -> list[str]:
+        """State one fact of each passage."""
+        return self._texts("fact", _each(passages))
+
+    def generate_question(self, passages: Sequence[str]) -> list[str]:
+        """Ask a question that each passage answers."""
+        return self._texts("question", _each(passages))
+
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        """Say what the two passages of each pair share and where they differ."""
+        return self._texts("comparison", [Asked({}, pair) for pair in pairs], fill_pair)
+
+    def find_relevant(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[RetrievalResult]:
+        """Find which of its passages answers each question: its index from 0, or None, and why."""
+        for question, passages in asked:
+            if not 1 <= len(passages) <= _MOST_PASSAGES:
+                raise DataError(
+                    f"find_relevant({question!r}): {len(passages)} passages; expected 1 to {_MOST_PASSAGES}."
+                )
+        found = [Asked({"question": question}, tuple(passages)) for question, passages in asked]
+        return [cast(RetrievalResult, value) for value in self._ask("retrieval", found, fill_numbered)]
+
+    def _texts(self, task: str, asked: Sequence[Asked], fill: Fill = fill_single) -> list[str]:
+        return [cast(str, value) for value in self._ask(task, asked, fill)]
+
+    def _ask(self, task: str, asked: Sequence[Asked], fill: Fill = fill_single) -> list[Value]:
+        """Ask for all answers in as few calls as there are schemas."""
+        _refuse_blank(task, asked)
+        prompts = [self.budget.prompt(task, one, self._style(task), fill) for one in asked]
+        answers: list[Value] = [""] * len(asked)
+        for schema, rows in self._groups(task, asked):
+            replies = self.model.generate([prompts[row] for row in rows], **self._decoding(task, schema))
+            for row, reply in zip(rows, replies, strict=True):
+                answers[row] = self._read(task, reply, len(asked[row].passages))
+        return answers
+
+    def _style(self, task: str) -> str:
+        """Ask for JSON where it will be enforced, else for the form that small models keep best."""
+        styles = self.registry.task(task).styles
+        wanted = ("json", "tail20", "text") if self.constrained else ("markdown", "tail20", "text")
+        return next((style for style in wanted if style in styles), next(iter(styles)))
+
+    def _groups(self, task: str, asked: Sequence[Asked]) -> list[tuple[Any, list[int]]]:
+        """Return each schema with its rows; one without a schema where the answer is free text."""
+        if not self.constrained or ANSWERS[task] is Text:
+            return [(None, list(range(len(asked))))] if asked else []
+        if task != "retrieval":
+            return [(ANSWERS[task].model_json_schema(), list(range(len(asked))))] if asked else []
+        sizes: dict[int, list[int]] = {}
+        for row, one in enumerate(asked):
+            sizes.setdefault(len(one.passages), []).append(row)
+        return [(retrieval_schema(size), rows) for size, rows in sizes.items()]
+
+    def _decoding(self, task: str, schema: Mapping[str, Any] | None) -> dict[str, Any]:
+        given = {field.name: getattr(self.sampling, field.name) for field in fields(Decoding) if field.name != "schema"}
+        given["max_tokens"] = self.budget.answer_tokens(task)
+        return given if schema is None else {**given, "schema": schema}
+
+    def _read(self, task: str, reply: str, num_passages: int) -> Value:
+        value = read(ANSWERS[task], reply, num_passages)
+        if not isinstance(value, Rejected):
+            if isinstance(value, RetrievalResult) and value.index is not None and value.index >= num_passages:
+                return RetrievalResult(None, value.reasoning)
+            return value
+        return read_freely(task, reply, num_passages)
+
+
+class PaperResearcher:
+    """Ten typed questions to one model; `batch` asks them for many passages at once."""
+
+    def __init__(
+        self,
+        model: Answering | Model | Run | str | Path | tuple[str | Path, str | Path],
+        *,
+        registry: Registry | str | Path | None = None,
+        constrained: bool | None = None,
+        context: int | None = None,
+        sampling: Decoding = Decoding(),
+        backend: str = "auto",
+        device: str | None = None,
+    ) -> None:
+        """Take a loaded model, or load one as `smolmlx.load` does: a run, a model folder, a hub id, a (model, adapter) pair.
+
+        Args:
+            registry: task registry, or its YAML file, for a model trained on other prompts.
+            constrained: keep answers to their schema while they are written; None does so where the engine can. Without
+                it answers are read tolerantly.
+            context: most tokens of prompt and answer; None takes the model's own.
+            sampling: how answers are drawn; greedy unless said otherwise. Their length is the registry's.
+
+        Raises:
+            BackendError: `constrained` is asked for, and engines cannot.
+            RecipeError: no such model, or a registry that is not whole.
+        """
+        loaded, own_context = _open(model, backend, device)
+        if constrained and not can_constrain():
+            raise BackendError(
+                "PaperResearcher(constrained=True): engines cannot keep to a schema yet. Leave it out, or pass False."
+            )
+        self.batch = BatchResearcher(
+            loaded,
+            registry if isinstance(registry, Registry) else read_registry(Path(registry) if registry else None),
+            context=context or own_context,
+            constrained=can_constrain() if constrained is None else constrained,
+            sampling=sampling,
+        )
+
+    def extract_bullets(self, passage: str) -> list[str]:
+        """Return the main points of a passage, one to six."""
+        return self.batch.extract_bullets([passage])[0]
+
+    def generate_qa_pairs(self, passage: str) -> list[QAPair]:
+        """Return questions that a passage answers, with their answers, one to three."""
+        return self.batch.generate_qa_pairs([passage])[0]
+
+    def extract_triplets(self, passage: str) -> list[Triplet]:
+        """Return facts of a passage as subject, relation and object, one or two."""
+        return self.batch.extract_triplets([passage])[0]
+
+    def answer(self, question: str, passage: str) -> str:
+        """Answer a question from a passage."""
+        return self.batch.answer([(question, passage)])[0]
+
+    def rephrase(self, passage: str) -> str:
+        """Say a passage in other words."""
+        return self.batch.rephrase([passage])[0]
+
+    def continue_from(self, passage: str) -> str:
+        """Write what comes next in a text."""
+        return self.batch.continue_from([passage])[0]
+
+    def extract_fact(self, passage: str) -> str:
+        """State one fact of a passage."""
+        return self.batch.extract_fact([passage])[0]
+
+    def generate_question(self, passage: str) -> str:
+        """Ask a question that a passage answers."""
+        return self.batch.generate_question([passage])[0]
+
+    def compare(self, a: str, b: str) -> str:
+        """Say what two passages share and where they differ."""
+        return self.batch.compare([(a, b)])[0]
+
+    def find_relevant(self, question: str, passages: Sequence[str]) -> RetrievalResult:
+        """Find which passage answers a question: its index from 0, or None, and why."""
+        return self.batch.find_relevant([(question, passages)])[0]
+
+
+def _open(model: Any, backend: str, device: str | None) -> tuple[Answering, int | None]:
+    from smolmlx.api import Model, Run, load
+
+    if isinstance(model, Run | str | Path | tuple):
+        model = load(model, backend=backend, device=device)
+    elif backend != "auto" or device is not None:
+        warnings.warn("backend and device have no effect on a model that is loaded already", stacklevel=3)
+    if isinstance(model, Model):
+        return cast(Answering, model), model.base.config.get("max_position_embeddings")
+    return cast(Answering, model), None
+
+
+def _each(passages: Sequence[str]) -> list[Asked]:
+    if isinstance(passages, str):
+        raise DataError("expected a list of passages, got one text: ask PaperResearcher itself about a single passage.")
+    return [Asked({}, (passage,)) for passage in passages]
+
+
+def _refuse_blank(task: str, asked: Sequence[Asked]) -> None:
+    problems = []
+    for number, one in enumerate(asked):
+        problems += [f"row {number}: {name} is blank" for name, text in one.fixed.items() if not text.strip()]
+        problems += [
+            f"row {number}: passage {i + 1} is blank" for i, text in enumerate(one.passages) if not text.strip()
+        ]
+    if problems:
+        raise DataError(task, problems[:20])
