@@ -103,76 +103,19 @@ class _Figures(ProgressColumn):
         return Text(str(task.fields.get("figures", "")), style="cyan")
 
 
-class TrainingDisplay:
-    """A live bar on a terminal, plain lines elsewhere; takes a session's events."""
-
-    def __init__(self, title: str, steps: int) -> None:
-        self.title, self.steps = title, steps
-        self.console = _make(stderr=True)
-        self._last = 0.0
-        self._began = time.monotonic()
-        self._first_step: int | None = None
-        self._smooth: float | None = None
-        self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.completed}/{task.total}"),
-            _Figures(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=self.console, expand=True,
-        )  # fmt: skip
-        self._task = self._progress.add_task(escape(title), total=steps)
-
-    def __enter__(self) -> TrainingDisplay:
-        if self.console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.console.is_terminal:
-            self._progress.stop()
-
-    def __call__(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Show one event."""
-        if kind == "step":
-            self._step(step, values)
-        elif kind == "eval":
-            best = " (best)" if values["best"] else ""
-            accuracy = f"accuracy {values['val_accuracy']:.3f}"
-            self.console.print(
-                escape(
-                    f"  step {step}: validation loss {values['val_loss']:.4f}, perplexity {values['val_perplexity']:.2f}, {accuracy}{best}"
-                )
-            )
-        elif kind == "note":
-            self.console.print(escape(f"  {values['text']}"), style="yellow")
-
-    def _step(self, step: int, values: Mapping[str, Any]) -> None:
-        if self._first_step is None:
-            self._first_step = step - 1
-            self._began = time.monotonic() - values["seconds"]
-        self._smooth = values["loss"] if self._smooth is None else 0.9 * self._smooth + 0.1 * values["loss"]
-        memory = f"  {format_bytes(values['peak_bytes'])}" if values.get("peak_bytes") else ""
-        figures = f"loss {self._smooth:.4f}  {values['tokens_per_second']:,.0f} tok/s{memory}"
-        if self.console.is_terminal:
-            self._progress.update(self._task, completed=step, figures=figures)
-        elif time.monotonic() - self._last >= _EVERY_SECONDS or step == self.steps:
-            self._last = time.monotonic()
-            done = max(1, step - self._first_step)
-            left = (time.monotonic() - self._began) / done * (self.steps - step)
-            self.console.print(escape(f"{self.title}  step {step}/{self.steps}  {figures}  eta {format_seconds(left)}"))
-
-
 class Counter:
-    """A bar over things to do (answers, rows); plain lines elsewhere."""
+    """A bar over things to do (answers, rows, steps) on a terminal; a plain line every few seconds elsewhere."""
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total = title, total
         self.console = _make(stderr=True)
-        self._last = time.monotonic()
-        self._began = time.monotonic()
+        self._began = self._last = time.monotonic()
+        self._first: int | None = None
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=40), TextColumn("{task.completed}/{task.total}"),
             _Figures(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=self.console, transient=True,
         )  # fmt: skip
         self._task = self._progress.add_task(escape(title), total=total)
-        self._first: int | None = None
 
     def __enter__(self) -> Counter:
         if self.console.is_terminal:
@@ -189,11 +132,44 @@ class Counter:
             self._first = done if done > 1 else 0
         if self.console.is_terminal:
             self._progress.update(self._task, completed=done, figures=figures)
-        elif time.monotonic() - self._last >= _EVERY_SECONDS:
+        elif time.monotonic() - self._last >= _EVERY_SECONDS or done == self.total:
             self._last = time.monotonic()
             left = (time.monotonic() - self._began) / max(1, done - self._first) * (self.total - done)
             shown = f"  {figures}" if figures else ""
             self.console.print(escape(f"{self.title}  {done}/{self.total}{shown}  eta {format_seconds(left)}"))
+
+
+class TrainingDisplay:
+    """A session's events: a bar over the steps, a line for each evaluation and note."""
+
+    def __init__(self, title: str, steps: int) -> None:
+        self._counter = Counter(f"{title}  step", steps)
+        self._smooth: float | None = None
+
+    def __enter__(self) -> TrainingDisplay:
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._counter.__exit__(*exception)
+
+    def __call__(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Show one event."""
+        if kind == "step":
+            self._smooth = values["loss"] if self._smooth is None else 0.9 * self._smooth + 0.1 * values["loss"]
+            memory = f"  {format_bytes(values['peak_bytes'])}" if values.get("peak_bytes") else ""
+            self._counter(step, f"loss {self._smooth:.4f}  {values['tokens_per_second']:,.0f} tok/s{memory}")
+        elif kind == "eval":
+            best = " (best)" if values["best"] else ""
+            accuracy = f"accuracy {values['val_accuracy']:.3f}"
+            self._print(
+                f"  step {step}: validation loss {values['val_loss']:.4f}, perplexity {values['val_perplexity']:.2f}, {accuracy}{best}"
+            )
+        elif kind == "note":
+            self._print(f"  {values['text']}", style="yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._counter.console.print(escape(text), style=style)
 
 
 def format_bytes(count: float) -> str:
