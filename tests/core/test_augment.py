@@ -459,25 +459,31 @@ COMMAND = [sys.executable, "-c", "from smolmlx.cli import main; main()", "data",
 
 @pytest.mark.slow
 def test_killed_ten_times(chunks: Path, tmp_path: Path) -> None:
-    """SIGKILL at ten random moments and one Ctrl-C, then a last run: the same bytes as one that ran through, and no job answered twice."""
+    """One Ctrl-C and SIGKILL at ten random moments, then a last run: the same bytes as one that ran through, and no job answered twice."""
     tasks = tmp_path / "tasks.yaml"
     tree = always(read_registry(), 0.9).model_dump(mode="json", by_alias=True, exclude_none=True)
     tasks.write_text(json.dumps(tree))
     dice = random.Random(11)
-    how = Behaviour(errors=0.03, limits=0.02, drops=0.02, nonsense=0.1, seconds=0.04, retry_after="0.01")
+    how = Behaviour(errors=0.03, limits=0.02, drops=0.02, nonsense=0.1, seconds=0.08, retry_after="0.01")
     with serving(how) as server:
         options = ["--server", server.url, "--model", "rule", "--tasks-file", str(tasks), "--concurrency", "6"]
         subprocess.run([*COMMAND, str(chunks), str(tmp_path / "whole"), *options], check=True, capture_output=True)
         server.seen.asked.clear()
         journal = tmp_path / "out" / "journal.jsonl"
-        killed, sizes = 0, [0]
+        stopped = subprocess.Popen([*COMMAND, str(chunks), str(tmp_path / "out"), *options], stderr=subprocess.PIPE)
+        while stopped.poll() is None and not (journal.is_file() and journal.stat().st_size):
+            time.sleep(0.005)
+        stopped.send_signal(signal.SIGINT)
+        _, said = stopped.communicate()
+        assert stopped.returncode == 130 and b"every finished job is kept" in said and b"Traceback" not in said
+        killed, sizes = 0, [journal.stat().st_size]
         while killed < 10:
             process = subprocess.Popen(
                 [*COMMAND, str(chunks), str(tmp_path / "out"), *options],
                 stderr=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
-            while process.poll() is None and (journal.stat().st_size if journal.is_file() else 0) <= sizes[-1]:
+            while process.poll() is None and journal.stat().st_size <= sizes[-1]:
                 time.sleep(0.005)
             time.sleep(dice.uniform(0, 0.12))
             assert process.poll() is None, "it ended before it was killed ten times: make the work longer"
@@ -485,12 +491,6 @@ def test_killed_ten_times(chunks: Path, tmp_path: Path) -> None:
             process.wait()
             killed += 1
             sizes.append(journal.stat().st_size)
-        stopped = subprocess.Popen([*COMMAND, str(chunks), str(tmp_path / "out"), *options], stderr=subprocess.PIPE)
-        while stopped.poll() is None and journal.stat().st_size <= sizes[-1]:
-            time.sleep(0.005)
-        stopped.send_signal(signal.SIGINT)
-        _, said = stopped.communicate()
-        assert stopped.returncode == 130 and b"every finished job is kept" in said and b"Traceback" not in said
         subprocess.run([*COMMAND, str(chunks), str(tmp_path / "out"), *options], check=True, capture_output=True)
     assert sizes == sorted(sizes) and sizes[-1] > 0
     whole, out = tmp_path / "whole", tmp_path / "out"
