@@ -31,7 +31,11 @@ _VOCABULARY = 4096
 _SHORT_VIEW = 1500
 """Characters of a row that is shown without being asked for."""
 
-_ELSEWHERE = {"dedupe": "smolmlx.cli.data_overlap", "audit": "smolmlx.cli.data_overlap"}
+_ELSEWHERE = {
+    "dedupe": "smolmlx.cli.data_overlap",
+    "audit": "smolmlx.cli.data_overlap",
+    "pairs": "smolmlx.cli.pairs",
+}
 """Verbs of this group that have a file of their own."""
 
 INSPECT_EPILOG = """\b

@@ -1,0 +1,46 @@
+"""Rule-made preference pairs: one flaw each, the chosen answer's length, and no held-out rows unless asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smolmlx.data.formats import open_source
+from smolmlx.evals.notes import strict_compliance
+from smolmlx.synth.flaws import MAX_GAP, find_flaws, gap
+
+Call = Callable[..., tuple[int, str, str]]
+NOTES = Path(__file__).parents[2] / "data" / "notes"
+
+
+def test_pairs_have_one_flaw_and_one_length(call: Call, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        code, _, err = call("data", "pairs", NOTES, tmp_path / name, "--counts", "0,20")
+        assert code == 0, err
+    text = (tmp_path / "one" / "validation.jsonl").read_bytes()
+    assert text == (tmp_path / "two" / "validation.jsonl").read_bytes()
+    assert open_source(str(tmp_path / "one" / "validation.jsonl")).form.name == "preference"
+    rows = [json.loads(line) for line in text.decode().split("\n") if line]
+    assert len(rows) == 20 and len({row["topic"] for row in rows}) == 8
+    for row in rows:
+        assert strict_compliance(row["chosen"]).passed
+        assert find_flaws(row["prompt"], row["chosen"], row["rejected"]) == set(row["issues"])
+        assert abs(gap(row["chosen"], row["rejected"])) < MAX_GAP
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [('{"prompt": "a", "chosen": "b", "rejected": "b"}', "missing field 'output'"), ("", "holds no rows")],
+)
+def test_rows_that_are_no_notes_exit_4(call: Call, tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(line, encoding="utf-8")
+    code, _, err = call("data", "pairs", tmp_path / "rows.jsonl", tmp_path / "out")
+    assert code == 4 and said in err and not (tmp_path / "out").exists()
+
+
+def test_held_out_rows_need_a_flag(call: Call, tmp_path: Path) -> None:
+    code, _, err = call("data", "pairs", NOTES / "test.jsonl", tmp_path / "out", "--counts", "1,0")
+    assert code == 4 and "--allow-test" in err and not (tmp_path / "out").exists()
