@@ -1,11 +1,16 @@
-"""The shipped recipes: find one by name, list them, read their header."""
+"""The shipped recipes and sweeps: find one by name, list them, read their header."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from smolmlx import recipe
 from smolmlx.errors import RecipeError, nearest
 from smolmlx.models import files_root
+from smolmlx.sweep.definition import is_sweep
+
+SWEEPS = "sweeps"
+"""Folder of the shipped sweeps, among the recipes."""
 
 
 def folder() -> Path:
@@ -14,7 +19,25 @@ def folder() -> Path:
 
 def names() -> list[str]:
     """Return the names of all shipped recipes, e.g. `quickstart`, `notes/sft`."""
+    return [name for name in _all_names() if not name.startswith(f"{SWEEPS}/")]
+
+
+def sweep_names() -> list[str]:
+    """Return the names of all shipped sweeps, e.g. `sweeps/notes`."""
+    return [name for name in _all_names() if name.startswith(f"{SWEEPS}/")]
+
+
+def _all_names() -> list[str]:
     return sorted(path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob("*.yaml"))
+
+
+def is_sweep_file(path: Path) -> bool:
+    """Whether a file is a sweep rather than a recipe.
+
+    Raises:
+        RecipeError: neither, for it is no YAML mapping.
+    """
+    return is_sweep(recipe.read(path))
 
 
 def find(name: str) -> Path:
@@ -30,9 +53,9 @@ def find(name: str) -> Path:
     if shipped.is_file():
         return shipped
     if path.suffix in (".yaml", ".yml") or path.is_dir():
-        raise RecipeError(f"{name}: no such recipe file.{nearest(name.removesuffix('.yaml'), names())}")
+        raise RecipeError(f"{name}: no such recipe file.{nearest(name.removesuffix('.yaml'), _all_names())}")
     raise RecipeError(
-        f"{name}: no recipe of this name and no such file.{nearest(name, names())} `smolmlx recipes ls` lists them."
+        f"{name}: no recipe of this name and no such file.{nearest(name, _all_names())} `smolmlx recipes ls` lists them."
     )
 
 

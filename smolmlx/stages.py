@@ -22,7 +22,8 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.evals.run import Evaluation, Meter, Settings, System, answer, evaluate, write
 from smolmlx.loggers import numbers, open_loggers
 from smolmlx.models import BaseModel, make_model, open_model
-from smolmlx.plan import Plan, adapter_config, encoding, initial_adapter, locate
+from smolmlx.plan import Plan, adapter_config, encoding, initial_adapter, locate, resolve
+from smolmlx.recipe import Loaded
 from smolmlx.rundir import RunDir, publish, write_text
 from smolmlx.session import Event, Session, read_metrics, save_arrays, write_csv
 
@@ -63,6 +64,11 @@ def run_name(recipe: str) -> str:
 def start_run(plan: Plan, out: Path, name: str) -> RunDir:
     """Make the run's folder and write what every engine starts from: recipe, plan, environment, first weights."""
     run = rundir.create(name, out)
+    _write_start(plan, run)
+    return run
+
+
+def _write_start(plan: Plan, run: RunDir) -> None:
     recipe = plan.recipe
     write_text(
         run.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
@@ -75,7 +81,26 @@ def start_run(plan: Plan, out: Path, name: str) -> RunDir:
         elif not plan.full:
             run.start.mkdir()
             save_arrays(dict(initial_adapter(plan)), run.start / plan.weights_name)
-    return run
+
+
+def complete_run(
+    loaded: Loaded, choice: Choice, path: Path, on_plan: Callable[[Plan], OnEvent], meter: Meter
+) -> Evaluation | None:
+    """Bring the run at `path` to its end from wherever it stands: not begun, stopped while training, or not yet scored.
+
+    The folder appears with its plan and first weights, or not at all, so a kill leaves nothing half-made in its place.
+
+    Args:
+        on_plan: told the plan once it is resolved; returns what is told of each event of the training.
+    """
+    plan = resolve(loaded, choice)
+    run = RunDir(path)
+    if not (path / "plan.json").is_file():
+        with publish(path) as folder:
+            _write_start(plan, RunDir(folder))
+    if not run.done:
+        train(plan, choice, run, on_plan(plan))
+    return evaluate_run(plan, choice.backend, run, meter) if plan.recipe.evaluate else None
 
 
 def environment(plan: Plan) -> dict[str, Any]:

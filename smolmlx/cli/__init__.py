@@ -21,6 +21,7 @@ VERBS = {
     "generate": "Answer prompts with a model.",
     "eval": "Score a model on held-out rows, beside its controls.",
     "judge": "Have a language model mark answers, or choose between two.",
+    "sweep": "Train a recipe under many settings and seeds.",
     "report": "Show runs in one HTML file, with charts and a model card.",
     "data": "Look at, check, prepare and split rows, and make them from documents.",
     "adapter": "Inspect, convert, merge and analyze adapters.",

@@ -65,9 +65,13 @@ def tokenizer_folder(base: Path, adapters: Sequence[str]) -> Path:
 
 def load_recipe(name: str, sets: Sequence[str], max_steps: int | None = None) -> Loaded:
     from smolmlx import recipe, shelf
+    from smolmlx.errors import RecipeError
 
     flags = {"train.max_steps": ("--max-steps", max_steps)} if max_steps else {}
-    return recipe.load(shelf.find(name), sets, flags)
+    path = shelf.find(name)
+    if shelf.is_sweep_file(path):
+        raise RecipeError(f"{name}: a sweep, not a recipe. Run: smolmlx sweep {name}")
+    return recipe.load(path, sets, flags)
 
 
 def choose(backend: str, device: str | None) -> Choice:

@@ -17,11 +17,13 @@ def command() -> None:
 
 @command.command("ls")
 def ls() -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes and sweeps."""
     from smolmlx import console, recipe, shelf
 
-    rows = [(name, str(recipe.read(shelf.find(name)).get("description", ""))) for name in shelf.names()]
-    console.table(rows, ("recipe", "what it does"))
+    for kind, names in (("recipe", shelf.names()), ("sweep", shelf.sweep_names())):
+        rows = [(name, str(recipe.read(shelf.find(name)).get("description", ""))) for name in names]
+        console.table(rows, (kind, "what it does"))
+        console.result()
 
 
 @command.command("show")
@@ -47,19 +49,26 @@ def cp(name: str, target: str) -> None:
         raise RecipeError(f"{path}: already there. Choose another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(shelf.find(name), path)
-    console.result(f"{path}\nNext: smolmlx plan {path}")
+    console.result(
+        f"{path}\nNext: smolmlx {f'sweep {path} --dry-run' if shelf.is_sweep_file(path) else f'plan {path}'}"
+    )
 
 
 @command.command("validate")
 @click.argument("names", nargs=-1, required=True)
 def validate(names: tuple[str, ...]) -> None:
-    """Check recipes (names or paths) without touching data or models."""
+    """Check recipes and sweeps (names or paths) without touching data or models."""
     from smolmlx import console, recipe, shelf
+    from smolmlx.sweep.definition import open_sweep
 
     problems = []
     for name in names:
         try:
-            recipe.load(shelf.find(name))
+            path = shelf.find(name)
+            if shelf.is_sweep_file(path):
+                open_sweep(path, name, shelf.find)
+            else:
+                recipe.load(path)
             console.result(f"{name}: ok")
         except RecipeError as error:
             problems.append(str(error))

@@ -85,7 +85,10 @@ class Board:
 
 def label_runs(views: Sequence[RunView]) -> dict[str, str]:
     """Return a short label for each run's path: its recipe where that tells the runs apart, else recipe and suffix."""
-    short = [view.name.rsplit("-", 3)[0] if view.name.count("-") >= 3 else view.name for view in views]
+    short = [
+        view.name.rsplit("-", 3)[0] if view.name.count("-") >= 3 and not _in_sweep(view) else view.name
+        for view in views
+    ]
     full = [f"{name} {view.name.rsplit('-', 1)[-1]}" for name, view in zip(short, views, strict=True)]
     chosen = [a if short.count(a) == 1 else b for a, b in zip(short, full, strict=True)]
     if len(set(chosen)) < len(chosen):
@@ -93,6 +96,11 @@ def label_runs(views: Sequence[RunView]) -> dict[str, str]:
     if len(set(chosen)) < len(chosen):
         chosen = [str(view.path) for view in views]
     return {str(view.path): label for view, label in zip(views, chosen, strict=True)}
+
+
+def _in_sweep(view: RunView) -> bool:
+    """Whether a run is named by its setting and seed, rather than by recipe and time."""
+    return (view.path / "outcome.json").is_file()
 
 
 def make_boards(views: Sequence[RunView]) -> list[Board]:

@@ -78,7 +78,7 @@ def open_runs(paths: Sequence[Path]) -> list[RunView]:
     found: dict[Path, None] = {}
     problems = []
     for path in paths:
-        inside = [path] if _is_view(path) else sorted(p for p in path.glob("*") if _is_view(p))
+        inside = [path] if _is_view(path) else sorted(p for p in path.glob("[!.]*") if _is_view(p))
         if not inside:
             what = "no such folder" if not path.exists() else "neither a run (plan.json) nor results (results.json)"
             problems.append(f"{path}: {what}, nor a folder of them")

@@ -1,0 +1,278 @@
+"""One line a run, mean and spread over seeds, and what the numbers show: read back from the runs' folders."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from smolmlx import recipe as recipes
+from smolmlx.evals.bootstrap import bootstrap_difference, difference_sentence
+from smolmlx.evals.suites import METRICS
+from smolmlx.rundir import RunDir, write_text
+from smolmlx.sweep.definition import SEED, Cell, Sweep
+from smolmlx.sweep.record import read_outcome, state
+
+ALWAYS = ("lora.r", "train.learning_rate", "train.epochs")
+"""Keys every table shows, whether the sweep varies them or not."""
+SHOWN = ("train_loss", "val_loss", "test.compliance", "test.content_alignment", "eval.loss", "eval.perplexity")
+"""Figures of the Markdown table and the terminal; csv and json hold all."""
+COMPARED = ("compliance", "content_alignment")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One run."""
+
+    setting: str
+    seed: int
+    status: str
+    error: str
+    keys: Mapping[str, Any]
+    """Dotted recipe key -> value: those of ALWAYS and those that the sweep varies."""
+    figures: Mapping[str, float]
+    """`train_loss`, `val_loss`, `steps`, `seconds`, ...; `<set>.<metric>` and its `_low` and `_high` from the evaluation."""
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure over the seeds of one setting."""
+
+    mean: float
+    sd: float | None
+    """Sample standard deviation; None for one seed."""
+    low: float
+    high: float
+    """Lowest and highest seed."""
+    num_seeds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Everything a sweep came to, so far."""
+
+    sweep: Sweep
+    lines: Sequence[Line]
+    settings: Mapping[str, Mapping[str, Spread]]
+    """Setting -> figure -> spread, over finished runs."""
+    findings: Sequence[str]
+
+
+def read_table(sweep: Sweep, folder: Path) -> Table:
+    """Gather what is on disk; an unfinished run has its line, without figures.
+
+    Raises:
+        RunError: a file of a run is broken.
+    """
+    varied = dict.fromkeys([*ALWAYS, *(key for cell in sweep.cells for key in cell.values)])
+    lines = [_line(cell, folder, list(varied)) for cell in sweep.cells]
+    settings = {name: _spreads([line for line in lines if line.setting == name]) for name in sweep.settings}
+    return Table(sweep, lines, settings, _findings(sweep, folder, lines, settings))
+
+
+def _line(cell: Cell, folder: Path, keys: Sequence[str]) -> Line:
+    run = RunDir(folder / cell.folder)
+    flat = {**recipes.flatten(cell.loaded.recipe), **cell.values}
+    full = cell.loaded.recipe.train.method == "full"
+    found = state(cell, folder)
+    return Line(
+        setting=cell.setting,
+        seed=cell.seed,
+        status=found,
+        error=str(read_outcome(run).get("error") or "") if found == "failed" else "",
+        keys={key: flat.get(key) for key in keys if not (full and key.startswith("lora."))},
+        figures=_figures(cell, run) if found == "finished" else {},
+        run=cell.folder,
+    )
+
+
+def _figures(cell: Cell, run: RunDir) -> dict[str, float]:
+    report = run.read_json("report.json")
+    named = {
+        "train_loss": "final_loss", "val_loss": "best_val_loss", "steps": "steps", "seconds": "seconds",
+        "tokens_per_second": "tokens_per_second", "peak_bytes": "peak_bytes",
+    }  # fmt: skip
+    found = {name: float(report[key]) for name, key in named.items() if report.get(key) is not None}
+    results = _results(run)
+    stage = cell.loaded.recipe.stage
+    for name, tree in results.get("sets", {}).items():
+        for metric in METRICS:
+            interval = tree["systems"][stage].get(metric)
+            if interval is not None:
+                found |= {f"{name}.{metric}": interval["mean"], f"{name}.{metric}_low": interval["low"], f"{name}.{metric}_high": interval["high"]}  # fmt: skip
+    for key in ("loss", "perplexity", "accuracy"):
+        if "systems" in results:
+            found[f"eval.{key}"] = results["systems"][stage][key]
+    return found
+
+
+def _results(run: RunDir) -> dict[str, Any]:
+    scored = RunDir(run.path / "eval")
+    return scored.read_json("results.json") if (scored.path / "results.json").is_file() else {}
+
+
+def _spreads(lines: Sequence[Line]) -> dict[str, Spread]:
+    names = dict.fromkeys(name for line in lines for name in line.figures if not name.endswith(("_low", "_high")))
+    found = {}
+    for name in names:
+        values = [line.figures[name] for line in lines if name in line.figures]
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        found[name] = Spread(statistics.fmean(values), sd, min(values), max(values), len(values))
+    return found
+
+
+def _findings(sweep: Sweep, folder: Path, lines: Sequence[Line], settings: Mapping[str, Mapping[str, Spread]]) -> list[str]:  # fmt: skip
+    """Compare each setting with the first, in sentences that claim nothing the seeds do not agree on."""
+    first, *others = sweep.settings
+    scores = {name: _scores(sweep, folder, name, lines) for name in sweep.settings}
+    found = []
+    for other in others:
+        mine, base = settings[other].get("val_loss"), settings[first].get("val_loss")
+        if mine and base:
+            found.append(_loss_sentence(other, mine, first, base))
+        found += [
+            _score_sentence(metric, other, scores[other][metric], first, scores[first][metric])
+            for metric in COMPARED
+            if metric in scores[other] and metric in scores[first]
+        ]
+    return [sentence for sentence in found if sentence]
+
+
+def _loss_sentence(name: str, mine: Spread, first: str, base: Spread) -> str:
+    spans = f"{mine.low:.4f} to {mine.high:.4f} against {base.low:.4f} to {base.high:.4f}"
+    seeds = f"{mine.num_seeds} and {base.num_seeds} seed{'s' if base.num_seeds > 1 else ''}"
+    if min(mine.num_seeds, base.num_seeds) < 2:
+        return (
+            f"validation loss: {mine.mean:.4f} with {name}, {base.mean:.4f} with {first}; one seed shows no difference."
+        )
+    if mine.high < base.low or mine.low > base.high:
+        word = "lower" if mine.high < base.low else "higher"
+        return f"validation loss: {name} is {word} than {first} with every seed ({spans}; {seeds})."
+    return f"validation loss: no difference shown between {name} and {first} ({spans}; {seeds})."
+
+
+def _scores(sweep: Sweep, folder: Path, setting: str, lines: Sequence[Line]) -> dict[str, dict[int, list[float]]]:
+    """Return metric -> seed -> one score per test row, of the setting's finished runs."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for cell, line in zip(sweep.cells, lines, strict=True):
+        tree = _results(RunDir(folder / cell.folder)).get("sets", {}).get("test") if line.figures else None
+        if cell.setting == setting and tree is not None:
+            for metric in COMPARED:
+                rows = [float(row[metric]) for row in tree["rows"][cell.loaded.recipe.stage]]
+                found.setdefault(metric, {})[cell.seed] = rows
+    return found
+
+
+def _score_sentence(
+    metric: str, name: str, mine: Mapping[int, list[float]], first: str, base: Mapping[int, list[float]]
+) -> str:
+    """Compare row by row, each row's score averaged over the seeds that both settings have.
+
+    A bootstrap over rows knows nothing of seeds, so a difference also needs every seed to point the same way.
+    """
+    shared = sorted(set(mine) & set(base))
+    if not shared or len({len(rows) for rows in (*mine.values(), *base.values())}) != 1:
+        return ""
+    means = [[statistics.fmean(row) for row in zip(*(side[seed] for seed in shared), strict=True)] for side in (mine, base)]  # fmt: skip
+    difference = bootstrap_difference(*means)
+    gaps = [statistics.fmean(mine[seed]) - statistics.fmean(base[seed]) for seed in shared]
+    label = f"{metric.replace('_', ' ')}, mean of {len(shared)} seed{'s' if len(shared) > 1 else ''}"
+    if difference.shows_difference and not all(gap * difference.mean > 0 for gap in gaps):
+        return f"{label}: no difference shown between {name} and {first}: the seeds disagree ({min(gaps):+.3g} to {max(gaps):+.3g})."  # fmt: skip
+    return difference_sentence(difference, label, name, first)
+
+
+def write_table(table: Table, folder: Path) -> None:
+    """Write sweep.json, sweep.csv (one line a run) and sweep.md."""
+    write_text(folder / "sweep.json", json.dumps(to_json(table), indent=2) + "\n")
+    write_text(folder / "sweep.csv", to_csv(table))
+    write_text(folder / "sweep.md", to_markdown(table))
+
+
+def to_json(table: Table) -> dict[str, Any]:
+    sweep = table.sweep
+    return {
+        "name": sweep.name,
+        "description": sweep.description,
+        "recipe": sweep.recipe,
+        "seeds": list(sweep.seeds),
+        "runs": [asdict(line) for line in table.lines],
+        "settings": {name: {key: asdict(s) for key, s in found.items()} for name, found in table.settings.items()},
+        "findings": list(table.findings),
+    }
+
+
+def to_csv(table: Table) -> str:
+    keys = list(dict.fromkeys(key for line in table.lines for key in line.keys))
+    figures = list(dict.fromkeys(name for line in table.lines for name in line.figures))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["setting", SEED, "status", *keys, *figures, "run", "error"])
+    for line in table.lines:
+        cells = [*(line.keys.get(key, "") for key in keys), *(line.figures.get(name, "") for name in figures)]
+        writer.writerow([line.setting, line.seed, line.status, *cells, line.run, line.error])
+    return text.getvalue()
+
+
+def run_rows(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Return header and one line per run, as text."""
+    keys = list(dict.fromkeys(key for line in table.lines for key in line.keys))
+    shown = [name for name in SHOWN if any(name in line.figures for line in table.lines)]
+    rows = [
+        [line.setting, str(line.seed), *(str(line.keys.get(key, "–")) for key in keys), *(_cell(line, name) for name in shown), line.status]
+        for line in table.lines
+    ]  # fmt: skip
+    return ["setting", "seed", *keys, *(_label(name) for name in shown), "status"], rows
+
+
+def setting_rows(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Return header and one line per setting: mean and standard deviation over seeds."""
+    shown = [name for name in SHOWN if any(name in found for found in table.settings.values())]
+    rows = []
+    for name, found in table.settings.items():
+        seeds = max((spread.num_seeds for spread in found.values()), default=0)
+        cells = [_spread_cell(found[figure]) if figure in found else "–" for figure in shown]
+        rows.append([name, f"{seeds} of {len(table.sweep.seeds)}", *cells])
+    return ["setting", "seeds", *(_label(name) for name in shown)], rows
+
+
+def _label(name: str) -> str:
+    return name.removeprefix("test.").replace("eval.", "held-out ").replace("_", " ")
+
+
+def _cell(line: Line, name: str) -> str:
+    if name not in line.figures:
+        return "–"
+    low, high = line.figures.get(f"{name}_low"), line.figures.get(f"{name}_high")
+    interval = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
+    return f"{line.figures[name]:.{3 if interval else 4}f}{interval}"
+
+
+def _spread_cell(spread: Spread) -> str:
+    return f"{spread.mean:.4f}" + (f" ± {spread.sd:.4f}" if spread.sd is not None else "")
+
+
+def to_markdown(table: Table) -> str:
+    sweep = table.sweep
+    seeds = ", ".join(map(str, sweep.seeds))
+    parts = [f"# {sweep.name}\n", f"{sweep.description}\n" if sweep.description else "", f"Recipe `{sweep.recipe}`, seeds {seeds}.\n"]  # fmt: skip
+    parts += ["## Mean ± standard deviation over seeds\n", _grid(*setting_rows(table))]
+    if table.findings:
+        parts += ["## What it shows\n", "".join(f"* {sentence}\n" for sentence in table.findings)]
+    parts += ["## Runs\n", "Brackets: 95 % interval by bootstrap over rows, of one run.\n", _grid(*run_rows(table))]
+    failed = [line for line in table.lines if line.error]
+    if failed:
+        text = [f"* {line.setting}, seed {line.seed}: {' '.join(line.error.split())}\n" for line in failed]
+        parts += ["## Failed\n", "".join(text)]
+    return "\n".join(part for part in parts if part)
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
