@@ -38,6 +38,7 @@ class ToyBackend:
                 "8bit": "numpy has no packed weights.",
                 "adamw_8bit": "numpy keeps moments in float32; use adamw.",
                 "adamw_fused": "numpy fuses nothing; use adamw.",
+                "muon": "The toy trains no whole matrices; use adamw.",
             },
         )
 
