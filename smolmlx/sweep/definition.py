@@ -191,10 +191,14 @@ def _build(
     base: Path, settings: Sequence[tuple[str, Mapping[str, Any]]], common: Mapping[str, Any], seeds: Sequence[int], sets: Sequence[str]
 ) -> tuple[Cell, ...]:  # fmt: skip
     tree = recipes.read(base)
+    given = {recipes.parse_override(text)[0] for text in sets}
     cells: list[Cell] = []
-    problems: list[str] = []
+    problems = [
+        f"--set {key}: the sweep varies it, so every run would be the same there. Change the sweep's values instead."
+        for key in sorted(given & {SEED, *(key for _, values in settings for key in values)})
+    ]
     for name, values in settings:
-        wanted = {key: ("sweep", value) for key, value in {**common, **values}.items()}
+        wanted = {key: ("sweep", value) for key, value in {**common, **values}.items() if key not in given}
         for seed in seeds:
             flags = {**wanted, SEED: ("seeds", seed)}
             try:

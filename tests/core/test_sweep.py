@@ -61,6 +61,16 @@ def test_a_plain_recipe_takes_grid_and_seeds_from_the_command_line(sweep: Callab
     assert open_sweep(tmp_path / "base.yaml", "base", shelf.find).settings == ("baseline",)
 
 
+def test_set_wins_over_the_file_and_is_refused_for_what_is_swept(sweep: Callable[..., Sweep]) -> None:
+    tree = {"set": {"train.epochs": 2}, "grid": {"lora.r": [2, 8]}}
+    found = sweep(tree, sets=["train.epochs=5"])
+    assert {cell.loaded.recipe.train.epochs for cell in found.cells} == {5}
+    for key in ("lora.r", "train.seed"):
+        with pytest.raises(RecipeError) as caught:
+            sweep(tree, sets=[f"{key}=4"])
+        assert any(problem.startswith(f"--set {key}: the sweep varies it") for problem in caught.value.problems)
+
+
 def test_axes_hold_lists_and_numbers() -> None:
     assert parse_axis("train.learning_rate=1e-4,5e-4") == ("train.learning_rate", (1e-4, 5e-4))
     assert parse_axis("lora.targets=[q_proj],[q_proj, v_proj]")[1] == (["q_proj"], ["q_proj", "v_proj"])
