@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from smolmlx.data.batches import Batch  # noqa: E402
 from smolmlx_mlx import cpu_math  # noqa: E402
-from smolmlx_mlx.lanes import Lanes, even_slices, in_this_stream  # noqa: E402
-from smolmlx_mlx.model import PackedMask, split_head  # noqa: E402
+from smolmlx_mlx.lanes import Lanes, even_slices  # noqa: E402
+from smolmlx_mlx.model import PackedMask, checkpointed, split_head  # noqa: E402
 
 # Bytes of logits that are made at once. On a CPU a piece should stay near the caches.
 _GPU_PIECE, _CPU_PIECE = 256 << 20, 16 << 20
@@ -31,7 +31,7 @@ class Losses:
     def __init__(self, model: nn.Module, lanes: Lanes | None = None) -> None:
         self.model = model
         self.lanes = lanes or Lanes()
-        self.body, self.head = split_head(model)
+        self.body, self.head, self._owner = split_head(model)
         on_cpu = mx.default_device() == mx.cpu
         self._logsumexp = cpu_math.logsumexp if on_cpu else (lambda logits: mx.logsumexp(logits, axis=-1))
         self._exp = cpu_math.exp if on_cpu else mx.exp
@@ -72,7 +72,7 @@ class Losses:
             return self._with_slope
         if not self.model.training or count <= len(self.lanes):
             return self._plain
-        return lambda hidden, labels: mx.checkpoint(in_this_stream(self._plain))(hidden, labels)
+        return checkpointed(self._owner, self._plain)
 
     def _head_is_frozen(self) -> bool:
         paths = (path for path, _ in tree_flatten(self.model.trainable_parameters()))
