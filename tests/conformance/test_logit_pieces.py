@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import lab as labs
@@ -51,3 +52,10 @@ def test_lanes(lab: labs.Lab, text_rows: Path, monkeypatch: pytest.MonkeyPatch, 
     alone = lab.train(plan)
     assert labs.column(spread, "loss") == pytest.approx(labs.column(alone, "loss"), abs=2e-6)
     assert labs.column(spread, "grad_norm") == pytest.approx(labs.column(alone, "grad_norm"), rel=1e-5)
+
+
+def test_the_norm_of_a_large_gradient_is_not_lost_in_rounding() -> None:
+    step = pytest.importorskip("smolmlx_mlx.step")
+    gradient = np.random.default_rng(0).normal(size=(6144, 256)).astype(np.float32)
+    _, norm = step.clip({"embed_tokens": step.mx.array(gradient)}, 1.0)
+    assert float(norm) == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=1e-6)
