@@ -58,4 +58,4 @@ def test_the_norm_of_a_large_gradient_is_not_lost_in_rounding() -> None:
     step = pytest.importorskip("smolmlx_mlx.step")
     gradient = np.random.default_rng(0).normal(size=(6144, 256)).astype(np.float32)
     _, norm = step.clip({"embed_tokens": step.mx.array(gradient)}, 1.0)
-    assert float(norm) == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=1e-6)
+    assert float(norm) == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=1e-5)
