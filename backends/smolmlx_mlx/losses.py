@@ -13,7 +13,7 @@ blas.ensure()
 
 import mlx.core as mx  # noqa: E402 - after the BLAS
 import mlx.nn as nn  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
 from smolmlx.data.batches import Batch  # noqa: E402
 from smolmlx_mlx import cpu_math  # noqa: E402
@@ -26,10 +26,11 @@ Pair = tuple[mx.array, mx.array]
 
 
 class Losses:
-    """Sum of nats and count of correct targets of a micro-batch."""
+    """Sum of nats and count of correct targets of a micro-batch; `mixed` makes them with the weights in bfloat16."""
 
-    def __init__(self, model: nn.Module, lanes: Lanes | None = None) -> None:
+    def __init__(self, model: nn.Module, lanes: Lanes | None = None, mixed: bool = False) -> None:
         self.model = model
+        self.mixed = mixed
         self.lanes = lanes or Lanes()
         self.body, self.head, self._owner = split_head(model)
         on_cpu = mx.default_device() == mx.cpu
@@ -45,7 +46,11 @@ class Losses:
         Args:
             ids: [B, T]; segments: [B, T] for packed rows, else None; index, labels, weights: [S].
         """
+        wide = self.model.trainable_parameters()
+        if self.mixed:
+            self.model.update(tree_map(lambda weight: weight.astype(mx.bfloat16), wide))
         losses, correct = self.positions(ids, segments, index, labels)
+        self.model.update(wide)
         return (losses * weights).sum(), (correct * weights).sum()
 
     def positions(self, ids: mx.array, segments: mx.array | None, index: mx.array, labels: mx.array) -> Pair:

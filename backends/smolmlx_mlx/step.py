@@ -33,9 +33,11 @@ def clip(gradients: Any, most: float) -> tuple[Any, mx.array]:
 class Stepper:
     """Takes optimizer steps on a model, compiled once per shape."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, compiled: bool, lanes: Lanes | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, compiled: bool, lanes: Lanes | None = None, mixed: bool = False
+    ) -> None:
         self.model = model
-        self.losses = Losses(model, lanes)
+        self.losses = Losses(model, lanes, mixed)
         self.optimizer = optimizer
         wrap: Callable[..., Any] = self._compile if compiled else (lambda function: function)
         self._whole: Any = wrap(self._whole_step)
@@ -75,7 +77,9 @@ class Stepper:
             nats, correct = self.losses(*arguments)
             return nats / denominator, correct
 
+        weights = self.model.trainable_parameters()
         (loss, correct), gradients = nn.value_and_grad(self.model, mean)(*inputs)
+        self.model.update(weights)  # checkpointed parts leave the backward pass's copies in the model
         return loss, correct, gradients
 
     def _apply(self, gradients: Any, scalars: mx.array) -> mx.array:
