@@ -516,7 +516,6 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "inference_mode": True,
-        "base_model_fingerprint": plan.model.fingerprint(),
     }
 
 

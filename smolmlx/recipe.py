@@ -258,7 +258,16 @@ class Loaded:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text and on/off as booleans; people mean a number and a word."""
+    """YAML 1.1 reads 1e-4 as text and on/off as booleans; people mean a number and a word. A key given twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{name}' is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
         first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]

@@ -159,20 +159,29 @@ class Session:
         if result.num_correct is not None:
             values["accuracy"] = result.num_correct / max(1, supervised)
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-            raise RunError(self._not_finite(result))
+            raise RunError(self._not_finite(f"the loss is {result.loss} with gradient norm {result.grad_norm}"))
         self.state.step += 1
         self.state.num_tokens += tokens
         self.state.num_supervised += supervised
         self.state.seconds += seconds
         self._write("step", values)
 
-    def _not_finite(self, result: StepResult) -> str:
+    def _not_finite(self, what: str) -> str:
         last = self.run.last_checkpoint()
         kept = f" The last checkpoint is {last}." if last else ""
+        rate = self.plan.learning_rates[min(self.state.step, self.plan.steps - 1)]
         return (
-            f"step {self.state.step + 1}: the loss is {result.loss} with gradient norm {result.grad_norm}. Lower train.learning_rate "
-            f"(now {self.learning_rate:g}), add train.warmup, or set model.dtype: float32.{kept}"
+            f"step {self.state.step + 1}: {what}. Lower train.learning_rate "
+            f"(now {rate:g}), add train.warmup, or set model.dtype: float32.{kept}"
         )
+
+    def _finite_weights(self) -> Arrays:
+        """Return the engine's weights, which a step whose loss was still a number may have thrown out of all bounds."""
+        assert self._engine is not None
+        weights = self._engine.weights()
+        if not all(np.isfinite(array).all() for array in weights.values()):
+            raise RunError(self._not_finite("weights are no longer numbers"))
+        return weights
 
     @property
     def wants_eval(self) -> bool:
@@ -181,13 +190,15 @@ class Session:
     def record_eval(self, nats: float, tokens: int, correct: int) -> None:
         """Take a token-weighted evaluation over the whole validation set; keep the weights if it is the best."""
         loss = nats / max(1, tokens)
+        if not math.isfinite(loss):
+            raise RunError(self._not_finite(f"the validation loss is {loss}"))
         better = self.state.best_loss is None or loss < self.state.best_loss
         if better:
             self.state.best_loss, self.state.best_step, self.state.bad_evals = loss, self.state.step, 0
             if self.plan.recipe.eval.keep_best:
-                assert self._engine is not None
+                weights = self._finite_weights()
                 with publish(self.run.checkpoints / "best") as folder:
-                    save_arrays(self._engine.weights(), folder / self.plan.weights_name)
+                    save_arrays(weights, folder / self.plan.weights_name)
         else:
             self.state.bad_evals += 1
         patience = self.plan.recipe.eval.patience
@@ -207,8 +218,9 @@ class Session:
         """Write weights, moments and state in one rename; drop checkpoints beyond `save.keep_last`."""
         assert self._engine is not None
         target = self.run.checkpoint(self.state.step)
+        weights = self._finite_weights()
         with publish(target) as folder:
-            save_arrays(self._engine.weights(), folder / self.plan.weights_name)
+            save_arrays(weights, folder / self.plan.weights_name)
             save_arrays(self._engine.optimizer(), folder / "optimizer.safetensors")
             write_text(folder / "state.json", json.dumps(asdict(self.state), indent=2) + "\n")
         self._saved_step = self.state.step
@@ -219,11 +231,10 @@ class Session:
 
     def final_weights(self) -> Arrays:
         """Return the weights to leave behind: the best evaluated ones, or the last."""
-        assert self._engine is not None
         best = self.run.checkpoints / "best" / self.plan.weights_name
         if self.plan.recipe.eval.keep_best and self.state.best_step is not None and best.is_file():
             return load_arrays(best)
-        return self._engine.weights()
+        return self._finite_weights()
 
     def note(self, text: str) -> None:
         self.on_event(Event("note", self.state.step, {"text": text}))

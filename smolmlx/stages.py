@@ -21,7 +21,7 @@ from smolmlx.backend import Backend, Choice, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
 from smolmlx.evals.run import Evaluation, Meter, Settings, System, answer, evaluate, write
 from smolmlx.loggers import numbers, open_loggers
-from smolmlx.models import BaseModel, make_model, open_model
+from smolmlx.models import BaseModel, make_model, open_model, write_base
 from smolmlx.plan import Plan, adapter_config, encoding, initial_adapter, locate, resolve
 from smolmlx.recipe import Loaded
 from smolmlx.rundir import RunDir, publish, write_text
@@ -201,6 +201,8 @@ def save_result(plan: Plan, session: Session) -> None:
             tree["torch_dtype"] = dtype
         write_text(folder / name, json.dumps(tree, indent=2) + "\n")
         copy_tokenizer(plan.tokenizer, folder)
+        if not plan.full:
+            write_base(plan.model, folder)
         if plan.full:
             eos = list(plan.tokenizer.eos_ids)
             write_text(

@@ -96,7 +96,8 @@ def encode_source(
         RunError: the cache folder cannot be written.
     """
     options = json.dumps({**asdict(how), "template_args": dict(how.template_args)}, sort_keys=True)
-    parts = (str(_VERSION), source.content_hash(), tokenizer.fingerprint(), options, keep_name, str(limit))
+    names = ", ".join(path.name for path in source.files)  # the account names them
+    parts = (str(_VERSION), names, source.content_hash(), tokenizer.fingerprint(), options, keep_name, str(limit))
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     folder = cache_folder() / "tokens" / key
     if not (folder / "meta.json").is_file():

@@ -154,6 +154,9 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(RecipeError, match="expected a mapping"):
         recipe.load(tmp_path / "list.yaml")
+    (tmp_path / "twice.yaml").write_text("train: {epochs: 1}\ndata: {train: x}\ntrain: {batch_size: 2}\n")
+    with pytest.raises(RecipeError, match=r"'train' is given twice[^$]*line 3"):
+        recipe.load(tmp_path / "twice.yaml")
     (tmp_path / "broken.yaml").write_text("a: [\n")
     with pytest.raises(RecipeError, match="not valid YAML"):
         recipe.load(tmp_path / "broken.yaml")
