@@ -131,7 +131,7 @@ def _tensors(path: Path) -> list[tuple[str, Any]]:
 
 
 def with_adapter_lora(loaded: Loaded, adapter: StartAdapter) -> Loaded:
-    """Make the `lora` section the adapter's; a value that the user gave must be the same.
+    """Make the `lora` section the adapter's and `model.adapter` its folder; a value that the user gave must be the same.
 
     Raises:
         RecipeError: a key of `lora` that says otherwise.
@@ -148,4 +148,6 @@ def with_adapter_lora(loaded: Loaded, adapter: StartAdapter) -> Loaded:
     if problems:
         raise RecipeError(loaded.source, problems)
     section = lora.model_copy(update=dict(adapter.lora))
-    return replace(loaded, recipe=loaded.recipe.model_copy(update={"lora": section}), origins=origins)
+    # The folder itself, not the pattern that found it: a resumed run must not meet a newer match.
+    model = loaded.recipe.model.model_copy(update={"adapter": str(adapter.folder.resolve())})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"lora": section, "model": model}), origins=origins)

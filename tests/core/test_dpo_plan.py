@@ -150,6 +150,7 @@ class TestStartAdapter:
         for named in (tmp_path / "notes-new", tmp_path / "notes-*", tmp_path / "notes-*" / "adapter"):
             plan = self.started(tree, named)
             assert plan.start is not None and plan.start.folder == tmp_path / "notes-new" / "adapter"
+            assert plan.recipe.model.adapter == str(plan.start.folder.resolve()), "a resumed run must find the same one"
 
     def test_values_that_differ_are_refused(self, tree: dict[str, Any], tmp_path: Path) -> None:
         adapter = write_adapter(tree, tmp_path / "a")
