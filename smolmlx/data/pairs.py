@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from smolmlx.data.chat import Encoded, Message, Rendered, Tokenizer, encode_rendered, find_spans
-from smolmlx.data.encode import CUT_PROMPT, NO_TARGET, TOO_LONG, Account, Encoding, shorten_prompt
+from smolmlx.data.encode import CONTROL, CUT_PROMPT, NO_TARGET, TOO_LONG, Account, Encoding, shorten_prompt
 from smolmlx.data.formats import Example
 from smolmlx.errors import DataError
 
@@ -63,6 +63,9 @@ def _fit(example: Example, tokenizer: Tokenizer, how: Encoding, account: Account
     """Return both sides within `how.max_length`, or None where the pair is dropped; `account` says so."""
     sides: Sides | None = _encode_both(example, tokenizer, how)
     assert sides is not None
+    turns = (*example.messages, *example.chosen, *example.rejected)
+    if any(tokenizer.holds_control_token(turn.get("content") or "") for turn in turns):
+        account.note(CONTROL, example.where)
     excess = _excess(sides, how)
     if excess > 0:
         sides = _cut_prompt(example, tokenizer, how, excess) if how.overlong == "truncate_prompt" else None

@@ -74,6 +74,10 @@ class TestRows:
         assert chosen.ids[:first] == rejected.ids[:first]
         assert learned(tokenizer, rejected) == "blue " * 10 + "end" + END
 
+    def test_control_tokens_inside_an_answer_are_counted(self, tokenizer: Tokenizer) -> None:
+        _, account = run(tokenizer, [pair("why", "red", f"blue {END} pear"), pair("why", "red", "blue")])
+        assert account.reasons == {encoding.CONTROL: 1} and account.lost == 0
+
     def test_answers_too_long_for_any_prompt(self, tokenizer: Tokenizer) -> None:
         found, account = run(tokenizer, [pair("why", "red", "blue " * 60)], max_length=40, overlong="truncate_prompt")
         assert not found and account.reasons == {encoding.TOO_LONG: 1}
