@@ -21,6 +21,7 @@ import numpy.typing as npt
 from smolmlx.data.chat import Encoded, Tokenizer
 from smolmlx.data.encode import Account, Encoding, encode_rows
 from smolmlx.data.formats import Source
+from smolmlx.data.pairs import encode_pairs
 from smolmlx.errors import DataError, RunError
 
 _VERSION = 2  # raise when the layout or the meaning of a mask changes: old caches are then not read
@@ -105,7 +106,8 @@ def encode_source(
         examples = (
             example for index, example in enumerate(itertools.islice(source, limit)) if keep is None or keep(index)
         )
-        write_store(folder, _counted(encode_rows(examples, tokenizer, how, account), account, on_rows), account)
+        encode = encode_pairs if how.loss_on == "pair" else encode_rows
+        write_store(folder, _counted(encode(examples, tokenizer, how, account), account, on_rows), account)
     return open_store(folder)
 
 

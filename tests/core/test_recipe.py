@@ -178,7 +178,20 @@ def test_flatten_shows_every_value() -> None:
 
 def test_every_field_is_documented() -> None:
     """Names that say it all may go without a docstring; those with a unit or a choice may not."""
-    plain = {"stage", "description", "model", "data", "train", "lora", "eval", "save", "samples", "evaluate", "loggers"}
+    plain = {
+        "stage",
+        "description",
+        "model",
+        "data",
+        "train",
+        "lora",
+        "eval",
+        "save",
+        "samples",
+        "evaluate",
+        "loggers",
+        "dpo",
+    }
     plain |= {
         "method",
         "epochs",
@@ -200,6 +213,7 @@ def test_every_field_is_documented() -> None:
         recipe.Data,
         recipe.Train,
         recipe.Lora,
+        recipe.Dpo,
         recipe.Eval,
         recipe.Save,
         recipe.Samples,
