@@ -58,14 +58,18 @@ class Model:
         """Answer prompts, each a user message or a list of messages; answers come back in order.
 
         Args:
-            decoding: fields of `backend.Decoding`: max_tokens, temperature, top_p, seed, batch_size.
+            decoding: fields of `backend.Decoding`: max_tokens, temperature, top_p, top_k, min_p, seed, batch_size, stop,
+                repetition_penalty, no_repeat_ngram, and schema (a Pydantic model, a JSON schema, Regex or OneOf).
+
+        Raises:
+            RecipeError: values out of bounds, or a schema that cannot be kept to, by name.
         """
         head = ({"role": "system", "content": system},) if system else ()
         messages = [(*head, {"role": "user", "content": p}) if isinstance(p, str) else tuple(p) for p in prompts]
         tokens = [self.tokenizer.encode(self.tokenizer.prompt(found)) for found in messages]
         answers = [""] * len(tokens)
         for completion in self.generator.generate(tokens, Decoding(**decoding)):
-            answers[completion.index] = self.tokenizer.decode(completion.ids).strip()
+            answers[completion.index] = completion.text.strip()
         return answers
 
 

@@ -282,10 +282,7 @@ def answer_samples(plan: Plan, backend: Backend, adapter: Path | None, run: RunD
     generator = open_generator(plan, backend, adapter, run)
     if plan.tokenizer.template_text is None:
         tokens = [plan.tokenizer.encode(prompt) for prompt in recipe.samples.prompts]
-        found = {
-            c.index: plan.tokenizer.decode(c.ids)
-            for c in generator.generate(tokens, Decoding(max_tokens=recipe.samples.max_tokens))
-        }
+        found = {c.index: c.text for c in generator.generate(tokens, Decoding(max_tokens=recipe.samples.max_tokens))}
         return [found[i] for i in range(len(tokens))]
     system = ({"role": "system", "content": recipe.data.system},) if recipe.data.system else ()
     prompts = [(*system, {"role": "user", "content": prompt}) for prompt in recipe.samples.prompts]

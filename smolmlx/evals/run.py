@@ -194,7 +194,7 @@ def answer(
     tokens = [tokenizer.encode(tokenizer.prompt(messages, **settings.template_args)) for messages in prompts]
     answers = [""] * len(prompts)
     for done, completion in enumerate(generator.generate(tokens, settings.decoding), 1):
-        answers[completion.index] = tokenizer.decode(completion.ids).strip()
+        answers[completion.index] = completion.text.strip()
         on_done(done)
     return answers
 

@@ -25,6 +25,7 @@ LAYERS = {
     "backend": 2,  # the protocols; plan and session are named there for type checkers only
     "plan": 2,  # reads Capabilities and Choice from backend: the two describe one seam, from its two sides
     "session": 2,  # the state an engine reports to: part of the same seam
+    "generation": 3,  # how tokens are chosen and rows scheduled: shared by the engines, which import it
     "synth": 3,
     "evals": 3,
     "adapters": 3,
@@ -53,6 +54,7 @@ HEAVY = {
     "unsloth",
     "datasets",
     "outlines",
+    "llguidance",
     "accelerate",
     "bitsandbytes",
 }
