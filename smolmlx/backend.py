@@ -21,6 +21,7 @@ from smolmlx.errors import BackendError, RecipeError, nearest
 if TYPE_CHECKING:
     from smolmlx.data.batches import Batch
     from smolmlx.data.chat import Tokenizer
+    from smolmlx.generation.batching import Batcher
     from smolmlx.models import BaseModel
     from smolmlx.plan import Plan
     from smolmlx.session import Session
@@ -178,6 +179,9 @@ class Generator(Protocol):
         Raises:
             RecipeError: `how.schema` holds what cannot be kept to, by name, before anything is generated.
         """
+
+    def batcher(self, batch_size: int) -> Batcher:
+        """Return what runs rows of different decoding together, as `generate` does; one at a time may run."""
 
     def use_adapter(self, adapter: Path | None) -> None:
         """Answer and score with another adapter on the same base, or with none.

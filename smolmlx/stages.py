@@ -259,7 +259,7 @@ def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter) -> Eva
         decoding=Decoding(max_tokens=wanted.max_tokens, batch_size=wanted.batch_size), limit=wanted.limit,
         template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system, columns=plan.recipe.data.columns,
         loading=Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none"),
-        encoding=encoding(plan.recipe),
+        encoding=encoding(plan.recipe), constrained=wanted.constrained,
     )  # fmt: skip
     found = evaluate(backend, systems, plan.tokenizer, settings, meter)
     write(found, run.path / "eval")

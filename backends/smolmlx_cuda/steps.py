@@ -180,6 +180,14 @@ class TorchSteps:
     def release(self, place: int) -> None:
         self._busy[place] = self._layout.lengths[place] = 0
 
+    def grow(self, num_places: int) -> None:
+        self._busy = np.concatenate([self._busy, np.zeros(num_places, np.int64)])
+        self._layout.lengths = np.concatenate([self._layout.lengths, np.zeros(num_places, np.int64)])
+        for shelf in self._cache.layers if self.most is None else []:
+            if shelf.keys is not None:
+                shelf.keys = torch.cat([shelf.keys, shelf.keys.new_zeros(num_places, *shelf.keys.shape[1:])])
+                shelf.values = torch.cat([shelf.values, shelf.values.new_zeros(num_places, *shelf.values.shape[1:])])
+
     def keep(self, places: Sequence[int]) -> None:
         index = torch.tensor(list(places), device=self.device)
         self._busy = self._busy[list(places)]

@@ -175,6 +175,14 @@ class MlxSteps:
     def release(self, place: int) -> None:
         self._busy[place] = self._layout.lengths[place] = 0
 
+    def grow(self, num_places: int) -> None:
+        self._busy = np.concatenate([self._busy, np.zeros(num_places, np.int32)])
+        self._layout.lengths = np.concatenate([self._layout.lengths, np.zeros(num_places, np.int32)])
+        for shelf in self._caches if self.most is None else []:
+            if shelf.keys is not None:
+                extra = [(0, num_places), (0, 0), (0, 0), (0, 0)]
+                shelf.keys, shelf.values = mx.pad(shelf.keys, extra), mx.pad(shelf.values, extra)
+
     def keep(self, places: Sequence[int]) -> None:
         index = mx.array(list(places))
         self._busy = self._busy[list(places)]

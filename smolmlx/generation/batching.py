@@ -13,7 +13,7 @@ import numpy as np
 
 from smolmlx.backend import Completion, Decoding, OnText
 from smolmlx.data.chat import Tokenizer
-from smolmlx.generation.grammar import Grammars, Words, pack
+from smolmlx.generation.grammar import Words, grammars, pack
 from smolmlx.generation.row import Row
 from smolmlx.generation.sampling import Picks, gather
 
@@ -41,6 +41,9 @@ class Steps(Protocol):
     def release(self, place: int) -> None:
         """Let a place be free."""
 
+    def grow(self, num_places: int) -> None:
+        """Add free places behind the others."""
+
     def keep(self, places: Sequence[int]) -> None:
         """Drop all other places; those kept are counted from 0 again, in this order."""
 
@@ -65,7 +68,6 @@ class Batcher:
     def __init__(self, steps: Steps, tokenizer: Tokenizer, batch_size: int) -> None:
         self.steps, self.tokenizer = steps, tokenizer
         self.batch_size = min(batch_size, steps.most or batch_size)
-        self._grammars: dict[tuple[int, ...], Grammars] = {}
         self._rows: list[Row | None] = []
         self._fed: list[list[int]] = []
 
@@ -74,23 +76,23 @@ class Batcher:
         assert prompt, "a prompt has at least one token"
         grammar = None
         if how.schema is not None:
-            ends = how.stop_ids or self.tokenizer.eos_ids
-            if ends not in self._grammars:
-                self._grammars[ends] = Grammars(self.tokenizer, ends)
-            grammar = self._grammars[ends].compile(how.schema, how.max_tokens)
+            grammar = grammars(self.tokenizer, how.stop_ids or self.tokenizer.eos_ids).compile(
+                how.schema, how.max_tokens
+            )
         return Row(index, prompt, how, self.tokenizer, grammar, on_text)
 
-    def run(self, rows: Sequence[Row], more: Callable[[], Sequence[Row]] | None = None) -> Iterator[Completion]:
-        """Finish rows, in any order; `more` is asked at each step for rows that have come since."""
+    def run(self, rows: Sequence[Row], more: Callable[[], Sequence[Row]] | None = None) -> Iterator[Row]:
+        """Yield rows as they are over, in any order; `more` is asked at each step for rows that have come since."""
         # Long prompts first: rows of like length are prefilled together, and what is too much for the memory fails at once.
         waiting = sorted(rows, key=lambda row: -len(row.prompt))
-        size = min(self.batch_size, len(rows)) if more is None else self.batch_size
+        size = max(1, min(self.batch_size, len(rows)))
         self._rows, self._fed = [None] * size, [[] for _ in range(size)]
-        self.steps.open(size, common_prefix([row.prompt for row in rows]))
+        self.steps.open(size, common_prefix([row.prompt for row in rows]) if more is None else ())
         ahead: Any = None
         while True:
             waiting += more() if more else ()
             if ahead is None:
+                self._grow(len(waiting))
                 yield from self._admit(waiting)
                 self._shrink(bool(waiting))
                 if not any(self._rows):
@@ -107,11 +109,11 @@ class Batcher:
                 self._fed[place] = row.take(token)
                 if row.over:
                     self._free(place)
-                    yield row.completion()
+                    yield row
             if ahead is not None and not any(self._rows):
                 ahead = None
 
-    def _admit(self, waiting: list[Row]) -> Iterator[Completion]:
+    def _admit(self, waiting: list[Row]) -> Iterator[Row]:
         free = [place for place, row in enumerate(self._rows) if row is None]
         while free and waiting:
             group: list[Row] = []
@@ -119,7 +121,7 @@ class Batcher:
                 row = waiting.pop(0)
                 fed = row.start()
                 if row.over:  # the grammar left no choice at all
-                    yield row.completion()
+                    yield row
                     continue
                 place = free[len(group)]
                 self._rows[place], self._fed[place] = row, fed
@@ -127,6 +129,15 @@ class Batcher:
             if group:
                 self.steps.admit(free[: len(group)], [row.prompt for row in group])
             free = free[len(group) :]
+
+    def _grow(self, num_waiting: int) -> None:
+        """Make room for rows that came while others run."""
+        wanted = min(self.batch_size, sum(row is not None for row in self._rows) + num_waiting)
+        missing = wanted - len(self._rows)
+        if missing > 0:
+            self.steps.grow(missing)
+            self._rows += [None] * missing
+            self._fed += [[] for _ in range(missing)]
 
     def _shrink(self, has_waiting: bool) -> None:
         """Drop free places once they are more than half and nobody waits for one."""
@@ -141,7 +152,7 @@ class Batcher:
         few = len(busy) <= len(self._rows) // 2 and len(self._rows) > 1
         last = all(len(row.ids) + 1 >= row.how.max_tokens for row in busy)
         return bool(busy) and not (
-            last or any(row.restricted for row in busy) or few or (has_waiting and len(busy) < len(self._rows))
+            last or any(row.restricted for row in busy) or few or (has_waiting and len(busy) < self.batch_size)
         )
 
     def _free(self, place: int) -> None:
@@ -190,4 +201,5 @@ def run_all(
     """Answer prompts that are decoded alike; what an engine's `generate` does."""
     rows = [batcher.make_row(index, list(prompt), how, on_text) for index, prompt in enumerate(prompts)]
     if rows:
-        yield from batcher.run(rows)
+        for row in batcher.run(rows):
+            yield row.completion()

@@ -31,6 +31,8 @@ _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 _CLOSERS = ('"', "}", "]", ")", "'")
 _LONGEST_WAY = 4096
 """Tokens within which an answer of every grammar must fit."""
+_MOST_KNOWN = 256
+"""Grammars remembered for a tokenizer: a server may be asked for any number."""
 _FILLERS = ("0", "a", "A", "1", " ", "-", ".", ":")
 
 
@@ -118,7 +120,7 @@ class Grammars:
     """Compiles constraints for one tokenizer and remembers them."""
 
     def __init__(self, tokenizer: Tokenizer, ends: Sequence[int]) -> None:
-        self.num_tokens = tokenizer.vocab_size
+        self.tokenizer, self.num_tokens = tokenizer, tokenizer.vocab_size
         self._tokenizer = _load(tokenizer, tuple(ends), self.num_tokens)
         self._ends = pack([end for end in ends if end < self.num_tokens], self.num_tokens)
         found = [tokenizer.token_id(text) for text in (*_CLOSERS, *_FILLERS)]
@@ -138,12 +140,20 @@ class Grammars:
             matcher = LLMatcher(self._tokenizer, source)
             if matcher.is_error():
                 raise RecipeError(_fault(constraint, matcher.get_error()))
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.pop(next(iter(self._known)))
             self._known[source] = Grammar(matcher, self._ends, self._exits)
         grammar = self._known[source]
         if grammar.shortest is None or grammar.shortest > max_tokens:
             needed = f"the shortest known one takes {grammar.shortest or f'more than {_LONGEST_WAY}'}"
             raise RecipeError(f"schema: no answer fits into max_tokens {max_tokens}: {needed}. Raise max_tokens.")
         return grammar
+
+
+@lru_cache(maxsize=8)
+def grammars(tokenizer: Tokenizer, ends: tuple[int, ...]) -> Grammars:
+    """Return the grammars of a tokenizer for answers that end with one of `ends`; the same each time."""
+    return Grammars(tokenizer, ends)
 
 
 def to_source(constraint: Constraint) -> str:
@@ -203,17 +213,12 @@ def _fault(constraint: Constraint, message: str) -> str:
     return f"schema: {cause}, which answers cannot be kept to while they are written. Leave it out of the schema and check it afterwards."
 
 
-@lru_cache(maxsize=8)
-def _load_text(text: str, ends: tuple[int, ...], num_tokens: int) -> LLTokenizer:
-    return _library().LLTokenizer(text, n_vocab=num_tokens, eos_token=list(ends))
-
-
 def _load(tokenizer: Tokenizer, ends: tuple[int, ...], num_tokens: int) -> LLTokenizer:
     # llguidance goes by its first end token; it must be one of the vocabulary.
     known = tuple(end for end in ends if end < num_tokens)
     if not known:
         raise RecipeError("schema: the tokenizer has no token that ends an answer, so a constrained one could not end.")
-    return _load_text(tokenizer.fast.to_str(), known, num_tokens)
+    return _library().LLTokenizer(tokenizer.fast.to_str(), n_vocab=num_tokens, eos_token=list(known))
 
 
 def _library() -> Any:

@@ -30,7 +30,7 @@ class Row:
         self.index, self.prompt, self.how = index, prompt, how
         self.ids: list[int] = []
         self.draws = Draws(how.seed, index)
-        self.finished = False
+        self.finished = self._cancelled = False
         """The answer ended by itself."""
         self._tokenizer, self._on_text = tokenizer, on_text
         self._stops = frozenset(how.stop_ids or tokenizer.eos_ids)
@@ -41,7 +41,11 @@ class Row:
 
     @property
     def over(self) -> bool:
-        return self.finished or len(self.ids) >= self.how.max_tokens
+        return self.finished or self._cancelled or len(self.ids) >= self.how.max_tokens
+
+    def cancel(self) -> None:
+        """End the answer at its next token: nobody waits for it any more."""
+        self._cancelled = True
 
     @property
     def restricted(self) -> bool:

@@ -37,6 +37,7 @@ LAYERS = {
     "stages": 4,
     "shelf": 4,  # which recipes there are and which runs a name means: composes recipe, models and rundir for the verbs
     "doctor": 4,  # looks at every engine and the files: composes what lies below for one verb
+    "serving": 4,  # a generator over HTTP: composes generation and the seam for one verb
     "research": 5,  # typed tasks over a loaded model: stands on the API's `load`
     "api": 5,  # the verbs for Python; __init__ hands them out lazily
     "": 5,  # smolmlx/__init__.py: the public API, one name per verb

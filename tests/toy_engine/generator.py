@@ -29,6 +29,9 @@ class ToyGenerator:
         self.base, self.tokenizer = model, tokenizer
         self.use_adapter(adapter)
 
+    def batcher(self, batch_size: int) -> Batcher:
+        return Batcher(ToySteps(self.model), self.tokenizer, batch_size)
+
     def use_adapter(self, adapter: Path | None) -> None:
         self.model = Bigram(self.base.folder, {}, 1.0, False)
         if adapter is not None:
@@ -37,7 +40,7 @@ class ToyGenerator:
     def generate(
         self, prompts: Sequence[Sequence[int]], how: Decoding, on_text: OnText | None = None
     ) -> Iterator[Completion]:
-        yield from run_all(Batcher(ToySteps(self.model), self.tokenizer, how.batch_size), prompts, how, on_text)
+        yield from run_all(self.batcher(how.batch_size), prompts, how, on_text)
 
     def score(self, batches: Iterable[Batch]) -> Iterator[Score]:
         for batch in batches:
@@ -82,6 +85,7 @@ class ToySteps:
     def open(self, num_places: int, prefix: Sequence[int]) -> None: ...
     def admit(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> None: ...
     def release(self, place: int) -> None: ...
+    def grow(self, num_places: int) -> None: ...
     def keep(self, places: Sequence[int]) -> None: ...
 
     def step(self, feed: Feed, picks: Callable[[], Picks]) -> list[int]:
