@@ -135,7 +135,7 @@ def _begin(service: Service, ask: Ask) -> _Call:
             raise RecipeError(f"the prompt has {len(prompt)} tokens; expected 1 to {(service.context or 0) - 1}.")
         for _ in range(ask.n or 1):
             bounded = replace(how, max_tokens=min(how.max_tokens, room))
-            jobs.append(Job(prompt, bounded, len(jobs), service.models[model], tell))
+            jobs.append(Job(prompt, bounded, len(jobs), service.models[model], tell, ask.stream))
     for job in jobs:
         service.worker.put(job)
     chat = isinstance(ask, ChatAsk)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from smolmlx.backend import Completion, Decoding, Generator
@@ -28,7 +28,9 @@ class Job:
     adapter: Path | None
     tell: Callable[[int, Event], None]
     """Called from the worker's thread with (index, event)."""
-    row: Row | None = field(default=None)
+    stream: bool = False
+    """Whether text is told while it is written."""
+    row: Row | None = None
     cancelled: bool = False
 
     def cancel(self) -> None:
@@ -95,9 +97,7 @@ class Worker:
             if job.cancelled:
                 return
             try:
-                row = job.row = batcher.make_row(
-                    job.index, job.prompt, job.how, lambda index, text: job.tell(index, text)
-                )
+                row = job.row = batcher.make_row(job.index, job.prompt, job.how, job.tell if job.stream else None)
             except SmolError as error:
                 job.tell(job.index, error)
                 return

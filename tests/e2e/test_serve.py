@@ -147,3 +147,26 @@ def test_port_in_use(server: str, call: object) -> None:
     port = server.rpartition(":")[2]
     code, _, err = call("serve", "--model", "tiny", "--port", port)  # type: ignore[operator]
     assert code == 3 and "Choose another --port" in err
+
+
+def test_drives_data_augment(server: str, tmp_path: Path) -> None:
+    """What comes back keeps to the task's schema: an answer is refused for its length at most, never for its form."""
+    from smolmlx.synth.augment import augment
+    from smolmlx.synth.jobs import Order, Workshop
+    from smolmlx.synth.server import Limits, ServerRuntime
+    from smolmlx.synth.store import ChunkStore
+    from smolmlx.tasks.registry import BUILT_IN, read_registry
+
+    rows = [{"text": ". ".join(labs.sentence(7 * i + k) for k in range(9)) + ".", "document": str(i)} for i in range(5)]
+    (tmp_path / "chunks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = BUILT_IN.read_text().replace("max_tokens: 400", "max_tokens: 60\n    probability: 1\n    min_words: 5", 1)
+    (tmp_path / "tasks.yaml").write_text(text)
+    with ChunkStore(tmp_path / "chunks.jsonl") as store:
+        runtime = ServerRuntime(f"{server}/v1", "default", limits=Limits(concurrency=5, timeout=300))
+        made = Workshop(
+            store, read_registry(tmp_path / "tasks.yaml"), Order(("triplets",), model="tiny", runtime="server")
+        )
+        totals = augment(made, runtime, tmp_path / "out").totals
+    assert totals.done == totals.jobs == 5 and not totals.failed
+    assert totals.accepted + totals.rejected.total() == 5
+    assert set(totals.rejected) <= {"cut off", "repeated item", "empty"}
