@@ -8,6 +8,8 @@ llguidance is imported inside functions, so that nothing is loaded where no answ
 from __future__ import annotations
 
 import json
+import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -28,12 +30,23 @@ Words = npt.NDArray[np.uint32]
 
 # As json.dumps writes, which is how answers stand in training rows.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_CLOSERS = ('"', "}", "]", ")", "'")
+_CLOSERS = ('"', "}", "]")
+_CHARACTERS = (
+    *"0aA1ntf",
+    *sorted(set(string.ascii_letters + string.digits) - set("0aA1ntf")),
+    *sorted(set(string.punctuation) - set("[{")),
+    "Ġ",
+    *"[{",
+)
+"""Fillers first, what opens a structure last; Ġ is how byte-level vocabularies write a space."""
 _LONGEST_WAY = 4096
 """Tokens within which an answer of every grammar must fit."""
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_SCHEMAS = frozenset({"items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf"})
+_FEW = 40
+"""Characters allowed, below which a place lies between values rather than inside a text."""
 _MOST_KNOWN = 256
 """Grammars remembered for a tokenizer: a server may be asked for any number."""
-_FILLERS = ("0", "a", "A", "1", " ", "-", ".", ":")
 
 
 class Walk:
@@ -74,12 +87,13 @@ class Walk:
     def way_out(self, limit: int) -> list[int] | None:
         """Return at most `limit` tokens that make the answer whole, or None where no such way is found.
 
-        Brackets and quotes are closed first and what must be filled is filled with single characters, which is a short
-        way, not always the shortest.
+        Brackets and quotes are closed first; else the single character that leads where the way has
+        been least.
+        This is a short way, not always the shortest.
         """
-        walk, path = self.copy(), list[int]()
+        walk, path, seen = self.copy(), list[int](), Counter[bytes]()
         while not walk.whole:
-            step = walk.forced() or [walk._nearest_end()]
+            step = walk.forced() or [walk._toward_end(seen)]
             path += step
             if len(path) > limit:
                 return None
@@ -87,25 +101,48 @@ class Walk:
                 walk.take(token)
         return path
 
-    def _nearest_end(self) -> int:
+    def _toward_end(self, seen: Counter[bytes]) -> int:
+        """Return a token that leads on from here; `seen` counts the masks of the places that the way has led through."""
         allowed = self.allowed()
-        for token in self.grammar.exits:
-            if allowed[token >> 5] >> np.uint32(token & 31) & 1:
+        here, known = allowed.tobytes(), self.grammar.dull
+        steps = [token for token in self.grammar.characters if has(allowed, token)]
+        # Where most characters may come, a bracket is text like any other; only the quote ends it.
+        closers = self.grammar.closers if len(steps) < _FEW else self.grammar.closers[:1]
+        for token in closers:
+            if has(allowed, token):
                 return token
-        return int(np.flatnonzero(unpack(allowed))[0])
+        seen[here] += 1
+        if here not in known:
+            masks = []
+            for token in steps:
+                probe = self.copy()
+                probe.take(token)
+                masks.append(probe.allowed().tobytes())
+                if not seen[masks[-1]]:
+                    break
+            if set(masks) == {here}:  # a stretch of a minimum length: what is taken makes no difference
+                known.add(here)
+            elif masks:
+                best = min(range(len(masks)), key=lambda i: (seen[masks[i]], masks[i] == here))
+                seen[masks[best]] += 1
+                return steps[best]
+        return steps[0] if steps else int(np.flatnonzero(unpack(allowed))[0])
 
 
 class Grammar:
     """A compiled grammar of one tokenizer."""
 
-    def __init__(self, matcher: LLMatcher, ends: Words, exits: Sequence[int]) -> None:
+    def __init__(self, matcher: LLMatcher, ends: Words, closers: Sequence[int], characters: Sequence[int]) -> None:
         """Take a fresh matcher.
 
         Args:
             ends: tokens that end an answer.
-            exits: tokens that lead out of a structure, best first.
+            closers: tokens that lead out of a structure, best first.
+            characters: tokens of a single character.
         """
-        self._matcher, self.ends, self.exits = matcher, ends, exits
+        self._matcher, self.ends, self.closers, self.characters = matcher, ends, closers, characters
+        self.dull: set[bytes] = set()
+        """Masks of places where no single character changes what may follow."""
         shortest = self.start().way_out(_LONGEST_WAY)
         self.shortest = None if shortest is None else len(shortest)
         """Tokens of the shortest known answer."""
@@ -123,8 +160,10 @@ class Grammars:
         self.tokenizer, self.num_tokens = tokenizer, tokenizer.vocab_size
         self._tokenizer = _load(tokenizer, tuple(ends), self.num_tokens)
         self._ends = pack([end for end in ends if end < self.num_tokens], self.num_tokens)
-        found = [tokenizer.token_id(text) for text in (*_CLOSERS, *_FILLERS)]
-        self._exits = [token for token in found if token is not None]
+        self._closers, self._characters = (
+            [token for text in texts if (token := tokenizer.token_id(text)) is not None]
+            for texts in (_CLOSERS, _CHARACTERS)
+        )
         self._known: dict[str, Grammar] = {}
 
     def compile(self, constraint: Constraint, max_tokens: int) -> Grammar:
@@ -142,7 +181,7 @@ class Grammars:
                 raise RecipeError(_fault(constraint, matcher.get_error()))
             if len(self._known) >= _MOST_KNOWN:
                 self._known.pop(next(iter(self._known)))
-            self._known[source] = Grammar(matcher, self._ends, self._exits)
+            self._known[source] = Grammar(matcher, self._ends, self._closers, self._characters)
         grammar = self._known[source]
         if grammar.shortest is None or grammar.shortest > max_tokens:
             needed = f"the shortest known one takes {grammar.shortest or f'more than {_LONGEST_WAY}'}"
@@ -174,7 +213,24 @@ def to_source(constraint: Constraint) -> str:
         constraint = constraint.model_json_schema()
     if not isinstance(constraint, Mapping):
         raise RecipeError(f"schema: expected a JSON schema, a Pydantic model, Regex or OneOf; got {constraint!r}.")
+    _refuse_loose(constraint)
     return str(matcher.grammar_from_json_schema(dict(constraint), overrides=_LAYOUT))
+
+
+def _refuse_loose(schema: Any) -> None:
+    """Refuse what llguidance takes but does not hold: free property names may come twice, and then count once."""
+    if not isinstance(schema, Mapping):
+        return
+    fewest = schema.get("minProperties", 0)
+    if isinstance(fewest, int) and fewest > max(1, len(schema.get("required", ()))):
+        raise RecipeError(_fault({}, "it uses ['minProperties'] beyond what is required"))
+    for key, value in schema.items():
+        if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
+            for inner in value.values():
+                _refuse_loose(inner)
+        elif key in _SCHEMAS:
+            for inner in value if isinstance(value, list) else [value]:
+                _refuse_loose(inner)
 
 
 def check(constraint: Constraint) -> None:
@@ -193,6 +249,11 @@ def pack(tokens: Sequence[int], num_tokens: int) -> Words:
     flags = np.zeros((num_tokens + 31) // 32 * 32, np.uint8)
     flags[list(tokens)] = 1
     return np.packbits(flags, bitorder="little").view(np.uint32)
+
+
+def has(words: Words, token: int) -> bool:
+    """Whether a token is in a set."""
+    return bool(words[token >> 5] >> np.uint32(token & 31) & np.uint32(1))
 
 
 def unpack(words: Words) -> npt.NDArray[np.bool_]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -24,31 +23,36 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
 
-def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+def start(log: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], str]:
     """Start the server on a free port and return it with its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "smolmlx", "serve", "--port", "0", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    assert process.stderr is not None
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if found := re.search(r"(http://\S+)/v1", line):
+    with log.open("wb") as file:
+        process = subprocess.Popen([sys.executable, "-m", "smolmlx", "serve", "--port", "0", *arguments], stderr=file)
+    for _ in range(1200):
+        if found := re.search(r"(http://\S+)/v1", log.read_text()):
             return process, found[1]
-    raise AssertionError(f"the server did not start: {seen}")
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    raise AssertionError(f"the server did not start: {log.read_text()}")
 
 
 @pytest.fixture(scope="module", params=["mlx", "cuda"])
-def server(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[str]:
+def server(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if (reason := labs.why_missing(request.param)) is not None:
         pytest.skip(reason)
-    process, address = start("--model", str(tiny_model), "--backend", request.param, "--device", "cpu")
-    yield address
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) in (0, 130)
+    log = tmp_path_factory.mktemp("serve") / "log"
+    process, address = start(log, "--model", str(tiny_model), "--backend", request.param, "--device", "cpu")
+    try:
+        yield address
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            code = process.wait(120)
+        finally:
+            process.kill()
+    assert code in (0, 130), log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.fixture
@@ -159,7 +163,7 @@ def test_drives_data_augment(server: str, tmp_path: Path) -> None:
 
     rows = [{"text": ". ".join(labs.sentence(7 * i + k) for k in range(9)) + ".", "document": str(i)} for i in range(5)]
     (tmp_path / "chunks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = BUILT_IN.read_text().replace("max_tokens: 400", "max_tokens: 60\n    probability: 1\n    min_words: 5", 1)
+    text = BUILT_IN.read_text().replace("max_tokens: 400", "max_tokens: 90\n    probability: 1\n    min_words: 5", 1)
     (tmp_path / "tasks.yaml").write_text(text)
     with ChunkStore(tmp_path / "chunks.jsonl") as store:
         runtime = ServerRuntime(f"{server}/v1", "default", limits=Limits(concurrency=5, timeout=300))
