@@ -146,7 +146,7 @@ class Grammar:
         shortest = self.start().way_out(_LONGEST_WAY)
         self.shortest = None if shortest is None else len(shortest)
         """Tokens of the shortest known answer."""
-        self.margin = max(64, 4 * (self.shortest or 0))
+        self.margin = 16 + 2 * (self.shortest or 0)
         """Tokens left of an answer's budget below which each step must leave a way out."""
 
     def start(self) -> Walk:

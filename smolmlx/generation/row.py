@@ -8,9 +8,11 @@ import numpy as np
 
 from smolmlx.backend import Completion, Decoding, OnText
 from smolmlx.data.chat import Tokenizer
-from smolmlx.generation.grammar import Grammar, Words, pack
+from smolmlx.generation.grammar import Grammar, Walk, Words, pack
 from smolmlx.generation.sampling import Draws
 
+_SELDOM = 16
+"""Tokens between two looks for a way out while the budget is far: brackets may open on and on."""
 _BROKEN = "�"
 """What a decoder writes for bytes that are not yet a character."""
 
@@ -36,6 +38,8 @@ class Row:
         self._stops = frozenset(how.stop_ids or tokenizer.eos_ids)
         self._walk = grammar.start() if grammar else None
         self._num_forced, self._shortened = 0, False
+        self._way: list[int] = []
+        """Tokens that end the answer from here, once its budget is near."""
         self._text, self._told, self._decoded = "", 0, 0
         self._grams: set[tuple[int, ...]] = set()
 
@@ -91,18 +95,31 @@ class Row:
         """Return the token, or the first of a way out where the answer could not be ended whole behind it."""
         assert self._walk is not None
         left = self.how.max_tokens - len(self.ids)
-        if token in self._stops or left > self._walk.grammar.margin:
+        near = left <= self._walk.grammar.margin
+        if token in self._stops or not (near or len(self.ids) % _SELDOM == 0):
             return token
+        after, forced = self._look_ahead(token)
+        way = after.way_out(left - 1 - len(forced) - (0 if near else _SELDOM))
+        if way is None:
+            self._shortened = True
+            # The way that was found a step ago still fits; one made anew from here may be longer.
+            known = self._way or self._walk.way_out(left)
+            if not known:
+                return token
+            token = known[0]
+            way = known[1 + len(self._look_ahead(token)[1]) :]
+        self._way = way
+        return token
+
+    def _look_ahead(self, token: int) -> tuple[Walk, list[int]]:
+        """Return where a token and what it forces would lead, and what it forces."""
+        assert self._walk is not None
         after = self._walk.copy()
         after.take(token)
         forced = after.forced()
         for one in forced:
             after.take(one)
-        if after.way_out(left - 1 - len(forced)) is not None:
-            return token
-        self._shortened = True
-        way = self._walk.way_out(left)
-        return way[0] if way else token
+        return after, forced
 
     def allowed(self, num_words: int) -> Words | None:
         """Return the tokens that may come next as words, or None where all may."""
