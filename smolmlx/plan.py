@@ -109,7 +109,7 @@ class Plan:
         """Hash of all that decides what is learned; a checkpoint belongs to one fingerprint, an engine does not matter."""
         recipe = self.recipe.model_dump(mode="json", include={"stage", "model", "train", "lora", "eval"})
         for section, free in (
-            ("train", ("gradient_checkpointing", "compile", "optimizer")),
+            ("train", ("gradient_checkpointing", "mixed_precision", "compile", "optimizer")),
             ("model", ("dtype", "id", "tokenizer")),
         ):
             for key in free:
@@ -240,6 +240,8 @@ def _unsupported(recipe: Recipe, capabilities: Capabilities, backend: str) -> It
         if value not in supported:
             why = capabilities.missing.get(value)
             yield f"{key}: backend '{backend}' on {capabilities.device} does not support '{value}' (supports: {', '.join(supported)}).{f' {why}' if why else ''}"
+    if recipe.train.mixed_precision and "bfloat16" not in capabilities.dtypes:
+        yield f"train.mixed_precision: backend '{backend}' on {capabilities.device} has no bfloat16."
 
 
 def _missing_loggers(recipe: Recipe) -> Iterator[str]:

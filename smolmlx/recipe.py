@@ -86,7 +86,7 @@ class Train(Section):
     epochs: float = Field(1.0, gt=0)
     """Passes over the train rows; a last partial one is rounded up to whole steps."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after this many optimizer steps, whatever `epochs` says. The schedule is laid over these steps."""
+    """At most this many optimizer steps, where `epochs` would be more. The schedule is laid over these steps."""
     batch_size: int = Field(8, ge=1)
     """Rows (or packs) per micro-batch."""
     accumulation: int = Field(1, ge=1)
@@ -112,6 +112,8 @@ class Train(Section):
     """Decoupled; never on norms and biases."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Clip the global gradient norm."""
+    mixed_precision: bool = False
+    """Matrix products in bfloat16 over float32 weights and moments (method: full)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = True
@@ -226,6 +228,10 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
         yield f"model.quantize: '{model.quantize}' weights are frozen; full training needs quantize: none."
     if model.first_weights != "normal" and model.config is None:
         yield f"model.first_weights: '{model.first_weights}' is for a model made from `config`; `id` has its own weights."
+    if train.mixed_precision and train.method == "lora":
+        yield "train.mixed_precision: is for method: full; for an adapter set model.dtype: bfloat16, which rounds the frozen weights alone."
+    if train.mixed_precision and model.dtype not in ("auto", "float32"):
+        yield f"train.mixed_precision: keeps float32 weights; leave model.dtype: {model.dtype} out."
     if train.optimizer == "muon" and train.method == "lora":
         yield "train.optimizer: 'muon' is for whole matrices (method: full); LoRA's thin factors train with adamw."
     if train.muon_learning_rate and train.optimizer != "muon":

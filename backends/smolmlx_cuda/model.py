@@ -163,8 +163,9 @@ def write_weights(model: Any, arrays: Arrays) -> None:
 class Losses:
     """Nats and correct targets at the supervised positions; logits are made for those alone."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, mixed: bool = False) -> None:
         self.model = model
+        self.mixed = mixed
         self.body, self.head = split_head(model)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
@@ -174,6 +175,11 @@ class Losses:
         Args:
             inputs: as made by `to_inputs`.
         """
+        device = inputs["ids"].device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.mixed):
+            return self._positions(inputs)
+
+    def _positions(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         # use_cache must be off: a cache makes transformers drop the isolation of packed documents.
         hidden = self.body(input_ids=inputs["ids"], position_ids=inputs.get("positions"), use_cache=False)
         hidden = hidden.reshape(-1, hidden.shape[-1])[inputs["index"]]  # [S, D]

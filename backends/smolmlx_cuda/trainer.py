@@ -64,7 +64,7 @@ class Engine:
         session.note(f"PyTorch path: {why}")
         self.model = unsloth.load(session.base_folder, plan) if fast else self._load(plan, session)
         self.model.train()
-        self.losses = Losses(self.model)
+        self.losses = Losses(self.model, plan.recipe.train.mixed_precision)
         self.parameters = trainable(self.model)
         self.adam = make_optimizer(plan, self.parameters)
 
@@ -107,7 +107,7 @@ class Engine:
             max_grad_norm=0.0,  # clipped by Watch, which also reports the norm
             **_checkpointing(train.gradient_checkpointing),
             use_cpu=self.device == "cpu",
-            bf16=False,  # the weights already have their type; autocast would round the float32 adapters
+            bf16=False,  # Losses does it where it is asked for; here it would round float32 adapters
             fp16=False,
             seed=train.seed,
             logging_strategy="no",

@@ -13,12 +13,12 @@ blas.ensure()
 
 import mlx.core as mx  # noqa: E402 - after the BLAS
 import mlx.nn as nn  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
 from smolmlx.data.batches import Batch  # noqa: E402
 from smolmlx_mlx import cpu_math  # noqa: E402
-from smolmlx_mlx.lanes import Lanes, even_slices, in_this_stream  # noqa: E402
-from smolmlx_mlx.model import PackedMask, split_head  # noqa: E402
+from smolmlx_mlx.lanes import Lanes, even_slices  # noqa: E402
+from smolmlx_mlx.model import PackedMask, checkpointed, split_head  # noqa: E402
 
 # Bytes of logits that are made at once. On a CPU a piece should stay near the caches.
 _GPU_PIECE, _CPU_PIECE = 256 << 20, 16 << 20
@@ -26,12 +26,13 @@ Pair = tuple[mx.array, mx.array]
 
 
 class Losses:
-    """Sum of nats and count of correct targets of a micro-batch."""
+    """Sum of nats and count of correct targets of a micro-batch; `mixed` makes them with the weights in bfloat16."""
 
-    def __init__(self, model: nn.Module, lanes: Lanes | None = None) -> None:
+    def __init__(self, model: nn.Module, lanes: Lanes | None = None, mixed: bool = False) -> None:
         self.model = model
+        self.mixed = mixed
         self.lanes = lanes or Lanes()
-        self.body, self.head = split_head(model)
+        self.body, self.head, self._owner = split_head(model)
         on_cpu = mx.default_device() == mx.cpu
         self._logsumexp = cpu_math.logsumexp if on_cpu else (lambda logits: mx.logsumexp(logits, axis=-1))
         self._exp = cpu_math.exp if on_cpu else mx.exp
@@ -45,7 +46,11 @@ class Losses:
         Args:
             ids: [B, T]; segments: [B, T] for packed rows, else None; index, labels, weights: [S].
         """
+        wide = self.model.trainable_parameters()
+        if self.mixed:
+            self.model.update(tree_map(lambda weight: weight.astype(mx.bfloat16), wide))
         losses, correct = self.positions(ids, segments, index, labels)
+        self.model.update(wide)
         return (losses * weights).sum(), (correct * weights).sum()
 
     def positions(self, ids: mx.array, segments: mx.array | None, index: mx.array, labels: mx.array) -> Pair:
@@ -72,7 +77,7 @@ class Losses:
             return self._with_slope
         if not self.model.training or count <= len(self.lanes):
             return self._plain
-        return lambda hidden, labels: mx.checkpoint(in_this_stream(self._plain))(hidden, labels)
+        return checkpointed(self._owner, self._plain)
 
     def _head_is_frozen(self) -> bool:
         paths = (path for path, _ in tree_flatten(self.model.trainable_parameters()))

@@ -252,8 +252,10 @@ class PackedMask:
 Head = Callable[[mx.array], mx.array]
 
 
-def split_head(model: nn.Module) -> tuple[Callable[..., mx.array], Head]:
-    """Return (body, head): body(ids, cache) -> [B, T, D] and head([S, D]) -> [S, V], so that logits are made where needed.
+def split_head(model: nn.Module) -> tuple[Callable[..., mx.array], Head, nn.Module]:
+    """Return (body, head, owner): body(ids, cache) -> [B, T, D] and head([S, D]) -> [S, V], so that logits are made where needed.
+
+    `owner` is the module that holds the head's weights.
 
     Models that do more between the two (scaling, soft capping) are found by comparing with the model's own output; for
     them the body returns all logits and the head passes them through.
@@ -261,12 +263,33 @@ def split_head(model: nn.Module) -> tuple[Callable[..., mx.array], Head]:
     inner = getattr(model, "model", None)
     if inner is not None:
         tied = "lm_head" not in model
-        head: Head = inner.embed_tokens.as_linear if tied else model.lm_head
+        owner = inner.embed_tokens if tied else model.lm_head
+        head: Head = owner.as_linear if tied else owner
         probe = mx.array([[1, 2, 3]])
         own, ours = model(probe), head(inner(probe))
         if own.shape == ours.shape and bool(mx.allclose(own, ours, atol=1e-3).item()):
-            return inner, head
-    return model, lambda logits: logits
+            return inner, head, owner
+    return model, lambda logits: logits, nn.Identity()
+
+
+def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, which uses `module`, so that its activations are made again in the backward pass.
+
+    `mx.checkpoint` gives gradients to its arguments alone, so the module's weights must be among them.
+    """
+
+    def call(*args: Any) -> Any:
+        weights = module.trainable_parameters()
+
+        def inner(weights: Any, *args: Any) -> Any:
+            module.update(weights)
+            return function(*args)
+
+        result = mx.checkpoint(in_this_stream(inner))(weights, *args)
+        module.update(weights)  # the next use must not see the copies of this one
+        return result
+
+    return call
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -278,10 +301,8 @@ def checkpoint_layers(model: nn.Module) -> None:
         original = type(layer)
 
         def call(self: Any, *args: Any, _original: Any = original, **kwargs: Any) -> mx.array:
-            def inner(parameters: Any, *inner_args: Any) -> mx.array:
-                self.update(parameters)
-                return _original.__call__(self, *inner_args, **kwargs)
-
-            return mx.checkpoint(in_this_stream(inner))(self.trainable_parameters(), *args)
+            block = checkpointed(self, lambda *inner_args: _original.__call__(self, *inner_args, **kwargs))
+            found: mx.array = block(*args)
+            return found
 
         layer.__class__ = type(f"Checkpointed{original.__name__}", (original,), {"__call__": call})

@@ -84,7 +84,7 @@ def orthogonalized(matrix: mx.array) -> mx.array:
     """Return the matrix [n, m] with its singular values brought near 1, times sqrt(max(1, n/m))."""
     rows, columns = matrix.shape
     x = matrix.T if rows > columns else matrix
-    x = x / (mx.sqrt(mx.square(x).sum()) + 1e-7)
+    x = x / (mx.sqrt(mx.square(x).sum(axis=-1).sum()) + 1e-7)
     for _ in range(_ROUNDS):
         gram = x @ x.T
         x = _A * x + (_B * gram + _C * (gram @ gram)) @ x

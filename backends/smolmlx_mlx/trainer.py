@@ -95,7 +95,8 @@ class Engine:
         parameters = self.model.trainable_parameters()
         matrices = {path for path, value in tree_flatten(parameters) if plan.trains_with_muon(path, value.ndim)}
         optimizer = Optimizer(parameters, recipe.train, matrices, plan.muon_ratio)
-        self.stepper = Stepper(self.model, optimizer, compiled, open_lanes(recipe.train.batch_size))
+        lanes = open_lanes(recipe.train.batch_size)
+        self.stepper = Stepper(self.model, optimizer, compiled, lanes, recipe.train.mixed_precision)
 
     def evaluate(self) -> tuple[float, int, int]:
         """Return (nats, supervised tokens, correct) over the whole validation set."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lab import Lab, column, make_lab, make_tiny, numbers, sentence
-from smolmlx.errors import RunError
+from smolmlx.errors import RecipeError, RunError
 from smolmlx.plan import initial_adapter
 from smolmlx.session import load_arrays, read_metrics
 
@@ -328,3 +328,22 @@ class TestPrecision:
         needs(lab, "quantize", "4bit")
         with pytest.raises(Exception, match="quantize"):
             lab.train(lab.plan(model__quantize="4bit", train__max_steps=1))
+
+
+class TestMixedPrecision:
+    def test_products_are_rounded_and_weights_are_not(self, lab: Lab, text_rows: Path) -> None:
+        changes = {"stage": "pretrain", "data__train": str(text_rows), "train__method": "full", "train__max_steps": 3}
+        if lab.name == "toy":
+            with pytest.raises(RecipeError, match="no bfloat16"):
+                lab.plan(train__mixed_precision=True, **changes)
+            return
+        plain = lab.train(lab.plan(**changes))
+        for piecewise in (False, True):
+            extra = {"train__gradient_checkpointing": piecewise}
+            mixed = lab.train(lab.plan(train__mixed_precision=True, **changes, **extra))
+            assert column(mixed, "loss") == pytest.approx(column(plain, "loss"), rel=1e-2)
+            assert column(mixed, "grad_norm") == pytest.approx(column(plain, "grad_norm"), rel=5e-2)
+            assert (column(mixed, "loss") != column(plain, "loss")).all()
+        weights = load_arrays(mixed.path / "model" / "model.safetensors")
+        # Weights kept in bfloat16 would have its 8 bits.
+        assert any((array.view(np.uint32) & 0xFFFF).any() for array in weights.values())

@@ -76,6 +76,11 @@ def test_all_problems_at_once() -> None:
         ({"model": {"id": "x", "first_weights": "induction"}}, "first_weights"),
         ({"train": {"optimizer": "muon"}}, "method: full"),
         ({"train": {"muon_learning_rate": 0.1}}, "has no effect"),
+        ({"train": {"mixed_precision": True}}, "method: full"),
+        (
+            {"train": {"mixed_precision": True, "method": "full"}, "model": {"id": "x", "dtype": "bfloat16"}},
+            "keeps float32",
+        ),
     ],
 )
 def test_impossible_combinations_are_refused(changes: dict[str, Any], word: str) -> None:
