@@ -112,7 +112,7 @@ class MlxSteps:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.body, self.head = split_head(model)
+        self.body, self.head, _ = split_head(model)
         kinds = make_prompt_cache(model)
         plain = all(type(c) is KVCache or (type(c) is RotatingKVCache and c.keep == 0) for c in kinds)
         self.most = None if plain else 1
