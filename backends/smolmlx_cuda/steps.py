@@ -104,11 +104,12 @@ class TorchSteps:
         self.body, self.head = split_head(model)
         self.device = model.device
         self.config = model.config.get_text_config(decoder=True)
+        window = getattr(self.config, "sliding_window", None)
+        self._types = set(getattr(self.config, "layer_types", None) or (["sliding_attention"] if window else []))
         kinds = DynamicCache(config=self.config).layers
         plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kinds)
-        self.most = None if plain else 1
+        self.most = None if plain and self._types <= {"full_attention", "sliding_attention"} else 1
         self._num_layers = int(self.config.num_hidden_layers)
-        self._types = set(getattr(self.config, "layer_types", None) or ())
         self._vocabulary = int(self.config.vocab_size)
 
     @property
