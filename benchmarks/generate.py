@@ -135,7 +135,7 @@ def measure(engine: str, base: BaseModel, tokenizer: Tokenizer, asked: argparse.
         free = Decoding(max_tokens=asked.tokens, stop_ids=never, batch_size=batch)
         unbound = best(ours(generator, prompts, free), asked.repeat)
         for name, schema in (("triplets", Triplets), ("mostly forced", FIXED)):
-            bound = Decoding(max_tokens=max(asked.tokens, 80), batch_size=batch, schema=schema)
+            bound = Decoding(max_tokens=max(asked.tokens, 160), batch_size=batch, schema=schema)
             rate = best(ours(generator, prompts, bound), asked.repeat)
             found.append(
                 {"engine": engine, "work": f"schema: {name}", "batch": batch, "smolmlx": rate, "unconstrained": unbound}
