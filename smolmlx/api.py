@@ -13,7 +13,7 @@ from smolmlx import recipe as recipes
 from smolmlx import shelf, stages
 from smolmlx.adapters.adapter import find_folder
 from smolmlx.adapters.convert import convert
-from smolmlx.backend import Backend, Decoding, Generator, Loading
+from smolmlx.backend import Backend, Decoding, Generator, Loading, OnText
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
 from smolmlx.errors import RecipeError
@@ -53,19 +53,29 @@ class Model:
     generator: Generator
 
     def generate(
-        self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, system: str | None = None, **decoding: Any
+        self,
+        prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+        *,
+        system: str | None = None,
+        on_text: OnText | None = None,
+        **decoding: Any,
     ) -> list[str]:
         """Answer prompts, each a user message or a list of messages; answers come back in order.
 
         Args:
-            decoding: fields of `backend.Decoding`: max_tokens, temperature, top_p, seed, batch_size.
+            on_text: told (index of the prompt, further text) while answers are written.
+            decoding: fields of `backend.Decoding`: max_tokens, temperature, top_p, top_k, min_p, seed, batch_size, stop,
+                repetition_penalty, no_repeat_ngram, and schema (a Pydantic model, a JSON schema, Regex or OneOf).
+
+        Raises:
+            RecipeError: values out of bounds, or a schema that cannot be kept to, by name.
         """
         head = ({"role": "system", "content": system},) if system else ()
         messages = [(*head, {"role": "user", "content": p}) if isinstance(p, str) else tuple(p) for p in prompts]
         tokens = [self.tokenizer.encode(self.tokenizer.prompt(found)) for found in messages]
         answers = [""] * len(tokens)
-        for completion in self.generator.generate(tokens, Decoding(**decoding)):
-            answers[completion.index] = self.tokenizer.decode(completion.ids).strip()
+        for completion in self.generator.generate(tokens, Decoding(**decoding), on_text):
+            answers[completion.index] = completion.text.strip()
         return answers
 
 

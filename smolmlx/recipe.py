@@ -188,8 +188,8 @@ class Samples(Section):
 
 
 class Evaluate(Section):
-    suite: Literal["notes", "loss"] = "notes"
-    """notes: answers scored against references and controls; loss: nats per token."""
+    suite: Literal["notes", "loss", "research"] = "notes"
+    """notes: answers scored against references and controls; loss: nats per token; research: rows of `data augment` answered again."""
     data: str
     """Held-out rows the trained model is scored on."""
     train: str | None = None
@@ -202,6 +202,8 @@ class Evaluate(Section):
     """Prompts answered together."""
     limit: int | None = Field(None, ge=1)
     """Score the first N rows only."""
+    constrained: bool = True
+    """Keep answers to their schemas, as PaperResearcher does (research)."""
 
 
 class Recipe(Section):

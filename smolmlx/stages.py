@@ -271,7 +271,7 @@ def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter) -> Eva
         decoding=Decoding(max_tokens=wanted.max_tokens, batch_size=wanted.batch_size), limit=wanted.limit,
         template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system, columns=plan.recipe.data.columns,
         loading=Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none"),
-        encoding=encoding(plan.recipe),
+        encoding=encoding(plan.recipe), constrained=wanted.constrained,
     )  # fmt: skip
     found = evaluate(backend, systems, plan.tokenizer, settings, meter)
     write(found, run.path / "eval")
@@ -294,10 +294,7 @@ def answer_samples(plan: Plan, backend: Backend, adapter: Path | None, run: RunD
     generator = open_generator(plan, backend, adapter, run)
     if plan.tokenizer.template_text is None:
         tokens = [plan.tokenizer.encode(prompt) for prompt in recipe.samples.prompts]
-        found = {
-            c.index: plan.tokenizer.decode(c.ids)
-            for c in generator.generate(tokens, Decoding(max_tokens=recipe.samples.max_tokens))
-        }
+        found = {c.index: c.text for c in generator.generate(tokens, Decoding(max_tokens=recipe.samples.max_tokens))}
         return [found[i] for i in range(len(tokens))]
     system = ({"role": "system", "content": recipe.data.system},) if recipe.data.system else ()
     prompts = [(*system, {"role": "user", "content": prompt}) for prompt in recipe.samples.prompts]

@@ -71,7 +71,33 @@ def add_lora(model: Any, plan: Plan) -> Any:
     return get_peft_model(model, config)
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
+class Adapters:
+    """Puts adapters on one loaded base and takes them off again; each is read once."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._names: dict[Path, str] = {}
+
+    def use(self, folder: Path | None) -> Any:
+        """Return the model with an adapter, or with none.
+
+        Raises:
+            RecipeError: not an adapter, or made for another base; the base is left bare then.
+        """
+        if isinstance(self._model, PeftModel):
+            self._model.base_model.disable_adapter_layers()
+        if folder is None:
+            return self._model
+        if folder not in self._names:
+            name = f"adapter{len(self._names)}" if self._names else "default"
+            self._model = load_adapter(self._model, folder, name)
+            self._names[folder] = name
+        self._model.base_model.enable_adapter_layers()
+        self._model.set_adapter(self._names[folder])
+        return self._model
+
+
+def load_adapter(model: Any, folder: Path, name: str = "default") -> Any:
     """Put a PEFT adapter folder on a base model.
 
     Raises:
@@ -81,11 +107,15 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
     json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     try:
-        found = PeftModel.from_pretrained(model, str(folder))
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name)
+            found = model
+        else:
+            found = PeftModel.from_pretrained(model, str(folder), name)
     except (RuntimeError, ValueError) as error:
         raise RecipeError(f"{folder}: made for another base model: {str(error).splitlines()[0]}") from error
     # PEFT leaves out, without a word, tensors of layers that the base lacks.
-    adapted = {canonical(name).partition(".lora_")[0] for name, _ in found.named_parameters()}
+    adapted = {canonical(path).partition(".lora_")[0] for path, _ in found.named_parameters() if f".{name}." in path}
     stored = {
         name.partition(".lora_")[0] for name in read_header(folder / "adapter_model.safetensors") if ".lora_" in name
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,14 @@ LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsuppo
 @click.option("--data", metavar="ROWS", help="Held-out rows; default: the recipe's evaluate.data.")
 @click.option("--train", "train", metavar="ROWS", help="Rows the copy and random controls answer from (suite notes).")
 @click.option("--ood", metavar="ROWS", help="Out-of-distribution rows, scored apart.")
-@click.option("--suite", type=click.Choice(["notes", "loss"]), help="Default: the recipe's, else loss.")
+@click.option("--suite", type=click.Choice(["notes", "loss", "research"]), help="Default: the recipe's, else loss.")
+@click.option("--free", is_flag=True, help="Do not keep answers to their schemas (suite research).")
+@click.option(
+    "--tasks-file",
+    metavar="YAML",
+    type=click.Path(dir_okay=False),
+    help="Task registry that the rows were made with (suite research).",
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first N rows.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
@@ -47,6 +55,8 @@ def command(
     device: str | None,
     quantize: str,
     as_json: bool,
+    free: bool,
+    tasks_file: str | None,
     **given: Any,
 ) -> None:
     """Score MODEL and each adapter on the same rows, template and decoding; RECIPE supplies what is not given."""
@@ -57,6 +67,13 @@ def command(
 
     base = find_model(model)
     settings, template = _settings(recipe, given, device, quantize)
+    if (free or tasks_file) and settings.suite != "research":
+        raise RecipeError(f"--free and --tasks-file: have no use for suite {settings.suite}, only for research.")
+    settings = replace(
+        settings,
+        constrained=settings.constrained and not free,
+        registry=Path(tasks_file) if tasks_file else None,
+    )
     for adapter in adapters:
         if not Path(adapter).is_dir():
             raise RecipeError(f"--adapter {adapter}: no such folder.")
@@ -100,6 +117,7 @@ def _settings(
         suite=chosen["suite"] or "loss",
         train=chosen["train"],
         ood=chosen["ood"],
+        constrained=fallback.get("constrained", True),
         decoding=Decoding(max_tokens=chosen["max_tokens"] or 256, batch_size=chosen["batch_size"]),
         limit=chosen["limit"],
         template_args=fallback.get("template_args", {}),
@@ -129,12 +147,14 @@ def _from_recipe(name: str | None) -> dict[str, Any]:
     if wanted is not None:
         files = {key: locate(path, loaded) for key in ("data", "train", "ood") if (path := getattr(wanted, key))}
         found |= {"suite": wanted.suite, "max_tokens": wanted.max_tokens, "limit": wanted.limit, **files}
+        found["constrained"] = wanted.constrained
     return found
 
 
 def show(evaluation: Evaluation) -> None:
     """Print the figures that decide, per row set and system, with 95 % intervals."""
     from smolmlx import console
+    from smolmlx.evals import research
 
     for name, report in evaluation.notes.items():
         systems = list(report.summary)
@@ -148,6 +168,12 @@ def show(evaluation: Evaluation) -> None:
         for difference in report.differences:
             if difference.metric in ("compliance", "content_alignment"):
                 console.result(f"  {difference.sentence}")
+    for name, found in evaluation.research.items():
+        head, *body = research.table(found)
+        console.table(body, head, title=f"{name}: {len(found.ids)} rows, mean [95 % interval]")
+        for difference in found.differences:
+            console.result(f"  {difference.sentence}")
+        console.result()
     if evaluation.loss:
         lines = [
             (name, f"{s.loss:.4f}", f"{s.perplexity:.2f}", f"{s.accuracy:.4f}", f"{s.num_tokens:,}")

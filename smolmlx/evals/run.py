@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from smolmlx.backend import Backend, Decoding, Generator, Loading
-from smolmlx.data.batches import plan_batches
+from smolmlx.data.batches import Batch, plan_batches
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
 from smolmlx.data.formats import Example, Source, open_source
 from smolmlx.data.store import encode_source
 from smolmlx.errors import DataError
+from smolmlx.evals import research
+from smolmlx.evals.research import ResearchReport
 from smolmlx.evals.suites import (
     EvalRow,
     LossSummary,
@@ -39,6 +41,7 @@ from smolmlx.evals.suites import (
 )
 from smolmlx.models import BaseModel
 from smolmlx.rundir import write_text
+from smolmlx.tasks.registry import read_registry
 
 Messages = tuple[Mapping[str, Any], ...]
 Meter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -72,21 +75,35 @@ class Settings:
     loading: Loading = Loading()
     folders: tuple[Path, ...] = ()
     encoding: Encoding = Encoding(max_length=2048)
-    """How rows become targets (suite loss)."""
+    """How rows become targets (suites loss and research)."""
+    constrained: bool = True
+    """Suite research: keep answers to their schemas, as PaperResearcher does."""
+    registry: Path | None = None
+    """Suite research: the task file that the rows were made with; None for the built-in one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a suite found: for notes one report per row set, for loss one summary per system."""
+    """What a suite found: for notes and research one report per row set, for loss one summary per system."""
 
     settings: Settings
     notes: Mapping[str, NotesReport] = field(default_factory=dict)
     """`test` and, where given, `ood`."""
     loss: Mapping[str, LossSummary] = field(default_factory=dict)
+    """System -> summary (suites loss and research)."""
+    research: Mapping[str, ResearchReport] = field(default_factory=dict)
     outputs: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     """Row set -> system -> answers."""
 
     def to_json(self) -> dict[str, Any]:
+        if self.research:
+            return {
+                "suite": "research",
+                "data": self.settings.data,
+                "constrained": self.settings.constrained,
+                "sets": {name: research.to_dict(found) for name, found in self.research.items()},
+                "systems": {name: loss_dict(found) for name, found in self.loss.items()},
+            }
         if self.loss:
             return {
                 "suite": "loss",
@@ -100,6 +117,9 @@ class Evaluation:
         }
 
     def markdown(self) -> str:
+        if self.research:
+            parts = [f"## {name}\n\n{research.markdown(found)}" for name, found in self.research.items()]
+            return "\n\n".join([*parts, loss_markdown(self.loss)])
         if self.loss:
             return loss_markdown(self.loss)
         return "\n\n".join(f"## {name}\n\n{notes_markdown(found)}" for name, found in self.notes.items())
@@ -115,6 +135,8 @@ def evaluate(
     """
     if settings.suite == "loss":
         return _evaluate_loss(backend, systems, tokenizer, settings)
+    if settings.suite == "research":
+        return _evaluate_research(backend, systems, tokenizer, settings, meter)
     sets = {"test": read_rows(settings.data, settings)}
     if settings.ood:
         sets["ood"] = read_rows(settings.ood, settings)
@@ -196,30 +218,62 @@ def answer(
     tokens = [tokenizer.encode(tokenizer.prompt(messages, **settings.template_args)) for messages in prompts]
     answers = [""] * len(prompts)
     for done, completion in enumerate(generator.generate(tokens, settings.decoding), 1):
-        answers[completion.index] = tokenizer.decode(completion.ids).strip()
+        answers[completion.index] = completion.text.strip()
         on_done(done)
     return answers
 
 
 def _evaluate_loss(backend: Backend, systems: Sequence[System], tokenizer: Tokenizer, settings: Settings) -> Evaluation:
+    batches = _batches(tokenizer, settings)
+    found = {}
+    for system in systems:
+        generator = backend.generator(system.model, system.adapter, tokenizer, settings.loading)
+        found[system.name] = _loss(generator, batches)
+    return Evaluation(settings, loss=found)
+
+
+def _batches(tokenizer: Tokenizer, settings: Settings) -> list[Batch]:
     source = open_rows(settings.data, settings)
     store = encode_source(source, tokenizer, settings.encoding, limit=settings.limit)
     if not len(store):
         raise DataError(f"{settings.data}: no row has a supervised token within {settings.encoding.max_length} tokens.")
-    plan = plan_batches(store, batch_size=8, shuffle=False, pad_id=tokenizer.pad_id)
-    found = {}
+    return list(plan_batches(store, batch_size=8, shuffle=False, pad_id=tokenizer.pad_id).evaluation())
+
+
+def _loss(generator: Generator, batches: Sequence[Batch]) -> LossSummary:
+    return summarise_loss(
+        (
+            float(-(score.log_probs * batch.weights).sum()),
+            batch.num_supervised,
+            int((score.correct & (batch.weights > 0)).sum()),
+        )
+        for batch, score in zip(batches, generator.score(batches), strict=True)
+    )
+
+
+def _evaluate_research(
+    backend: Backend, systems: Sequence[System], tokenizer: Tokenizer, settings: Settings, meter: Meter
+) -> Evaluation:
+    registry = read_registry(settings.registry)
+    paths = {"test": settings.data, **({"ood": settings.ood} if settings.ood else {})}
+    sets = {name: research.read_rows(path, open_rows(path, settings), settings.limit) for name, path in paths.items()}
+    batches = _batches(tokenizer, settings)
+    answers: dict[str, dict[str, list[research.Answered]]] = {name: {} for name in sets}
+    loss = {}
     for system in systems:
         generator = backend.generator(system.model, system.adapter, tokenizer, settings.loading)
-        batches = list(plan.evaluation())
-        found[system.name] = summarise_loss(
-            (
-                float(-(score.log_probs * batch.weights).sum()),
-                batch.num_supervised,
-                int((score.correct & (batch.weights > 0)).sum()),
-            )
-            for batch, score in zip(batches, generator.score(batches), strict=True)
-        )
-    return Evaluation(settings, loss=found)
+        for name, rows in sets.items():
+            with meter(f"{system.name} answers {name}", len(rows)) as on_done:
+                answers[name][system.name] = research.answer(
+                    generator, tokenizer, registry, rows, settings.decoding,
+                    constrained=settings.constrained, on_done=on_done,
+                )  # fmt: skip
+        loss[system.name] = _loss(generator, batches)
+    for name, rows in sets.items():
+        answers[name][research.RANDOM] = research.random_answers(rows)
+    reports = {name: research.compare(rows, answers[name]) for name, rows in sets.items()}
+    outputs = {name: {s: [one.text for one in made] for s, made in found.items()} for name, found in answers.items()}
+    return Evaluation(settings, loss=loss, research=reports, outputs=outputs)
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:
@@ -228,6 +282,13 @@ def write(evaluation: Evaluation, folder: Path) -> None:
     write_text(folder / "results.md", evaluation.markdown() + "\n")
     if evaluation.loss:
         write_text(folder / "results.csv", loss_csv(evaluation.loss))
+    for name, found in evaluation.research.items():
+        write_text(folder / f"{name}.csv", research.csv(found))
+        lines = [
+            {"id": row, "task": task, "answers": {s: made[i] for s, made in evaluation.outputs[name].items()}}
+            for i, (row, task) in enumerate(zip(found.ids, found.tasks, strict=True))
+        ]
+        _write_lines(folder / f"{name}-answers.jsonl", lines)
     for name, report in evaluation.notes.items():
         write_text(folder / f"{name}.csv", notes_summary_csv(report))
         write_text(folder / f"{name}-rows.csv", notes_rows_csv(report))
@@ -243,9 +304,11 @@ def write(evaluation: Evaluation, folder: Path) -> None:
             }
             for i, (row, _) in enumerate(rows)
         ]
-        write_text(
-            folder / f"{name}-answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        )
+        _write_lines(folder / f"{name}-answers.jsonl", lines)
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def mean(report: NotesReport, system: str, metric: str) -> tuple[float, float, float]:

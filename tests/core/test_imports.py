@@ -29,6 +29,7 @@ LAYERS = {
     "plan": 2,  # reads Capabilities and Choice from backend: the two describe one seam, from its two sides
     "references": 2,  # what the start policy gives each answer: asked of an engine, kept beside the session's state
     "session": 2,  # the state an engine reports to: part of the same seam
+    "generation": 3,  # how tokens are chosen and rows scheduled: shared by the engines, which import it
     "synth": 3,
     "evals": 3,
     "adapters": 3,
@@ -40,6 +41,7 @@ LAYERS = {
     "stages": 4,
     "shelf": 4,  # which recipes there are and which runs a name means: composes recipe, models and rundir for the verbs
     "doctor": 4,  # looks at every engine and the files: composes what lies below for one verb
+    "serving": 4,  # a generator over HTTP: composes generation and the seam for one verb
     "research": 5,  # typed tasks over a loaded model: stands on the API's `load`
     "api": 5,  # the verbs for Python; __init__ hands them out lazily
     "": 5,  # smolmlx/__init__.py: the public API, one name per verb
@@ -57,6 +59,7 @@ HEAVY = {
     "unsloth",
     "datasets",
     "outlines",
+    "llguidance",
     "accelerate",
     "bitsandbytes",
 }
