@@ -17,6 +17,7 @@ from smolmlx.adapters.adapter import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, SIDE_FIL
 from smolmlx.adapters.base import Weights
 from smolmlx.adapters.names import SAME_NAMES
 from smolmlx.adapters.target import BULK, KEY, Origin, Target, recall, remember
+from smolmlx.adapters.tensors import TensorFile
 from smolmlx.errors import RecipeError
 from smolmlx.models import BaseModel
 from smolmlx.rundir import publish
@@ -64,26 +65,18 @@ def convert(
     if weights:
         check_fits(adapter, weights)
     origin, changed = (None, None) if fresh else recall(adapter)
-    target, restored = _build(adapter, weights, to, origin)
-    notes = [*target.notes, *([changed] if changed else []), *_doubt(base)]
-    if origin and not restored:
-        notes.append("the original file cannot be rebuilt exactly (origin.safetensors is missing); converted afresh")
+    build = to_mlx.build if to == "mlx" else to_peft.build
     with publish(out) as temporary:
-        if restored and origin:
-            _write_restored(temporary, to, target, origin)
-        else:
+        target = build(adapter, weights, origin) if origin else None
+        restored = target is not None and origin is not None and _restore(temporary, to, target, origin)
+        if target is None or not restored:
+            target = build(adapter, weights)
             _write(temporary, to, target, adapter)
         copy_side_files(folder, temporary)
+    notes = [*target.notes, *([changed] if changed else []), *_doubt(base)]
+    if origin and not restored:
+        notes.append(f"its weights were changed since the conversion, or {BULK} is missing, so it is converted afresh")
     return Conversion(out, to, len(adapter.modules), len(target.folded), restored, tuple(notes))
-
-
-def _build(adapter: Adapter, weights: Weights | None, to: str, origin: Origin | None) -> tuple[Target, bool]:
-    build = to_mlx.build if to == "mlx" else to_peft.build
-    if origin is not None:
-        target = build(adapter, weights, origin)
-        if target.is_exactly(origin.entries):
-            return target, True
-    return build(adapter, weights), False
 
 
 def _write(folder: Path, to: str, target: Target, adapter: Adapter) -> None:
@@ -94,10 +87,14 @@ def _write(folder: Path, to: str, target: Target, adapter: Adapter) -> None:
         tensors.write(folder / BULK, target.bulk, {})
 
 
-def _write_restored(folder: Path, to: str, target: Target, origin: Origin) -> None:
+def _restore(folder: Path, to: str, target: Target, origin: Origin) -> bool:
+    """Write the original file again; return whether it is that very file."""
+    if not target.is_exactly(origin.entries):
+        return False
     ordered = sorted(origin.entries, key=lambda name: (origin.entries[name].start, origin.entries[name].end))
     tensors.write_raw(folder / FORMS[to], origin.header, (target.tensors[name] for name in ordered))
     (folder / CONFIG).write_bytes(origin.config.encode())
+    return TensorFile(folder / FORMS[to]).checksum() == origin.checksum
 
 
 def refuse_used(out: Path) -> None:

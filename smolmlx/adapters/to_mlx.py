@@ -71,11 +71,9 @@ def _add(
     (a, b), dtype_a, dtype_b = pair, adapter.dtype(module.a), adapter.dtype(module.b)
     own, axis = a.shape[1], 2 if module.kind == "experts" else 0
     if own < rank or by != 1.0:
-        folded = partial(folding.fold, b, dtype_b, by)
         target.folded[path] = {"rank": own, "factor": by, "dtype": dtype_b}
-        if by != 1.0:
-            target.folded[path]["crc"] = folding.checksum(folding.pad(folded(), axis, rank))
-            packed = folding.difference(b, folded(), dtype_b, by)
+        packed = folding.difference(b, folding.fold(b, dtype_b, by), dtype_b, by) if by != 1.0 else None
+        if packed is not None:
             target.bulk[f"fold.{path}"] = Made("U8", packed.shape, lambda: packed)
 
     def scaled() -> Words:
