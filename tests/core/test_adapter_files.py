@@ -228,6 +228,20 @@ def test_the_original_is_given_back_or_said_not_to_be(case: str, tmp_path: Path)
     np.testing.assert_array_equal(a, load_file(weights(folder))[LORA_A] * (2 if case == "weights edited" else 1))
 
 
+def test_one_huge_rank_does_not_fill_the_disk(tmp_path: Path) -> None:
+    """4 MB that mlx-lm's one rank for all would make 1.6 GB."""
+    folder = make_peft(tmp_path / "adapter", rank_pattern={"q_proj": 100_000})
+    wide = {f"base_model.model.{PATHS[0]}.lora_A.weight": np.zeros((100_000, 5), np.float16)}
+    wide[f"base_model.model.{PATHS[0]}.lora_B.weight"] = np.zeros((5, 100_000), np.float16)
+    wide[f"base_model.model.{PATHS[1]}.lora_A.weight"] = np.zeros((4, 4000), np.float16)
+    edit(lambda t: t.update(wide))(folder)
+    tracemalloc.start()
+    with pytest.raises(RecipeError, match=r"makes 1\.6 GB of 2\.0 MB"):
+        convert(folder, tmp_path / "out")
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+
+
 def test_a_path_in_a_config_is_only_a_name(tmp_path: Path) -> None:
     """Nothing is read or written at a path that a config names, other than a model's own files."""
     folder = make_peft(tmp_path / "adapter", base_model_name_or_path="../../../../etc", revision="../x")
