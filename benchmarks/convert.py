@@ -37,11 +37,11 @@ SHAPE = {  # Qwen2.5-1.5B without its biases
 
 
 def noise(shape: tuple[int, ...], dtype: str) -> Made:
-    """Random small values, drawn when they are written."""
+    """Small values, made when they are written: a million random ones over and over, since drawing more takes minutes."""
 
     def words() -> tensors.Words:
-        values = np.random.default_rng(0).standard_normal(shape, np.float32) * np.float32(0.02)
-        return tensors.from_floats(values, dtype)
+        values = np.random.default_rng(0).standard_normal(1 << 20, np.float32) * np.float32(0.02)
+        return np.resize(tensors.from_floats(values, dtype), shape)
 
     return Made(dtype, shape, words)
 
