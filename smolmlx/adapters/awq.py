@@ -83,7 +83,8 @@ def quantize(merged: Path, out: Path, rows: Sequence[Sequence[int]], group: int)
 
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", local_files_only=True)
     columns = {"input_ids": [list(row) for row in rows], "attention_mask": [[1] * len(row) for row in rows]}
-    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": group}
+    # Symmetric: transformers 5.23 does not load the packed zero points that compressed-tensors 0.19 writes.
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
     scheme = QuantizationModifier(
         config_groups={"linear": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
     )
@@ -97,3 +98,4 @@ def quantize(merged: Path, out: Path, rows: Sequence[Sequence[int]], group: int)
             max_seq_length=MAX_TOKENS,
         )
         model.save_pretrained(out, save_compressed=True)
+    (out / "recipe.yaml").unlink(missing_ok=True)  # llm-compressor's; here that name means an unfinished run
