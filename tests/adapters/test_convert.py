@@ -26,7 +26,18 @@ for package in ("torch", "peft", "mlx_lm"):
 # PEFT 0.21 warns so for patterns of target_parameters, and applies them.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 LINEAR = ["q_proj", "v_proj", "down_proj"]
-DENSE = ("mistral", "olmo2", "granite", "cohere", "cohere2", "stablelm", "starcoder2")
+DENSE = (
+    "mistral",
+    "olmo2",
+    "granite",
+    "cohere",
+    "cohere2",
+    "stablelm",
+    "starcoder2",
+    "smollm3",
+    "gemma-gelu",
+    "gemma3",
+)
 PEFT_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama-tied", {"target_modules": LINEAR}),
     "rslora": ("llama-tied", {"target_modules": LINEAR, "use_rslora": True}),
