@@ -22,7 +22,11 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"tie_word_embeddings": False, "head_dim": 8}),
     "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "gemma": ("gemma", {"head_dim": 8}),  # mlx-lm 0.32's own differs from transformers by 4e-4
-    "gemma-gelu": ("gemma", {"head_dim": 8, "hidden_activation": "gelu"}),  # as mlx-lm takes it
+    # mlx-lm 0.32 rounds the root of the width to bfloat16; of 64 that is exact.
+    "gemma3-64": (
+        "gemma3_text",
+        {"head_dim": 8, "hidden_size": 64, "query_pre_attn_scalar": 8, "num_hidden_layers": 7, "sliding_window": 16},
+    ),
     "phi3": ("phi3", {"tie_word_embeddings": False}),
     "smollm3": ("smollm3", {"tie_word_embeddings": True, "num_hidden_layers": 4}),
     "gemma3": (

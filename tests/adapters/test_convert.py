@@ -35,8 +35,7 @@ DENSE = (
     "stablelm",
     "starcoder2",
     "smollm3",
-    "gemma-gelu",
-    "gemma3",
+    "gemma3-64",
 )
 PEFT_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama-tied", {"target_modules": LINEAR}),
