@@ -21,11 +21,11 @@ from smolmlx.backend import Backend, Choice, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
 from smolmlx.evals.run import Evaluation, Meter, Settings, System, answer, evaluate, write
 from smolmlx.loggers import numbers, open_loggers
-from smolmlx.models import BaseModel, make_model, open_model
+from smolmlx.models import BaseModel, make_model, open_model, write_base
 from smolmlx.plan import Plan, adapter_config, encoding, initial_adapter, locate, resolve
 from smolmlx.recipe import Loaded
 from smolmlx.rundir import RunDir, publish, write_text
-from smolmlx.session import Event, Session, read_metrics, save_arrays, write_csv
+from smolmlx.session import Arrays, Event, Session, load_arrays, read_metrics, save_arrays, write_csv
 
 OnEvent = Callable[[Event], None]
 
@@ -80,7 +80,15 @@ def _write_start(plan: Plan, run: RunDir) -> None:
             make_model(plan.model.config, run.start, recipe.train.seed, recipe.model.first_weights)
         elif not plan.full:
             run.start.mkdir()
-            save_arrays(dict(initial_adapter(plan)), run.start / plan.weights_name)
+            save_arrays(first_adapter(plan), run.start / plan.weights_name)
+
+
+def first_adapter(plan: Plan) -> Arrays:
+    """Return the adapter a run starts from, under PEFT's names: the one the recipe names, or a new one."""
+    if plan.start is None:
+        return dict(initial_adapter(plan))
+    stored = load_arrays(plan.start.weights)
+    return {name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): a for name, a in stored.items()}
 
 
 def complete_run(
@@ -145,7 +153,7 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
 
     session = Session(plan, run, tell)
     before = (
-        answer_samples(plan, choice.backend, None, run)
+        answer_samples(plan, choice.backend, plan.start.folder if plan.start else None, run)
         if plan.recipe.samples.prompts and not (run.path / "samples.json").exists()
         else None
     )
@@ -201,6 +209,8 @@ def save_result(plan: Plan, session: Session) -> None:
             tree["torch_dtype"] = dtype
         write_text(folder / name, json.dumps(tree, indent=2) + "\n")
         copy_tokenizer(plan.tokenizer, folder)
+        if not plan.full:
+            write_base(plan.model, folder)
         if plan.full:
             eos = list(plan.tokenizer.eos_ids)
             write_text(
@@ -252,6 +262,8 @@ def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter) -> Eva
     base = open_model(run.start) if plan.recipe.model.config is not None else plan.model
     model, adapter = trained_model(plan, run)
     systems = [System("base", base), System(plan.recipe.stage, model, adapter)]
+    if plan.start is not None:  # what this stage was given, so that what it lost or gained is seen
+        systems.insert(1, System("sft" if plan.recipe.stage == "dpo" else "start", plan.model, plan.start.folder))
     settings = Settings(
         data=locate(wanted.data, plan.loaded), suite=wanted.suite,
         train=locate(wanted.train, plan.loaded) if wanted.train else None,

@@ -15,7 +15,7 @@ import torch
 from smolmlx.backend import Completion, Decoding, FloatArray, Loading, Score
 from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
-from smolmlx.models import BaseModel
+from smolmlx.models import BaseModel, check_base
 from smolmlx_cuda.engine import pick_device
 from smolmlx_cuda.model import Losses, load_adapter, load_base, to_inputs
 
@@ -33,6 +33,7 @@ class TorchGenerator:
         attention = "eager" if model.config.get("model_type") in EAGER_ONLY else "sdpa"
         self.model = load_base(model.folder, dtype, self.device, how.quantize, attention)
         if adapter is not None:
+            check_base(model, adapter)
             self.model = load_adapter(self.model, adapter)
         self.model.eval()
 

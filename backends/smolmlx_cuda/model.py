@@ -153,14 +153,17 @@ class Losses:
     def _positions(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         # use_cache must be off: a cache makes transformers drop the isolation of packed documents.
         hidden = self.body(input_ids=inputs["ids"], position_ids=inputs.get("positions"), use_cache=False)
-        hidden = hidden.reshape(-1, hidden.shape[-1])[inputs["index"]]  # [S, D]
+        return self.score(hidden.reshape(-1, hidden.shape[-1])[inputs["index"]], inputs["labels"])
+
+    def score(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (nats, correct) of each label [S], from the body's output at the positions before them, [S, D]."""
         limit = _LOGIT_BYTES if hidden.is_cuda else _CPU_LOGIT_BYTES
         rows = max(64, limit // (4 * self.vocabulary))
         if hidden.shape[0] <= rows:
-            return self._piece(hidden, inputs["labels"])
+            return self._piece(hidden, labels)
         pieces = [
-            checkpoint(self._piece, part, labels, use_reentrant=False)
-            for part, labels in zip(hidden.split(rows), inputs["labels"].split(rows), strict=True)
+            checkpoint(self._piece, part, of_part, use_reentrant=False)
+            for part, of_part in zip(hidden.split(rows), labels.split(rows), strict=True)
         ]
         return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 

@@ -11,7 +11,7 @@ import numpy as np
 from smolmlx.backend import Completion, Decoding, FloatArray, Loading, Score
 from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
-from smolmlx.models import BaseModel
+from smolmlx.models import BaseModel, check_base
 from smolmlx_mlx import device as devices
 from smolmlx_mlx.device import mx as mx
 from smolmlx_mlx.losses import Losses, to_inputs
@@ -27,6 +27,7 @@ class MlxGenerator:
         self.tokenizer = tokenizer
         self.model = load_base(model.folder, model.config, dtype, how.quantize)
         if adapter is not None:
+            check_base(model, adapter)
             load_adapter(self.model, adapter)
         self.model.eval()
 

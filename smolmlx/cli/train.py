@@ -143,10 +143,12 @@ def _introduce(plan: Plan) -> None:
     )
     store = plan.train.store
     console.note(
-        f"{len(store):,} rows ({plan.format_name}), {int(store.supervised.sum()):,} of {int(store.lengths.sum()):,} tokens supervised; "
-        f"{plan.steps} steps of {plan.train.batch_size} x {plan.train.accumulation} rows",
+        f"{plan.num_rows:,} {'pairs' if plan.pairs else 'rows'} ({plan.format_name}), {int(store.supervised.sum()):,} of {int(store.lengths.sum()):,} tokens supervised; "
+        f"{plan.steps} steps of {plan.train.batch_size} x {plan.train.accumulation} {'pairs' if plan.pairs else 'rows'}",
         style="",
     )
+    if plan.start:
+        console.note(f"starts from the adapter in {plan.start.folder}", style="")
     for reason, count in store.account.reasons.items():
         console.note(f"{count} of {store.account.rows} rows: {reason}", style="yellow")
     for text in plan.notes:
@@ -183,7 +185,10 @@ def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None
     from smolmlx import console
 
     rows = [
-        ("loss", f"{report.first_loss:.4f} -> {report.final_loss:.4f} nats per supervised token"),
+        (
+            "loss",
+            f"{report.first_loss:.4f} -> {report.final_loss:.4f} {'per pair' if plan.pairs else 'nats per supervised token'}",
+        ),
         (
             "time",
             f"{console.format_seconds(report.seconds)} for {report.steps} steps, {report.tokens_per_second:,.0f} tokens/s",

@@ -5,6 +5,7 @@ All systems get the same prompts, template and decoding.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -136,9 +137,10 @@ def evaluate(
 
 
 def _pairs(systems: Sequence[System]) -> list[tuple[str, str]]:
-    """Compare each system with the first, the base."""
+    """Compare each system with the first, the base, and with the one before it."""
     names = [system.name for system in systems]
-    return [(name, names[0]) for name in names[1:]]
+    steps = [(name, before) for before, name in itertools.pairwise(names)]
+    return list(dict.fromkeys([*((name, names[0]) for name in names[1:]), *steps]))
 
 
 def read_rows(path: str, settings: Settings, *, limited: bool = True) -> list[tuple[EvalRow, Messages]]:

@@ -80,9 +80,19 @@ def write_report(views: Sequence[RunView], target: Path, *, title: str | None = 
 
 def run_charts(views: Sequence[RunView], labels: Mapping[str, str], boards: Sequence[Board]) -> dict[str, charts.Spec]:
     """Return every chart by its name; one without data is left out."""
+    pairs = {figures.loss_unit(view) for view in views} == {"mean per pair"}
+    loss, of = ("mean per pair", "pairs") if pairs else ("nats per supervised token", "supervised tokens")
     wanted = (
-        ("loss", "loss", "val_loss", "Loss", "nats per supervised token", ".4f"),
-        ("accuracy", "accuracy", "val_accuracy", "Token accuracy", "share of supervised tokens", ".3f"),
+        ("loss", "loss", "val_loss", "Loss", loss, ".4f"),
+        (
+            "accuracy",
+            "accuracy",
+            "val_accuracy",
+            "Pair accuracy" if pairs else "Token accuracy",
+            f"share of {of}",
+            ".3f",
+        ),
+        ("margin", "margin", "val_margin", "Reward margin", "beta x nats", ".3f"),
         ("learning-rate", "learning_rate", None, "Learning rate", "learning rate", ".3g"),
         ("grad-norm", "grad_norm", None, "Gradient norm", "norm before clipping", ".3f"),
     )

@@ -181,9 +181,19 @@ class TestAdapters:
         half = lab.generator(plan, run.adapter).logits(prompts[0])
         assert 0 < np.abs(half - whole).max() < 0.05
 
+    def test_adapter_of_a_base_of_the_same_shape_is_refused(self, lab: Lab, tmp_path: Path) -> None:
+        plan = lab.plan(train__max_steps=1)
+        run = lab.train(plan)
+        other = models.open_model(make_tiny(tmp_path / "other", seed=2))
+        with pytest.raises(RecipeError, match="made for another base model"):
+            lab.choice.backend.generator(other, run.adapter, plan.tokenizer, backend.Loading(lab.choice.device))
+        (run.adapter / models.BASE_FILE).unlink()
+        lab.choice.backend.generator(other, run.adapter, plan.tokenizer, backend.Loading(lab.choice.device))
+
     def test_adapter_of_another_base_is_refused(self, lab: Lab, tmp_path: Path) -> None:
         plan = lab.plan(train__max_steps=1)
         run = lab.train(plan)
+        (run.adapter / models.BASE_FILE).unlink()
         other = models.open_model(make_tiny(tmp_path / "other", hidden_size=64))
         with pytest.raises(RecipeError, match="another base model") as caught:
             lab.choice.backend.generator(other, run.adapter, plan.tokenizer, backend.Loading(lab.choice.device))
@@ -193,6 +203,7 @@ class TestAdapters:
         """A layer that the base lacks must not be left out silently."""
         plan = lab.plan(train__max_steps=1)
         run = lab.train(plan)
+        (run.adapter / models.BASE_FILE).unlink()
         other = models.open_model(make_tiny(tmp_path / "other", num_hidden_layers=1))
         with pytest.raises(RecipeError, match="another base model"):
             lab.choice.backend.generator(other, run.adapter, plan.tokenizer, backend.Loading(lab.choice.device))

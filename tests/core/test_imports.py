@@ -21,9 +21,13 @@ LAYERS = {
     "first_weights": 0,  # numbers from a config: needs errors alone
     "models": 1,  # what a model folder says, read from headers: facts for the plan, like data
     "rundir": 1,  # where files lie
+    "start_adapter": 1,  # what an adapter folder says, read from headers: a fact for the plan, like models
+    "preferences": 1,  # the losses of preference training, in any engine's arrays: needs recipe and errors alone
     "data": 1,  # rows to tokens
     "backend": 2,  # the protocols; plan and session are named there for type checkers only
+    "layout": 2,  # choices of the plan that are estimates of cost
     "plan": 2,  # reads Capabilities and Choice from backend: the two describe one seam, from its two sides
+    "references": 2,  # what the start policy gives each answer: asked of an engine, kept beside the session's state
     "session": 2,  # the state an engine reports to: part of the same seam
     "synth": 3,
     "evals": 3,

@@ -13,7 +13,7 @@ from smolmlx.backend import Completion, Decoding, FloatArray, Score
 from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError
-from smolmlx.models import BaseModel
+from smolmlx.models import BaseModel, check_base
 from smolmlx.plan import PEFT_PREFIX
 from smolmlx.session import Arrays, load_arrays
 from toy_engine.model import Bigram
@@ -28,6 +28,7 @@ class ToyGenerator:
         arrays: Arrays = {}
         scale, dora = 1.0, False
         if adapter is not None:
+            check_base(model, adapter)
             arrays, scale, dora = read_adapter(adapter, model)
         self.model = Bigram(model.folder, arrays, scale, dora)
 
