@@ -298,6 +298,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
             HfHubHTTPError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
+            RevisionNotFoundError,
         )
     except ImportError as error:
         raise BackendError(
@@ -310,6 +311,10 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
         raise BackendError(f"{name}: gated. Accept its terms on its hub page, then run `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise BackendError(f"{name}: no such model on the hub (or it is private: `hf auth login`).") from error
+    except RevisionNotFoundError as error:
+        raise BackendError(
+            f"{name}: the hub has no revision {revision!r} of it: no such branch, tag or commit."
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BackendError(
             f"{name}: not a local folder, not in the cache, and the hub cannot be reached. Pass a folder, or go online once."

@@ -36,9 +36,10 @@ def load_base(folder: Path, dtype: str, device: str, quantize: str = "none", att
         BackendError: transformers has no such architecture.
         RecipeError: the weights do not fit the config.
     """
-    quantization = None
+    # Left out, not None, which makes transformers overlook the folder's own quantization and draw weights at random.
+    quantization: dict[str, Any] = {}
     if quantize != "none":
-        quantization = BitsAndBytesConfig(
+        quantization["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=quantize == "4bit",
             load_in_8bit=quantize == "8bit",
             bnb_4bit_quant_type="nf4",
@@ -49,8 +50,8 @@ def load_base(folder: Path, dtype: str, device: str, quantize: str = "none", att
             folder,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
-            quantization_config=quantization,
             local_files_only=True,
+            **quantization,
         )
     except (ValueError, KeyError) as error:
         raise BackendError(f"{folder}: transformers cannot load this model: {str(error).splitlines()[0]}") from error
