@@ -225,6 +225,7 @@ def resolve(
         recipe = loaded.recipe
     targets = {} if recipe.train.method == "full" else select_targets(model, recipe)
     tokenizer = open_tokenizer(loaded, model)
+    _check_evaluation(loaded)
     source, train_store, validation_store = _encode(loaded, tokenizer, on_rows)
     _check_ids(tokenizer, model, train_store)
     if adapter is not None:
@@ -412,6 +413,23 @@ def locate(path: str, loaded: Loaded) -> str:
         if (folder / path).exists():
             return str(folder / path)
     return path
+
+
+def eval_format(recipe: Recipe) -> str:
+    """Return the format of a recipe's held-out rows: that of its own, unless those are pairs or documents."""
+    return recipe.data.format if recipe.stage == "sft" else "auto"
+
+
+def _check_evaluation(loaded: Loaded) -> None:
+    """Open what the recipe will be scored on, so that a missing file is found before the training and not after.
+
+    Raises:
+        DataError: no such file, or rows of an unknown layout.
+    """
+    recipe = loaded.recipe
+    for path in (recipe.evaluate.data, recipe.evaluate.train, recipe.evaluate.ood) if recipe.evaluate else ():
+        if path:
+            open_source(locate(path, loaded), form=eval_format(recipe), columns=recipe.data.columns, split="test")
 
 
 def encoding(recipe: Recipe) -> Encoding:

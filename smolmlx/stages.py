@@ -22,8 +22,9 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.evals.run import Evaluation, Meter, Settings, System, answer, evaluate, write
 from smolmlx.loggers import numbers, open_loggers
 from smolmlx.models import BaseModel, make_model, open_model, write_base
-from smolmlx.plan import Plan, adapter_config, encoding, initial_adapter, locate, resolve
+from smolmlx.plan import Plan, adapter_config, encoding, eval_format, initial_adapter, locate, resolve
 from smolmlx.recipe import Loaded
+from smolmlx.recipe import read as read_recipe
 from smolmlx.rundir import RunDir, publish, write_text
 from smolmlx.session import Arrays, Event, Session, load_arrays, read_metrics, save_arrays, write_csv
 
@@ -125,6 +126,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "platform": platform.platform(),
         "backend": plan.backend,
         "device": plan.capabilities.device_name,
+        "device_kind": plan.capabilities.device,
         "dtype": plan.dtype,
         "versions": versions,
         "command": sys.argv,
@@ -172,6 +174,17 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
     report = summarise(plan, session)
     run.write_json("report.json", {name: getattr(report, name) for name in report.__slots__})
     return report
+
+
+def is_complete(run: RunDir) -> bool:
+    """Whether a run is trained and, where its recipe asks for that, scored."""
+    scored = (run.path / "eval" / "results.json").is_file()
+    return run.done and (scored or not read_recipe(run.path / "recipe.yaml").get("evaluate"))
+
+
+def read_report(run: RunDir) -> Report:
+    """Return the report of a run whose training is finished."""
+    return Report(**run.read_json("report.json"))
 
 
 @contextmanager
@@ -269,7 +282,7 @@ def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter) -> Eva
         train=locate(wanted.train, plan.loaded) if wanted.train else None,
         ood=locate(wanted.ood, plan.loaded) if wanted.ood else None,
         decoding=Decoding(max_tokens=wanted.max_tokens, batch_size=wanted.batch_size), limit=wanted.limit,
-        template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system, columns=plan.recipe.data.columns,
+        template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system, columns=plan.recipe.data.columns, form=eval_format(plan.recipe),
         loading=Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none"),
         encoding=encoding(plan.recipe), constrained=wanted.constrained,
     )  # fmt: skip

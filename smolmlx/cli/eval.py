@@ -123,6 +123,7 @@ def _settings(
         template_args=fallback.get("template_args", {}),
         system_message=fallback.get("system_message"),
         columns=fallback.get("columns", {}),
+        form=fallback.get("form", "auto"),
         loading=Loading(device, quantize=quantize),
         encoding=fallback["encoding"] if fallback else Encoding(max_length=2048),
     )
@@ -133,7 +134,7 @@ def _from_recipe(name: str | None) -> dict[str, Any]:
     """Return what a recipe says about evaluation; nothing without a recipe."""
     if name is None:
         return {}
-    from smolmlx.plan import encoding, locate
+    from smolmlx.plan import encoding, eval_format, locate
 
     loaded = options.load_recipe(name, ())
     data, wanted = loaded.recipe.data, loaded.recipe.evaluate
@@ -141,6 +142,7 @@ def _from_recipe(name: str | None) -> dict[str, Any]:
         "template_args": data.template_args,
         "system_message": data.system,
         "columns": data.columns,
+        "form": eval_format(loaded.recipe),
         "encoding": encoding(loaded.recipe),
         "chat_template": loaded.recipe.model.chat_template,
     }

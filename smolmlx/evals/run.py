@@ -140,6 +140,7 @@ def evaluate(
     sets = {"test": read_rows(settings.data, settings)}
     if settings.ood:
         sets["ood"] = read_rows(settings.ood, settings)
+    train = [row for row, _ in read_rows(settings.train, settings, limited=False)] if settings.train else []
     answers: dict[str, dict[str, Sequence[str]]] = {name: {} for name in sets}
     for system in systems:  # one model in memory at a time
         generator = backend.generator(system.model, system.adapter, tokenizer, settings.loading)
@@ -148,7 +149,6 @@ def evaluate(
                 answers[name][system.name] = answer(
                     generator, tokenizer, [messages for _, messages in rows], settings, on_done
                 )
-    train = [row for row, _ in read_rows(settings.train, settings, limited=False)] if settings.train else []
     reports = {}
     for name, rows in sets.items():
         scored = [row for row, _ in rows]
