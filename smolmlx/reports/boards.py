@@ -9,11 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from smolmlx.evals.bootstrap import MIN_ROWS, bootstrap_difference, difference_sentence
+import numpy as np
+
+from smolmlx.evals.bootstrap import MIN_ROWS, bootstrap_means, difference_sentence
 from smolmlx.evals.suites import CONTROLS
 from smolmlx.reports.folders import AnswerRow, RunView, ScoredSet, Tree
 
 Kind = Literal["base", "control", "trained"]
+MAX_PAIRED = 6
+"""Trained systems up to which each is compared with each other one: 15 pairs. More would find differences by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,17 +170,24 @@ def _recorded(found: ScoredSet) -> Iterator[Comparison]:
 
 
 def _recomputed(entrants: Sequence[Entrant]) -> Iterator[Comparison]:
-    """Compare every trained system with base and controls, and trained systems of different runs with each other."""
+    """Compare every trained system with base and controls, and a few trained systems with each other."""
     trained = [entrant for entrant in entrants if entrant.kind == "trained"]
     pairs = [(system, other) for system in trained for other in entrants if other.kind != "trained"]
-    pairs += [(later, earlier) for i, earlier in enumerate(trained) for later in trained[i + 1 :]]
-    for system, other in pairs:
-        for metric in HEADLINES:
-            columns = [[float(score[metric.key]) for score in side.scores] for side in (system, other)]
-            if columns[0] and len(columns[0]) == len(columns[1]):
-                found = bootstrap_difference(*columns)
-                sentence = difference_sentence(found, metric.key, system.label, other.label)
-                yield _comparison(system.label, other.label, metric, asdict(found), sentence, found.shows_difference)
+    if len(trained) <= MAX_PAIRED:
+        pairs += [(later, earlier) for i, earlier in enumerate(trained) for later in trained[i + 1 :]]
+    columns = {(e.label, m.key): np.array([float(score[m.key]) for score in e.scores]) for e in entrants for m in HEADLINES}  # fmt: skip
+    wanted = [
+        (system, other, metric)
+        for system, other in pairs
+        for metric in HEADLINES
+        if len(columns[system.label, metric.key]) == len(columns[other.label, metric.key]) > 0
+    ]
+    if not wanted:
+        return
+    paired = [columns[system.label, metric.key] - columns[other.label, metric.key] for system, other, metric in wanted]
+    for (system, other, metric), found in zip(wanted, bootstrap_means(np.stack(paired, axis=1)), strict=True):
+        sentence = difference_sentence(found, metric.key, system.label, other.label)
+        yield _comparison(system.label, other.label, metric, asdict(found), sentence, found.shows_difference)
 
 
 def _comparison(system: str, against: str, metric: Metric, interval: Tree, sentence: str, shown: bool) -> Comparison:
