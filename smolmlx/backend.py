@@ -108,6 +108,9 @@ class Generator(Protocol):
     def logits(self, ids: Sequence[int]) -> FloatArray:
         """Return [T, V] float32 logits of one sequence (verification)."""
 
+    def switch(self, adapter: Path | None) -> None:
+        """Put an adapter on the loaded base in place of the one it carries; None leaves the base as it was loaded."""
+
 
 class Backend(Protocol):
     name: str

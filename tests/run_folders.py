@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from smolmlx.evals.run import Evaluation, Settings, read_rows, write
+from smolmlx.evals.run import Evaluation, Settings, describe_file, read_rows, write
 from smolmlx.evals.suites import compare_notes, control_outputs
 from smolmlx.rundir import RunDir
 
@@ -76,6 +76,7 @@ def make_evaluation(settings: Settings, rng: np.random.Generator, skill: float, 
     """Score made-up answers with the real suite."""
     train = [row for row, _ in read_rows(str(NOTES / "train.jsonl"), settings, limited=False)]
     reports, outputs = {}, {}
+    files = {"train": describe_file(str(NOTES / "train.jsonl"), settings, len(train))}
     for name, path in (("test", settings.data), ("ood", str(settings.ood))):
         rows = [row for row, _ in read_rows(path, settings)]
         answers: dict[str, Any] = {"base": [row.input[: 60 + 20 * (i % 5)] for i, row in enumerate(rows)]}
@@ -89,7 +90,8 @@ def make_evaluation(settings: Settings, rng: np.random.Generator, skill: float, 
         answers |= control_outputs(train, rows)
         reports[name] = compare_notes(rows, answers, also=[(stage, "base") for stage in stages], draws=500)
         outputs[name] = answers
-    return Evaluation(settings, notes=reports, outputs=outputs)
+        files[name] = describe_file(path, settings, len(rows))
+    return Evaluation(settings, notes=reports, outputs=outputs, files=files)
 
 
 def _flawed(reference: str, index: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from smolmlx.backend import Completion, Decoding, FloatArray, Loading, Score
 from smolmlx.data.batches import Batch
@@ -32,6 +33,11 @@ class TorchGenerator:
         self.tokenizer = tokenizer
         attention = "eager" if model.config.get("model_type") in EAGER_ONLY else "sdpa"
         self.model = load_base(model.folder, dtype, self.device, how.quantize, attention)
+        self.switch(adapter)
+
+    def switch(self, adapter: Path | None) -> None:
+        if isinstance(self.model, PeftModel):
+            self.model = self.model.unload()
         if adapter is not None:
             self.model = load_adapter(self.model, adapter)
         self.model.eval()

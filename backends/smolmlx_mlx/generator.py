@@ -26,6 +26,14 @@ class MlxGenerator:
         dtype = how.dtype if how.dtype != "auto" else ("bfloat16" if device == "gpu" else "float32")
         self.tokenizer = tokenizer
         self.model = load_base(model.folder, model.config, dtype, how.quantize)
+        # An adapter's layers wrap those of the base, so putting these back takes it off.
+        self._base = (self.model.leaf_modules(), self.model.parameters())
+        self.switch(adapter)
+
+    def switch(self, adapter: Path | None) -> None:
+        modules, parameters = self._base
+        self.model.update_modules(modules)
+        self.model.update(parameters)
         if adapter is not None:
             load_adapter(self.model, adapter)
         self.model.eval()

@@ -25,11 +25,15 @@ class ToyGenerator:
 
     def __init__(self, model: BaseModel, adapter: Path | None, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self.base = model
+        self.switch(adapter)
+
+    def switch(self, adapter: Path | None) -> None:
         arrays: Arrays = {}
         scale, dora = 1.0, False
         if adapter is not None:
-            arrays, scale, dora = read_adapter(adapter, model)
-        self.model = Bigram(model.folder, arrays, scale, dora)
+            arrays, scale, dora = read_adapter(adapter, self.base)
+        self.model = Bigram(self.base.folder, arrays, scale, dora)
 
     def generate(self, prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:
         stops = set(how.stop_ids or self.tokenizer.eos_ids)
