@@ -11,9 +11,12 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from smolmlx import shelf
 from smolmlx.evals.run import Evaluation, Settings, describe_file, read_rows, write
 from smolmlx.evals.suites import compare_notes, control_outputs
 from smolmlx.rundir import RunDir
+from smolmlx.sweeps.definition import open_sweep
+from smolmlx.sweeps.table import read_table, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTES = ROOT / "data" / "notes"
@@ -69,6 +72,32 @@ def make_run(
             "best_val_loss": 2.4, "best_step": 100, "stopped_early": False, "peak_bytes": 862_154_752, "tokens_per_second": 1160.0,
         },
     )  # fmt: skip
+    return folder
+
+
+def make_sweep(folder: Path, *, rows: int = 12, seeds: int = 2) -> Path:
+    """Write a finished sweep of three settings, of which one answers far worse; the last run failed."""
+    folder.mkdir(parents=True)
+    recipe = {"model": {"id": "tiny"}, "data": {"train": "data/notes/train.jsonl"}, "lora": {"r": 8}}
+    (folder / "base.yaml").write_text(yaml.safe_dump(recipe))
+    settings = [
+        {"name": "baseline"},
+        {"name": "r 64", "lora.r": 64},
+        {"name": "lr <1e-4>", "train.learning_rate": 1e-4},
+    ]
+    tree = {"recipe": "base.yaml", "description": "What rank and rate change.", "seeds": seeds, "list": settings}
+    (folder / "my.yaml").write_text(yaml.safe_dump(tree))
+    sweep = open_sweep(folder / "my.yaml", "sweep-my", shelf.find)
+    for number, cell in enumerate(sweep.cells):
+        if number == len(sweep.cells) - 1:
+            outcome = {"status": "failed", "error": "the loss is not a number"}
+            (folder / cell.folder).mkdir()
+        else:
+            outcome = {"status": "finished"}
+            skill = {"baseline": 0.8, "r 64": 0.85}.get(cell.setting, 0.05)
+            make_run(folder / cell.folder, seed=number, skill=skill, rows=rows, stages=("sft",))
+        RunDir(folder / cell.folder).write_json("outcome.json", outcome)
+    write_table(read_table(sweep, folder), folder)
     return folder
 
 

@@ -76,10 +76,17 @@ class Board:
 
     name: str
     data: str
+    sha256: str
+    """Of that file; '' where the run does not say."""
     num_rows: int
     rows: Sequence[AnswerRow]
     entrants: Sequence[Entrant]
     comparisons: Sequence[Comparison]
+
+    @property
+    def crowded(self) -> bool:
+        """Too many trained systems to read one after the other: a sweep's."""
+        return sum(entrant.kind == "trained" for entrant in self.entrants) > MAX_PAIRED
 
     @property
     def slug(self) -> str:
@@ -89,10 +96,7 @@ class Board:
 
 def label_runs(views: Sequence[RunView]) -> dict[str, str]:
     """Return a short label for each run's path: its recipe where that tells the runs apart, else recipe and suffix."""
-    short = [
-        view.name.rsplit("-", 3)[0] if view.name.count("-") >= 3 and not _in_sweep(view) else view.name
-        for view in views
-    ]
+    short = [_short_name(view) for view in views]
     full = [f"{name} {view.name.rsplit('-', 1)[-1]}" for name, view in zip(short, views, strict=True)]
     chosen = [a if short.count(a) == 1 else b for a, b in zip(short, full, strict=True)]
     if len(set(chosen)) < len(chosen):
@@ -102,9 +106,10 @@ def label_runs(views: Sequence[RunView]) -> dict[str, str]:
     return {str(view.path): label for view, label in zip(views, chosen, strict=True)}
 
 
-def _in_sweep(view: RunView) -> bool:
-    """Whether a run is named by its setting and seed, rather than by recipe and time."""
-    return (view.path / "outcome.json").is_file()
+def _short_name(view: RunView) -> str:
+    if view.setting:
+        return f"{view.setting}, seed {view.seed}"
+    return view.name.rsplit("-", 3)[0] if view.name.count("-") >= 3 else view.name
 
 
 def make_boards(views: Sequence[RunView]) -> list[Board]:
@@ -143,7 +148,7 @@ def _board(name: str, members: Sequence[tuple[str, ScoredSet]]) -> Board:
     entrants.sort(key=lambda entrant: order[entrant.kind])
     first = members[0][1]
     compared = list(_recorded(first) if len(members) == 1 else _recomputed(entrants))
-    return Board(name, first.data, first.num_rows, first.rows, entrants, compared)
+    return Board(name, first.data, first.sha256, first.num_rows, first.rows, entrants, compared)
 
 
 def _entrants(found: ScoredSet) -> Iterator[Entrant]:
