@@ -86,7 +86,7 @@ class Train(Section):
     epochs: float = Field(1.0, gt=0)
     """Passes over the train rows; a last partial one is rounded up to whole steps."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after this many optimizer steps, whatever `epochs` says. The schedule is laid over these steps."""
+    """At most this many optimizer steps, where `epochs` would be more. The schedule is laid over these steps."""
     batch_size: int = Field(8, ge=1)
     """Rows (or packs) per micro-batch."""
     accumulation: int = Field(1, ge=1)

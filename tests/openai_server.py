@@ -61,6 +61,13 @@ class Behaviour:
     """Answer everything with this status."""
     after: int = 0
     """... from this request on."""
+    batches: bool = True
+    batch_seconds: float = 0.0
+    """How long a batch takes."""
+    batch_status: str = "completed"
+    """... and how it ends."""
+    unanswered: float = 0.0
+    """Share of a batch's requests that meet a 500 the first time."""
 
 
 @dataclass
@@ -76,6 +83,8 @@ class Seen:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[Mapping[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    batches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -125,10 +134,24 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        _, _, kind, *rest = self.path.split("/")
+        if kind == "batches" and rest[0] in self.server.seen.batches:
+            self._send(200, self._batch(rest[0]))
+            return
+        if kind == "files" and rest[0] in self.server.seen.files:
+            self._send(200, None, raw=self.server.seen.files[rest[0]])
+            return
+        if kind != "models":
+            self._send(404, {"error": {"message": "not here"}})
+            return
         self._send(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        data = self.rfile.read(int(self.headers["content-length"]))
+        if self.path.endswith(("/files", "/batches")):
+            self._take_batch(data)
+            return
+        body = json.loads(data)
         seen, how = self.server.seen, self.server.how
         key = f"{body['messages'][-1]['content']}|{body.get('seed')}"
         with seen.lock:
@@ -181,6 +204,48 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(how.hang_seconds)
             self._send(200, self._completion(body, key, how))
 
+    def _take_batch(self, data: bytes) -> None:
+        """Take an uploaded file, or a batch of one."""
+        seen = self.server.seen
+        if not self.server.how.batches:
+            self._send(404, {"error": {"message": "no such endpoint"}})
+        elif self.path.endswith("/files"):
+            boundary = self.headers["content-type"].split("boundary=")[1].strip('"')
+            part = next(part for part in data.decode().split(f"--{boundary}") if 'name="file"' in part)
+            name = f"file-{len(seen.files)}"
+            seen.files[name] = part.split("\r\n\r\n", 1)[1].removesuffix("\r\n")
+            self._send(200, {"id": name, "object": "file"})
+        else:
+            name, asked = f"batch-{len(seen.batches)}", json.loads(data)
+            seen.batches[name] = {**asked, "begun": time.monotonic()}
+            self._send(200, self._batch(name))
+
+    def _batch(self, name: str) -> dict[str, Any]:
+        """Return a batch, answered once its time is over."""
+        seen, how = self.server.seen, self.server.how
+        batch = seen.batches[name]
+        done = time.monotonic() >= batch["begun"] + how.batch_seconds
+        tree = {"id": name, "object": "batch", "created_at": 0, "completion_window": "24h", **batch}
+        if not done:
+            return {**tree, "status": "in_progress"}
+        if how.batch_status == "failed":
+            return {**tree, "status": "failed", "errors": {"data": [{"message": "told to fail"}]}}
+        if "output_file_id" not in batch:
+            answered, failed = [], []
+            for line in seen.files[batch["input_file_id"]].splitlines():
+                entry = json.loads(line)
+                key = f"{entry['body']['messages'][-1]['content']}|{entry['body'].get('seed')}"
+                seen.asked[key] += 1
+                if share(key, "unanswered") < how.unanswered and seen.asked[key] == 1:
+                    failed.append({"custom_id": entry["custom_id"], "response": {"status_code": 500, "body": {}}})
+                else:
+                    answer = {"status_code": 200, "body": self._completion(entry["body"], key, how)}
+                    answered.append({"custom_id": entry["custom_id"], "response": answer, "error": None})
+            for role, lines in (("output_file_id", answered), ("error_file_id", failed)):
+                batch[role] = f"file-{len(seen.files)}"
+                seen.files[batch[role]] = "".join(json.dumps(line) + "\n" for line in lines)
+        return {**tree, **batch, "status": how.batch_status}
+
     def _completion(self, body: Mapping[str, Any], key: str, how: Behaviour) -> dict[str, Any]:
         text = json.dumps(answer(kind_of(body), key))
         finish = "stop"
@@ -200,8 +265,8 @@ class _Handler(BaseHTTPRequestHandler):
             "usage": usage,
         }
 
-    def _send(self, status: int, tree: Any, headers: Mapping[str, str] | None = None) -> None:
-        data = json.dumps(tree).encode()
+    def _send(self, status: int, tree: Any, headers: Mapping[str, str] | None = None, raw: str | None = None) -> None:
+        data = (json.dumps(tree) if raw is None else raw).encode()
         self.send_response(status)
         for name, value in {
             "Content-Type": "application/json",

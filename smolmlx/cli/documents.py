@@ -124,6 +124,10 @@ def _method(shares: str, seed: int) -> Method:
     type=click.Choice(["auto", "json_schema", "json_object", "none"]),
     help="How the server is asked to keep to the schema.",
 )
+@click.option("--batch", is_flag=True, help="Through the server's batch endpoint: cheaper, answered within a day.")
+@click.option(
+    "--batch-requests", default=5_000, show_default=True, type=click.IntRange(1, 50_000), help="Of one batch (--batch)."
+)
 @click.option(
     "--key-variable",
     default="OPENAI_API_KEY",
@@ -181,6 +185,8 @@ class _Augmenting:
     retries: int
     per_minute: int | None
     response_format: Any
+    batch: bool
+    batch_requests: int
     key_variable: str
     batch_size: int
     dry_run: bool
@@ -214,6 +220,8 @@ class _Augmenting:
             raise RecipeError("data augment: pass --model M for an engine here, or --server URL, or --dry-run.")
         if self.server and self.adapter:
             raise RecipeError(f"--adapter {self.adapter}: has no effect with --server; start the server with it.")
+        if self.batch and not self.server:
+            raise RecipeError("--batch: needs --server URL, a server with the batch endpoint of the OpenAI API.")
         unknown = [
             f"--task {task}: unknown.{nearest(task, TASKS)} Known: {', '.join(TASKS)}"
             for task in self.tasks
@@ -251,11 +259,18 @@ class _Augmenting:
         from smolmlx import console
         from smolmlx.synth.server import Limits, ServerRuntime
 
+        key = os.environ.get(self.key_variable)
         limits = Limits(self.concurrency, self.timeout, self.retries, self.per_minute, self.response_format)
-        runtime = ServerRuntime(
-            url, self.model, key=os.environ.get(self.key_variable), limits=limits, on_note=console.note
-        )
-        console.note(f"server {url}: model {runtime.find_model()}, at most {self.concurrency} requests at a time")
+        runtime = ServerRuntime(url, self.model, key=key, limits=limits, on_note=console.note)
+        model = runtime.find_model()
+        if self.batch:
+            from smolmlx.synth.batch import BatchRuntime
+
+            form = "json_schema" if self.response_format == "auto" else self.response_format
+            how: dict[str, Any] = {"form": form, "together": self.batch_requests, "retries": self.retries}
+            console.note(f"server {url}: model {model}, {self.batch_requests:,} requests to a batch")
+            return BatchRuntime(url, model, self.out_dir, key=key, on_note=console.note, **how)
+        console.note(f"server {url}: model {model}, at most {self.concurrency} requests at a time")
         return runtime
 
     def _make(self, workshop: Workshop, runtime: Runtime) -> Result:

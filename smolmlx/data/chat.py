@@ -10,8 +10,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,15 @@ class Tokenizer:
 
     def _special_tokens(self) -> set[str]:
         return {token.content for token in self.fast.get_added_tokens_decoder().values()}
+
+    def holds_control_token(self, text: str) -> bool:
+        """Whether a text holds the characters of a special token, such as an end of turn, and would be read as one."""
+        return self._control is not None and self._control.search(text) is not None
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        found = [token.content for token in self.fast.get_added_tokens_decoder().values() if token.special]
+        return re.compile("|".join(map(re.escape, found))) if found else None
 
     def fingerprint(self) -> str:
         """Hash of vocabulary, merges and template: what decides the tokens of a row."""

@@ -16,6 +16,7 @@ NO_TARGET = "no supervised token"
 CUT_PROMPT = "prompt cut from the left"
 SPLIT_ROWS = "answer continued in another row"
 LAST_TURN = "trained on the last turn only"
+CONTROL = "control token inside a message"  # the model reads it as the real one, such as the end of a turn
 LOST = (TOO_LONG, NO_TARGET)
 """Reasons for which a row is not trained at all."""
 
@@ -117,6 +118,8 @@ def encode_example(example: Example, tokenizer: Tokenizer, how: Encoding, accoun
             account.note(LAST_TURN, example.where)
     if example.chosen:
         rendered = Rendered(rendered.text, rendered.spans[-1:])
+    if account is not None and any(tokenizer.holds_control_token(message.get("content") or "") for message in messages):
+        account.note(CONTROL, example.where)
     encoded = encode_rendered(tokenizer, rendered)
     if how.loss_on == "all":
         return Encoded(encoded.ids, [True] * len(encoded.ids), encoded.turn_ends)

@@ -107,7 +107,7 @@ def augment(
         raise RecipeError(
             f"{workshop.store.source}: no job in {len(workshop.store)} chunks. Give more text, or another seed.{reasons}"
         )
-    settings = {**_settings(workshop), "attempts": attempts, "together": runtime.together}
+    settings = {**_settings(workshop), "attempts": attempts, "together": runtime.together if runtime.company else 1}
     _claim(out_dir, settings)
     with Journal(out_dir / JOURNAL, planned.total) as journal:
         totals = Totals(planned.total)
@@ -149,7 +149,7 @@ class _Run:
                 await asyncio.gather(*workers, return_exceptions=True)
 
     def _units(self) -> Iterator[list[Job]]:
-        """Yield the calls of a full run that have a job left; all their jobs, since a call may decide how rows are sampled."""
+        """Yield the calls of a full run that have a job left; with all their jobs where a call decides how rows are sampled."""
         unit: list[Job] = []
         for job in self.workshop.jobs():
             if job.task == "continuation":  # needs no model, so no place in a call
@@ -158,13 +158,14 @@ class _Run:
                 continue
             unit.append(job)
             if len(unit) == self.runtime.together:
-                yield from [unit] if self._has_work(unit) else []
+                yield from self._left(unit)
                 unit = []
-        if unit and self._has_work(unit):
-            yield unit
+        yield from self._left(unit)
 
-    def _has_work(self, unit: Sequence[Job]) -> bool:
-        return not all(self.journal.is_done(job.number) for job in unit)
+    def _left(self, unit: list[Job]) -> Iterator[list[Job]]:
+        """Yield what a call has to ask, if anything."""
+        if left := [job for job in unit if not self.journal.is_done(job.number)]:
+            yield unit if self.runtime.company else left
 
     async def _work(self, units: Iterator[list[Job]]) -> None:
         for unit in units:  # shared by all workers: each takes the next

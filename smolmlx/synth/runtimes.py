@@ -53,6 +53,8 @@ class Runtime(Protocol):
     """Requests of one call. Calls are the same from run to run, so that a batch may decide how a row is sampled."""
     concurrency: int
     """Calls at a time."""
+    company: bool
+    """Whether the requests of a call bear on each other's answers, so that a call is only ever repeated whole."""
 
     async def __aenter__(self) -> Runtime: ...
     async def __aexit__(
@@ -67,6 +69,7 @@ class LocalRuntime:
 
     name = "local"
     concurrency = 1
+    company = True
 
     def __init__(
         self,

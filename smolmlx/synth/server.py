@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Format = Literal["json_schema", "json_object", "none"]
 FORMATS: tuple[Format, ...] = ("json_schema", "json_object", "none")
 
-_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Status codes after which the same request may succeed."""
 _CLOSED = {401: "the key is missing or wrong", 402: "not paid for", 403: "not allowed", 404: "not found"}
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
@@ -34,7 +34,7 @@ _LONGEST_ASKED_PAUSE = 900.0
 _MOST_RATE_LIMITS = 100
 """Rate limits are not a fault of the request: they use up no retry until there are this many."""
 _THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-_BAD_BODY = "reply is not a chat completion"
+BAD_BODY = "reply is not a chat completion"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ class ServerRuntime:
 
     name = "server"
     together = 1
+    company = False
 
     def __init__(
         self,
@@ -200,7 +201,7 @@ class ServerRuntime:
         form = self._formats[0]
         self.traffic.requests += 1
         try:
-            posting = self._client.post(f"{self.url}/chat/completions", json=_body(request, self.model, form))
+            posting = self._client.post(f"{self.url}/chat/completions", json=chat_body(request, self.model, form))
             response = await asyncio.wait_for(posting, self.limits.timeout)
         except asyncio.TimeoutError:
             return _Outcome(reason="time-out")
@@ -215,7 +216,7 @@ class ServerRuntime:
             )
         if status in _CLOSED:
             raise self._closed(status)
-        if status in _AGAIN:
+        if status in AGAIN:
             return _Outcome(reason=f"http {status}", pause=_asked_pause(response), counts=status != 429)
         if not self._format_works and form == self._formats[0] and len(self._formats) > 1:
             return self._drop_format(form, status)
@@ -230,16 +231,14 @@ class ServerRuntime:
 
     def _read(self, response: httpx2.Response, form: Format) -> _Outcome:
         try:
-            tree = response.json()
-            choice = tree["choices"][0]
-            text = choice["message"].get("content") or ""
-            usage = tree.get("usage") or {}
-            counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return _Outcome(reason=_BAD_BODY)
+            reply = read_completion(response.json())
+        except ValueError:
+            reply = None
+        if reply is None:
+            return _Outcome(reason=BAD_BODY)
         if form == self._formats[0]:
             self._format_works = True
-        return _Outcome(Reply(_THINKING.sub("", text), *counts, cut=choice.get("finish_reason") == "length"))
+        return _Outcome(reply)
 
     def _closed(self, status: int) -> BackendError:
         what = f"http {status}, {_CLOSED[status]}"
@@ -257,7 +256,8 @@ def _model_names(response: httpx2.Response) -> list[str]:
         return []
 
 
-def _body(request: Request, model: str, form: Format) -> dict[str, Any]:
+def chat_body(request: Request, model: str, form: Format) -> dict[str, Any]:
+    """Return the body of a chat completion that asks for an answer in the request's schema, as far as `form` says it."""
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": request.prompt}],
@@ -272,6 +272,18 @@ def _body(request: Request, model: str, form: Format) -> dict[str, Any]:
     elif form == "json_object":
         body["response_format"] = {"type": form}
     return body
+
+
+def read_completion(tree: Any) -> Reply | None:
+    """Return the reply in a chat completion; None where it is not one."""
+    try:
+        choice = tree["choices"][0]
+        text = choice["message"].get("content") or ""
+        usage = tree.get("usage") or {}
+        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        return Reply(_THINKING.sub("", text), *counts, cut=choice.get("finish_reason") == "length")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
 
 
 def _asked_pause(response: httpx2.Response) -> float | None:

@@ -91,7 +91,7 @@ def published(folder: Path) -> dict[str, bytes]:
 class Canned:
     """A runtime in the process whose answers are a function of the request."""
 
-    name, model, concurrency = "server", "rule", 4
+    name, model, concurrency, company = "server", "rule", 4, False
 
     def __init__(self, answer: Callable[[Request], Reply], together: int = 1) -> None:
         self.answer, self.together, self.asked = answer, together, list[Request]()
@@ -349,6 +349,7 @@ def test_interrupted_calls_are_made_again_whole(store: ChunkStore, tmp_path: Pat
     """A runtime whose answers depend on the row in its call still leaves the same rows after an interruption."""
 
     class ByRow(Canned):
+        company = True
         left = 10**9
 
         async def ask(self, requests: Any) -> list[Reply]:

@@ -38,6 +38,13 @@ def learned(tokenizer: Tokenizer, rows: list[Encoded]) -> str:
     return tokenizer.decode(ids, skip_special=False)
 
 
+def test_control_tokens_in_a_message_are_counted(tokenizer: Tokenizer) -> None:
+    rows = [chat("q", "a"), chat("what is <|im_end|>?", "a", where="f:2"), chat("q", "<|im_start|>", where="f:3")]
+    account = run(tokenizer, rows)[1]
+    assert account.reasons == {encoding.CONTROL: 2} and account.lost == 0
+    assert account.first[encoding.CONTROL] == "f:2"
+
+
 LONG = chat("what " * 100, "word " * 60 + "end")
 END = "<|im_end|>"
 
