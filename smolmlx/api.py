@@ -1,4 +1,4 @@
-"""The verbs from Python: train, load, generate, evaluate. The command line is a thin skin over the same functions."""
+"""The verbs from Python: train, load, generate, evaluate, sweep. The command line is a thin skin over the same functions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from smolmlx.backend import Backend, Decoding, Generator, Loading, OnText
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
 from smolmlx.errors import RecipeError
-from smolmlx.evals.run import Evaluation, Settings, System
+from smolmlx.evals.bases import Bases, System
+from smolmlx.evals.run import Evaluation, Settings
 from smolmlx.evals.run import evaluate as run_suite
 from smolmlx.models import BaseModel, find_model, open_model
 from smolmlx.plan import resolve
 from smolmlx.rundir import RunDir
 from smolmlx.session import Event
 from smolmlx.stages import Report
+from smolmlx.sweeps import record
+from smolmlx.sweeps.definition import Cell
+from smolmlx.sweeps.table import Table, read_table, write_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,15 @@ class Run:
     backend: str
     device: str
     evaluation: Evaluation | None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRun:
+    """A sweep as far as it got."""
+
+    path: Path
+    table: Table
+    """`.lines`, one a run; `.settings`, mean and spread over seeds; `.findings`, what they show."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +187,45 @@ def evaluate(
         encoding=Encoding(max_length=max_length),
     )  # fmt: skip
     return run_suite(model.backend, systems, model.tokenizer, settings, _silent)
+
+
+def sweep(
+    recipe: str | Path,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    seeds: Sequence[int] | int | None = None,
+    set: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    device: str | None = None,
+    out: str | Path | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> SweepRun:
+    """Train a sweep file, or a recipe under a grid, with several seeds; go on with what is there, as `smolmlx sweep` does.
+
+    A run that fails does not stop the others; it is a line with `status` "failed" and its error. Finished runs are not
+    run again.
+
+    Args:
+        grid: dotted recipe key -> values, e.g. {"lora.r": [8, 32]}; several keys are crossed.
+        seeds: how many from 0, or which; default: the file's, else 1.
+        out: the sweep's folder; default: runs/sweep-<name>.
+
+    Raises:
+        SmolError: one of the four families of `smolmlx.errors`, before anything runs.
+        stages.Interrupted: Ctrl-C, after a checkpoint.
+    """
+    made, folder = shelf.find_sweep(str(recipe), out, grid=grid, seeds=seeds, sets=set)
+    choice = backends.choose(backend, device)
+    bases = Bases(choice.backend)
+
+    def work(cell: Cell, path: Path) -> None:
+        stages.complete_run(cell.loaded, choice, path, lambda plan: on_event, _silent, bases)
+
+    with record.lock(folder):
+        record.run_cells(made, folder, work, lambda cell, why: write_table(read_table(made, folder), folder))
+        found = read_table(made, folder)
+        write_table(found, folder)
+    return SweepRun(folder, found)
 
 
 def convert_adapter(adapter: str | Path, out: str | Path, to: str | None = None, base: str | None = None) -> Path:

@@ -35,6 +35,10 @@ from smolmlx.start_adapter import StartAdapter, find_adapter, with_adapter_lora
 PEFT_PREFIX = "base_model.model."
 
 
+LOGGER_PACKAGES = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboardX", "tensorboard")}
+"""Logger -> packages of which one is needed. tensorboardX writes without torch; torch's writer needs tensorboard."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """One stage of training, resolved."""
@@ -291,8 +295,9 @@ def _unsupported(recipe: Recipe, capabilities: Capabilities, backend: str) -> It
 
 def _missing_loggers(recipe: Recipe) -> Iterator[str]:
     for name in recipe.loggers:
-        if importlib.util.find_spec(name) is None:
-            yield f"loggers: '{name}' is not installed: pip install {name}."
+        packages = LOGGER_PACKAGES[name]
+        if not any(importlib.util.find_spec(package) for package in packages):
+            yield f"loggers: '{name}' is not installed: pip install {packages[0]}."
 
 
 def _from_config(recipe: Recipe) -> BaseModel:

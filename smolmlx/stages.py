@@ -19,7 +19,8 @@ import yaml
 from smolmlx import rundir
 from smolmlx.backend import Backend, Choice, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
-from smolmlx.evals.run import Evaluation, Meter, Settings, System, answer, evaluate, write
+from smolmlx.evals.bases import Bases, System
+from smolmlx.evals.run import Evaluation, Meter, Settings, answer, evaluate, write
 from smolmlx.loggers import numbers, open_loggers
 from smolmlx.models import BaseModel, make_model, open_model, write_base
 from smolmlx.plan import Plan, adapter_config, encoding, eval_format, initial_adapter, locate, resolve
@@ -93,7 +94,12 @@ def first_adapter(plan: Plan) -> Arrays:
 
 
 def complete_run(
-    loaded: Loaded, choice: Choice, path: Path, on_plan: Callable[[Plan], OnEvent], meter: Meter
+    loaded: Loaded,
+    choice: Choice,
+    path: Path,
+    on_plan: Callable[[Plan], OnEvent],
+    meter: Meter,
+    bases: Bases | None = None,
 ) -> Evaluation | None:
     """Bring the run at `path` to its end from wherever it stands: not begun, stopped while training, or not yet scored.
 
@@ -101,6 +107,7 @@ def complete_run(
 
     Args:
         on_plan: told the plan once it is resolved; returns what is told of each event of the training.
+        bases: what earlier runs left loaded and answered, for the evaluation.
     """
     plan = resolve(loaded, choice)
     run = RunDir(path)
@@ -108,8 +115,16 @@ def complete_run(
         with publish(path) as folder:
             _write_start(plan, RunDir(folder))
     if not run.done:
+        if bases is not None and not _fits_beside_training(plan):
+            bases.release()
         train(plan, choice, run, on_plan(plan))
-    return evaluate_run(plan, choice.backend, run, meter) if plan.recipe.evaluate else None
+    return evaluate_run(plan, choice.backend, run, meter, bases) if plan.recipe.evaluate else None
+
+
+def _fits_beside_training(plan: Plan) -> bool:
+    """Whether a base that is loaded for evaluation may stay in memory while another one is trained."""
+    limit = plan.capabilities.memory_bytes
+    return limit is not None and plan.memory_bytes + 4 * plan.model.num_parameters() < limit / 2
 
 
 def environment(plan: Plan) -> dict[str, Any]:
@@ -268,7 +283,7 @@ def trained_model(plan: Plan, run: RunDir) -> tuple[BaseModel, Path | None]:
     return (open_model(run.model), None) if plan.full else (plan.model, run.adapter)
 
 
-def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter) -> Evaluation:
+def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter, bases: Bases | None = None) -> Evaluation:
     """Score base and trained model as the recipe's `evaluate` block says, into eval/ of the run."""
     wanted = plan.recipe.evaluate
     assert wanted is not None
@@ -286,7 +301,7 @@ def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter) -> Eva
         loading=Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none"),
         encoding=encoding(plan.recipe), constrained=wanted.constrained,
     )  # fmt: skip
-    found = evaluate(backend, systems, plan.tokenizer, settings, meter)
+    found = evaluate(backend, systems, plan.tokenizer, settings, meter, bases)
     write(found, run.path / "eval")
     return found
 

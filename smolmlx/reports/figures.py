@@ -149,11 +149,12 @@ def _against(board: Board, entrant: Entrant, metric: Metric) -> str:
     ):
         others = [c.against for c in board.comparisons if (c.system, c.metric, c.verdict) == (entrant.label, metric.key, verdict)]  # fmt: skip
         if others:
-            said.append(f"{word} {_listed(others)}")
+            said.append(f"{word} {listed(others)}")
     return f": {'; '.join(said)}" if said else ""
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return e.g. 'a, b and c'."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

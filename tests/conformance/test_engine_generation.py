@@ -163,6 +163,18 @@ class TestAdapters:
         assert np.abs(lab.generator(plan, run.adapter).logits(prompts[0]) - before).max() > 1e-2
         assert np.array_equal(lab.generator(plan).logits(prompts[0]), before)
 
+    @pytest.mark.parametrize("dora", [False, True])
+    def test_adapters_are_switched_on_one_base(self, lab: Lab, prompts: list[list[int]], dora: bool) -> None:
+        """Whatever came before, a switched generator is the one that is loaded afresh."""
+        plans = [lab.plan(train__max_steps=4, train__learning_rate=rate, lora__dora=dora) for rate in (0.01, 0.1)]
+        runs = [lab.train(plan) for plan in plans]
+        order = (runs[0].adapter, None, runs[1].adapter, runs[0].adapter, None)
+        fresh = {adapter: lab.generator(plans[0], adapter).logits(prompts[0]) for adapter in order}
+        generator = lab.generator(plans[0])
+        for adapter in order:
+            generator.use_adapter(adapter)
+            assert np.array_equal(generator.logits(prompts[0]), fresh[adapter])
+
     def test_first_adapter_changes_nothing(self, lab: Lab, prompts: list[list[int]]) -> None:
         """Before the first step B is zero."""
         plan = lab.plan(train__learning_rate=1e-30, train__max_steps=1)

@@ -34,7 +34,7 @@ LAYERS = {
     "evals": 3,
     "adapters": 3,
     "reports": 3,
-    "sweep": 3,
+    "sweeps": 3,
     "bench": 3,
     "loggers": 3,  # reports metrics to services by name
     "tasks": 3,  # wording, schemas and reading of the research tasks: shared by synth, evals and research
@@ -161,7 +161,7 @@ def test_engines_do_not_know_each_other(engine: str) -> None:
 
 
 def test_engines_do_not_reach_into_the_command_line() -> None:
-    above = {"cli", "stages", "console", "synth", "evals", "reports", "sweep", "bench"}
+    above = {"cli", "stages", "console", "synth", "evals", "reports", "sweeps", "bench"}
     found = [
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for folder in ENGINES.values()
