@@ -269,18 +269,18 @@ def test_pairs_are_judged_in_both_orders(judge: Any, tmp_path: Path) -> None:
     assert found["orders_agree"] == 7 / 8 and found["win_minus_loss"]["mean"] == 7 / 8
 
 
-def test_a_local_model_that_answers_nonsense_is_reported_and_never_scored(
+def test_a_local_model_is_kept_to_the_form_of_a_mark(
     judge: Any, tmp_path: Path, tiny_model: Path
 ) -> None:
-    """A model of random weights, through a real engine."""
+    """A model of random weights, through a real engine: its marks mean nothing, and are marks."""
     if reason := labs.why_missing("mlx"):
         pytest.skip(reason)
     rows = write_rows(tmp_path / "a.jsonl", 2)
     local = ("--judge", tiny_model, "--backend", "mlx", "--device", "cpu", "--json")
     code, out, _ = judge(rows, *local)
     (found,) = json.loads(out)["judges"]
-    assert code == 0 and (found["scored"], found["nonsense"], found["failed"]) == (0, 2, 0)
-    assert "means" not in found and found["completion_tokens"] > 0
+    assert code == 0 and (found["scored"], found["nonsense"], found["failed"]) == (2, 0, 0)
+    assert found["completion_tokens"] > 0
     ledger = (tmp_path / "a-judged" / "ledger.jsonl").read_bytes()
     judge(rows, *local, "--resume")
     assert (tmp_path / "a-judged" / "ledger.jsonl").read_bytes() == ledger, "nothing is asked again"
@@ -306,7 +306,7 @@ class Reader:
                 reply = json.dumps(
                     {"winner": "first" if "better" in first else "second" if "better" in second else "tie"}
                 )
-            yield Completion(index, tuple(self.tokenizer.encode(reply)), True)
+            yield Completion(index, tuple(self.tokenizer.encode(reply)), True, reply)
 
 
 def test_a_local_judge_marks_and_compares_in_both_orders(tmp_path: Path, tiny_model: Path) -> None:
