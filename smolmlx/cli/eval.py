@@ -197,6 +197,8 @@ def show(evaluation: Evaluation) -> None:
     from smolmlx import console
     from smolmlx.evals import research
 
+    if evaluation.missing_controls:
+        console.note(evaluation.missing_controls, style="yellow")
     for name, report in evaluation.notes.items():
         systems = list(report.summary)
         metrics = [metric for metric in SHOWN if metric in report.summary[systems[0]]]

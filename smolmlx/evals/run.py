@@ -127,6 +127,13 @@ class Evaluation:
         decoding = asdict(self.settings.decoding)
         return {**head, "decoding": decoding, "sets": {name: notes_dict(found) for name, found in self.notes.items()}}
 
+    @property
+    def missing_controls(self) -> str:
+        """What a reader of notes scores must be told: that nothing stands beside the model; empty where controls do."""
+        if not self.notes or self.settings.train:
+            return ""
+        return "No copy and random control beside the model: pass the rows it was trained on (--train, evaluate.train)."
+
     def markdown(self) -> str:
         if self.research:
             parts = [f"## {name}\n\n{research.markdown(found)}" for name, found in self.research.items()]
@@ -134,7 +141,8 @@ class Evaluation:
         if self.loss:
             said = "".join(f"- {difference.sentence}\n" for difference in self.differences)
             return f"{self._named('test')}\n\n{loss_markdown(self.loss)}" + (f"\n{said}" if said else "")
-        return "\n\n".join(
+        controls = f"{self.missing_controls}\n\n" if self.missing_controls else ""
+        return controls + "\n\n".join(
             f"## {name}\n\n{self._named(name)}\n\n{notes_markdown(found)}" for name, found in self.notes.items()
         )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from smolmlx.cli.eval import _name_adapters
 from smolmlx.errors import DataError, RecipeError
-from smolmlx.evals.run import Settings, read_rows
+from smolmlx.evals.run import Evaluation, Settings, read_rows
 
 NOTES = Path(__file__).resolve().parents[2] / "data" / "notes"
 Call = Callable[..., tuple[int, str, str]]
@@ -44,3 +46,10 @@ def test_rows_by_id_and_limit() -> None:
     assert len(read_rows(str(NOTES / "test.jsonl"), Settings("x", limit=5))) == 5
     with pytest.raises(DataError, match="no row row-9999"):
         read_rows(str(NOTES / "test.jsonl"), Settings("x", ids=("row-9999",)))
+
+
+def test_notes_without_train_rows_say_that_controls_are_missing() -> None:
+    without = Evaluation(Settings("x", suite="notes"), notes=cast(Any, {"test": None}))
+    assert "--train" in without.missing_controls
+    assert not replace(without, settings=Settings("x", suite="notes", train="y")).missing_controls
+    assert not Evaluation(Settings("x", suite="loss")).missing_controls

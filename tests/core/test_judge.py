@@ -269,9 +269,7 @@ def test_pairs_are_judged_in_both_orders(judge: Any, tmp_path: Path) -> None:
     assert found["orders_agree"] == 7 / 8 and found["win_minus_loss"]["mean"] == 7 / 8
 
 
-def test_a_local_model_is_kept_to_the_form_of_a_mark(
-    judge: Any, tmp_path: Path, tiny_model: Path
-) -> None:
+def test_a_local_model_is_kept_to_the_form_of_a_mark(judge: Any, tmp_path: Path, tiny_model: Path) -> None:
     """A model of random weights, through a real engine: its marks mean nothing, and are marks."""
     if reason := labs.why_missing("mlx"):
         pytest.skip(reason)
