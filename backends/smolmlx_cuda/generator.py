@@ -7,16 +7,19 @@ Our own decoding loop: rows leave the batch as they finish, and a sampled row de
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from smolmlx import memory
 from smolmlx.backend import Completion, Decoding, FloatArray, Loading, Score
 from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
 from smolmlx.models import BaseModel
 from smolmlx_cuda.engine import pick_device
+from smolmlx_cuda.memory import ran_out
 from smolmlx_cuda.model import Losses, load_adapter, load_base, to_inputs
 
 EAGER_ONLY = ("gemma2",)
@@ -31,18 +34,22 @@ class TorchGenerator:
         dtype = how.dtype if how.dtype != "auto" else ("bfloat16" if self.device == "cuda" else "float32")
         self.tokenizer = tokenizer
         attention = "eager" if model.config.get("model_type") in EAGER_ONLY else "sdpa"
-        self.model = load_base(model.folder, dtype, self.device, how.quantize, attention)
-        if adapter is not None:
-            self.model = load_adapter(self.model, adapter)
+        # On a CPU there is no quantized base to advise.
+        self.quantize = self.device == "cuda" and how.quantize != "4bit"
+        with memory.guard(ran_out, lambda: memory.loading(model.name, self.quantize)):
+            self.model = load_base(model.folder, dtype, self.device, how.quantize, attention)
+            if adapter is not None:
+                self.model = load_adapter(self.model, adapter)
         self.model.eval()
 
     def generate(self, prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:
         """Answer prompts in batches of like length."""
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        for start in range(0, len(order), how.batch_size):
-            rows = order[start : start + how.batch_size]
-            with torch.no_grad():
-                yield from self._batch(rows, [prompts[row] for row in rows], how)
+        with memory.guard(ran_out, lambda: memory.answering(prompts, how, self.quantize)):
+            for start in range(0, len(order), how.batch_size):
+                rows = order[start : start + how.batch_size]
+                with torch.no_grad():
+                    yield from self._batch(rows, [prompts[row] for row in rows], how)
 
     def _batch(self, rows: list[int], prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:
         stops = set(how.stop_ids or self.tokenizer.eos_ids)
@@ -87,7 +94,8 @@ class TorchGenerator:
     def score(self, batches: Iterable[Batch]) -> Iterator[Score]:
         losses = Losses(self.model)
         for batch in batches:
-            with torch.no_grad():
+            advice = partial(memory.scoring, len(batch.ids), batch.ids.shape[1], self.quantize)
+            with memory.guard(ran_out, advice), torch.no_grad():
                 nats, correct = losses.positions({k: v.to(self.device) for k, v in to_inputs(batch).items()})
             yield Score(-nats.cpu().numpy(), correct.cpu().numpy())
 

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from smolmlx.errors import RunError
+from smolmlx import memory
 from smolmlx.plan import Plan
 from smolmlx.session import Arrays, Session, StepResult
 from smolmlx_cuda import unsloth
+from smolmlx_cuda.memory import ran_out
 from smolmlx_cuda.model import Losses, add_lora, load_base, read_weights, to_inputs, to_numpy, trainable, write_weights
 from smolmlx_cuda.optimizer import make_optimizer
 
@@ -33,25 +34,12 @@ class TrlTrainer:
 
     def fit(self, plan: Plan, session: Session) -> None:
         """Train until the session wants no more; see `backend.Trainer`."""
-        try:
+        with memory.guard(ran_out, lambda: memory.training(plan)):
             engine = Engine(plan, session)
             session.attach(engine)
             if session.wants_step:
                 with tempfile.TemporaryDirectory(prefix="smolmlx-trl-") as scratch:
                     engine.run(scratch)
-        except torch.OutOfMemoryError as error:
-            raise RunError(_out_of_memory(plan)) from error
-
-
-def _out_of_memory(plan: Plan) -> str:
-    train = plan.recipe.train
-    half = max(1, train.batch_size // 2)
-    return (
-        f"out of GPU memory at {train.batch_size} rows of {max(plan.train.widths)} tokens. Turn one of these, first the first: "
-        f"--set train.batch_size={half} --set train.accumulation={train.accumulation * train.batch_size // half} (same result); "
-        "--set train.gradient_checkpointing=true; --set model.quantize=4bit; "
-        f"--set data.max_length={max(plan.train.widths) // 2}."
-    )
 
 
 class Engine:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from smolmlx import memory
 from smolmlx.backend import Completion, Decoding, FloatArray, Loading, Score
 from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
@@ -15,6 +17,7 @@ from smolmlx.models import BaseModel
 from smolmlx_mlx import device as devices
 from smolmlx_mlx.device import mx as mx
 from smolmlx_mlx.losses import Losses, to_inputs
+from smolmlx_mlx.memory import ran_out
 from smolmlx_mlx.model import load_adapter, load_base
 
 
@@ -25,9 +28,11 @@ class MlxGenerator:
         device = devices.use(how.device)
         dtype = how.dtype if how.dtype != "auto" else ("bfloat16" if device == "gpu" else "float32")
         self.tokenizer = tokenizer
-        self.model = load_base(model.folder, model.config, dtype, how.quantize)
-        if adapter is not None:
-            load_adapter(self.model, adapter)
+        self.quantize = how.quantize != "4bit"
+        with memory.guard(ran_out, lambda: memory.loading(model.name, self.quantize)):
+            self.model = load_base(model.folder, model.config, dtype, how.quantize)
+            if adapter is not None:
+                load_adapter(self.model, adapter)
         self.model.eval()
 
     def generate(self, prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:
@@ -35,7 +40,7 @@ class MlxGenerator:
         from mlx_lm.generate import BatchGenerator
 
         stops = how.stop_ids or self.tokenizer.eos_ids
-        with devices.limits():
+        with memory.guard(ran_out, lambda: memory.answering(prompts, how, self.quantize)), devices.limits():
             # On a CPU the generator must run on the default stream: its own is bound to the first device seen.
             generator = BatchGenerator(
                 self.model,
@@ -65,8 +70,9 @@ class MlxGenerator:
         losses = Losses(self.model)
         for batch in batches:
             ids, segments, index, labels, _ = to_inputs(batch)
-            nats, correct = losses.positions(ids, segments, index, labels)
-            yield Score(-np.array(nats), np.array(correct))
+            with memory.guard(ran_out, partial(memory.scoring, len(batch.ids), batch.ids.shape[1], self.quantize)):
+                nats, correct = (np.array(found) for found in losses.positions(ids, segments, index, labels))
+            yield Score(-nats, correct)
 
     def logits(self, ids: Sequence[int]) -> FloatArray:
         return np.array(self.model(mx.array([list(ids)]))[0].astype(mx.float32))

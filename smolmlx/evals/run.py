@@ -204,7 +204,7 @@ def _evaluate_loss(backend: Backend, systems: Sequence[System], tokenizer: Token
     store = encode_source(source, tokenizer, settings.encoding, limit=settings.limit)
     if not len(store):
         raise DataError(f"{settings.data}: no row has a supervised token within {settings.encoding.max_length} tokens.")
-    plan = plan_batches(store, batch_size=8, shuffle=False, pad_id=tokenizer.pad_id)
+    plan = plan_batches(store, batch_size=min(8, settings.decoding.batch_size), shuffle=False, pad_id=tokenizer.pad_id)
     found = {}
     for system in systems:
         generator = backend.generator(system.model, system.adapter, tokenizer, settings.loading)
