@@ -72,7 +72,7 @@ class Engine:
         trainer = PlannedTrainer(
             self, watch,
             model=self.model,
-            args=self._arguments(scratch, plan.steps - start),
+            args=one_gpu(self._arguments(scratch, plan.steps - start)),
             train_dataset=Dataset.from_list(work),
             data_collator=self.collate,
             processing_class=PreTrainedTokenizerFast(tokenizer_file=str(plan.tokenizer.folder / "tokenizer.json"), **special_tokens(plan)),
@@ -231,6 +231,15 @@ def peak_bytes(device: str) -> int:
     import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def one_gpu(args: SFTConfig) -> SFTConfig:
+    """Keep Trainer from copying the model to every GPU it sees (DataParallel): a plan's micro-batch is not split.
+
+    Not run on a machine with more than one GPU by this project.
+    """
+    args._n_gpu = min(1, args.n_gpu)
+    return args
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
