@@ -121,8 +121,19 @@ def test_recipe_is_a_claim(name: str) -> None:
     header = shelf.header(path)
     assert made.description and "\n" not in made.description
     assert f"smolmlx train {name}" in header, "the header must hold the command"
-    for word in ("Hardware:", "Time", "esult"):
+    for word in ("Hardware:", "Time", "esult", "Source:"):
         assert word in header, f"the header must say: {word}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe_names_its_source(path: Path) -> None:
+    """A public page, this project's own runs, or another recipe; and what was not run says so."""
+    header = " ".join(shelf.header(path).split())
+    source = header.partition("Source: ")[2].strip()
+    assert source.startswith(("the ", "that of ", "https://", "this project's own runs"))
+    if "https://" in source or source.startswith("that of "):
+        assert "not run here" in header
+    assert "/work/" not in header and "shared/" not in header
 
 
 def test_the_notes_stage_is_the_quickstart() -> None:
