@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test check parity golden clean help
+.PHONY: demo test llama check parity golden clean help
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -17,6 +17,9 @@ demo: $(STAMP) ## train the quickstart on the embedded model and evaluate it (mi
 
 test: $(STAMP) ## all tests
 	$(BIN)/pytest
+
+llama: $(STAMP) ## llama.cpp, the judge of GGUF files (built once, about ten minutes on two cores; pip keeps the wheel)
+	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
 
 check: $(STAMP) ## lint, format, types
 	$(BIN)/ruff check .

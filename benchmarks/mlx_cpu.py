@@ -134,11 +134,13 @@ def measure(folder: Path, without: str, steps: int) -> dict[str, Any]:
     parameters = net.trainable_parameters()
     assert tree_flatten(parameters)
     spread = None if without == "lanes" else lanes.open_lanes(ROWS)
-    stepper = step.Stepper(net, Optimizer(parameters, Train()), without != "compile", spread)
+    objective = losses.Losses(net, spread)
+    stepper = step.Stepper(net, Optimizer(parameters, Train()), without != "compile", objective)
     batch, seconds, loss = make_batch(), [], 0.0
+    inputs, count = losses.to_inputs(batch), float(batch.num_supervised)
     for _ in range(steps + 1):
         start = time.perf_counter()
-        loss = float(stepper.step([batch], 1e-4)[0].item())
+        loss = float(stepper.step([inputs], count, 1e-4)[0].item())
         mx.eval(net.trainable_parameters())
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -236,7 +236,7 @@ def find_contestants(names: Sequence[str], peers_python: Path) -> tuple[list[str
     """Return those that can run here, and why the others cannot."""
     chosen, skipped = [], {}
     for name in names:
-        missing = _missing_modules(CONTESTANTS[name], peers_python)
+        missing = missing_modules(CONTESTANTS[name], peers_python)
         if missing:
             skipped[name] = missing
             print(f"{name}: skipped, {missing}", file=sys.stderr)
@@ -245,8 +245,9 @@ def find_contestants(names: Sequence[str], peers_python: Path) -> tuple[list[str
     return chosen, skipped
 
 
-def _missing_modules(contestant: Contestant, peers_python: Path) -> str:
-    python = _python(contestant, peers_python)
+def missing_modules(contestant: Contestant, peers_python: Path) -> str:
+    """Return what a contestant lacks to run here, or an empty string."""
+    python = python_of(contestant, peers_python)
     if not Path(python).is_file():
         return f"no {python} (see benchmarks/README.md)"
     probe = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
@@ -255,7 +256,8 @@ def _missing_modules(contestant: Contestant, peers_python: Path) -> str:
     return f"{', '.join(missing)} not installed in {python}" if missing else ""
 
 
-def _python(contestant: Contestant, peers_python: Path) -> str:
+def python_of(contestant: Contestant, peers_python: Path) -> str:
+    """Return the interpreter a contestant runs in."""
     return str(peers_python) if contestant.apart else sys.executable
 
 
@@ -288,7 +290,7 @@ def measure(name: str, model: Path, rows: Rows, repeat: int, options: argparse.N
 def _run(contestant: Contestant, job: Job, options: argparse.Namespace) -> Tree:
     files = [Path(job.scratch) / "job.json", Path(job.scratch) / "result.json"]
     files[0].write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-    command = [_python(contestant, options.peers_python), str(HERE / "peers" / contestant.script), *map(str, files)]
+    command = [python_of(contestant, options.peers_python), str(HERE / "peers" / contestant.script), *map(str, files)]
     place = {**os.environ, "SMOLMLX_CACHE": f"{job.scratch}/cache"}
     try:
         done = subprocess.run(command, env=place, capture_output=True, text=True, timeout=options.timeout, check=False)

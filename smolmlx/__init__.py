@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Run", "__version__", "convert_adapter", "evaluate", "load", "train"]
+__all__ = ["Model", "Run", "SweepRun", "__version__", "convert_adapter", "evaluate", "load", "sweep", "train"]
 
 if TYPE_CHECKING:
-    from smolmlx.api import Model, Run, convert_adapter, evaluate, load, train
+    from smolmlx.api import Model, Run, SweepRun, convert_adapter, evaluate, load, sweep, train
 
-_IN_API = {"Model", "Run", "convert_adapter", "evaluate", "load", "train"}
+_IN_API = {"Model", "Run", "SweepRun", "convert_adapter", "evaluate", "load", "sweep", "train"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The verbs from Python: train, load, generate, evaluate. The command line is a thin skin over the same functions."""
+"""The verbs from Python: train, load, generate, evaluate, sweep. The command line is a thin skin over the same functions."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from smolmlx import recipe as recipes
 from smolmlx import shelf, stages
 from smolmlx.adapters.adapter import find_folder
 from smolmlx.adapters.convert import convert
-from smolmlx.backend import Backend, Decoding, Generator, Loading
+from smolmlx.backend import Backend, Decoding, Generator, Loading, OnText
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
 from smolmlx.errors import BackendError, RecipeError
-from smolmlx.evals.run import Evaluation, Settings, System
+from smolmlx.evals.bases import Bases, System
+from smolmlx.evals.run import Evaluation, Settings
 from smolmlx.evals.run import evaluate as run_suite
 from smolmlx.models import BaseModel, files_root, find_model, open_model
 from smolmlx.plan import resolve
 from smolmlx.rundir import RunDir
 from smolmlx.session import Event
 from smolmlx.stages import Report
+from smolmlx.sweeps import record
+from smolmlx.sweeps.definition import Cell
+from smolmlx.sweeps.table import Table, read_table, write_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,15 @@ class Run:
     evaluation: Evaluation | None
 
 
+@dataclass(frozen=True, slots=True)
+class SweepRun:
+    """A sweep as far as it got."""
+
+    path: Path
+    table: Table
+    """`.lines`, one a run; `.settings`, mean and spread over seeds; `.findings`, what they show."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A loaded model, ready to answer and to be scored."""
@@ -56,19 +69,29 @@ class Model:
     generator: Generator
 
     def generate(
-        self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, system: str | None = None, **decoding: Any
+        self,
+        prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+        *,
+        system: str | None = None,
+        on_text: OnText | None = None,
+        **decoding: Any,
     ) -> list[str]:
         """Answer prompts, each a user message or a list of messages; answers come back in order.
 
         Args:
-            decoding: fields of `backend.Decoding`: max_tokens, temperature, top_p, seed, batch_size.
+            on_text: told (index of the prompt, further text) while answers are written.
+            decoding: fields of `backend.Decoding`: max_tokens, temperature, top_p, top_k, min_p, seed, batch_size, stop,
+                repetition_penalty, no_repeat_ngram, and schema (a Pydantic model, a JSON schema, Regex or OneOf).
+
+        Raises:
+            RecipeError: values out of bounds, or a schema that cannot be kept to, by name.
         """
         head = ({"role": "system", "content": system},) if system else ()
         messages = [(*head, {"role": "user", "content": p}) if isinstance(p, str) else tuple(p) for p in prompts]
         tokens = [self.tokenizer.encode(self.tokenizer.prompt(found)) for found in messages]
         answers = [""] * len(tokens)
-        for completion in self.generator.generate(tokens, Decoding(**decoding)):
-            answers[completion.index] = self.tokenizer.decode(completion.ids).strip()
+        for completion in self.generator.generate(tokens, Decoding(**decoding), on_text):
+            answers[completion.index] = completion.text.strip()
         return answers
 
 
@@ -203,6 +226,45 @@ def evaluate(
         encoding=Encoding(max_length=max_length), folders=(files_root(),),
     )  # fmt: skip
     return run_suite(model.backend, systems, model.tokenizer, settings, _silent)
+
+
+def sweep(
+    recipe: str | Path,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    seeds: Sequence[int] | int | None = None,
+    set: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    device: str | None = None,
+    out: str | Path | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> SweepRun:
+    """Train a sweep file, or a recipe under a grid, with several seeds; go on with what is there, as `smolmlx sweep` does.
+
+    A run that fails does not stop the others; it is a line with `status` "failed" and its error. Finished runs are not
+    run again.
+
+    Args:
+        grid: dotted recipe key -> values, e.g. {"lora.r": [8, 32]}; several keys are crossed.
+        seeds: how many from 0, or which; default: the file's, else 1.
+        out: the sweep's folder; default: runs/sweep-<name>.
+
+    Raises:
+        SmolError: one of the four families of `smolmlx.errors`, before anything runs.
+        stages.Interrupted: Ctrl-C, after a checkpoint.
+    """
+    made, folder = shelf.find_sweep(str(recipe), out, grid=grid, seeds=seeds, sets=set)
+    choice = backends.choose(backend, device)
+    bases = Bases(choice.backend)
+
+    def work(cell: Cell, path: Path) -> None:
+        stages.complete_run(cell.loaded, choice, path, lambda plan: on_event, _silent, bases)
+
+    with record.lock(folder):
+        record.run_cells(made, folder, work, lambda cell, why: write_table(read_table(made, folder), folder))
+        found = read_table(made, folder)
+        write_table(found, folder)
+    return SweepRun(folder, found)
 
 
 def convert_adapter(adapter: str | Path, out: str | Path, to: str | None = None, base: str | None = None) -> Path:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from smolmlx.errors import BackendError, nearest
+from smolmlx.errors import BackendError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from smolmlx.data.batches import Batch
     from smolmlx.data.chat import Tokenizer
+    from smolmlx.generation.batching import Batcher
     from smolmlx.models import BaseModel
     from smolmlx.plan import Plan
     from smolmlx.session import Session
@@ -53,8 +54,32 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class Regex:
+    """Answers that match a regular expression as a whole (Rust's syntax: no look-around, no back-references)."""
+
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Answers that are one of these texts."""
+
+    options: tuple[str, ...]
+
+
+Constraint = Mapping[str, Any] | type | Regex | OneOf
+"""A JSON schema, a Pydantic model's class, a regular expression, or a choice."""
+
+
+@dataclass(frozen=True, slots=True)
 class Decoding:
-    """How to continue a prompt. Temperature 0 is greedy and deterministic."""
+    """How to continue a prompt. Temperature 0 is greedy and deterministic.
+
+    In the order in which they act: repetition_penalty, no_repeat_ngram, schema, temperature, top_k, top_p, min_p.
+
+    Raises:
+        RecipeError: values outside their bounds, all of them listed.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -62,16 +87,63 @@ class Decoding:
     seed: int = 0
     batch_size: int = 32
     stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer; empty takes the tokenizer's own."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens; 0 among all."""
+    min_p: float = 0.0
+    """Draw among tokens at least this likely, as a share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive (multiplies negative) logits of tokens that the answer holds already; the prompt does not count."""
+    no_repeat_ngram: int = 0
+    """No n tokens in a row come twice in an answer; 0 is off. What the prompt says may be said."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, which then stops in front of them."""
+    schema: Constraint | None = None
+    """What every answer keeps to while it is written; it always ends whole within max_tokens."""
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "seed": (self.seed >= 0, "0 or more"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is off"),
+            "no_repeat_ngram": (self.no_repeat_ngram >= 0, "0 (off) or more"),
+            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of texts, none of them empty"),
+        }
+        problems = [
+            f"{name}: got {getattr(self, name)!r}, expected {wanted}."
+            for name, (fine, wanted) in bounds.items()
+            if not fine
+        ]
+        if problems:
+            raise RecipeError("how to decode", problems)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Answer to the prompt at `index`; the token that ended it is not part of it."""
+    """Answer to the prompt at `index`."""
 
     index: int
     ids: tuple[int, ...]
+    """Generated tokens, without the token that ended the answer."""
     finished: bool
     """False when max_tokens cut it."""
+    text: str = ""
+    """The answer without special tokens, and without the stop text that ended it (whose tokens `ids` still holds)."""
+    num_prompt: int = 0
+    """Tokens of the prompt."""
+    num_forced: int = 0
+    """Tokens of `ids` that the schema left no choice about, which cost no model step of their own."""
+    shortened: bool = False
+    """The schema's shortest way out was taken because max_tokens was near: whole by form, cut in what it says."""
+
+
+OnText = Callable[[int, str], None]
+"""Told (index, further text) as soon as text is certain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +171,24 @@ class Trainer(Protocol):
 
 
 class Generator(Protocol):
-    def generate(self, prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:
-        """Answer token prompts of different lengths in batches; completions come as they finish."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], how: Decoding, on_text: OnText | None = None
+    ) -> Iterator[Completion]:
+        """Answer token prompts of different lengths in batches; completions come as they finish.
+
+        Raises:
+            RecipeError: `how.schema` holds what cannot be kept to, by name, before anything is generated.
+        """
+
+    def batcher(self, batch_size: int) -> Batcher:
+        """Return what runs rows of different decoding together, as `generate` does; one at a time may run."""
+
+    def use_adapter(self, adapter: Path | None) -> None:
+        """Answer and score with another adapter on the same base, or with none.
+
+        Raises:
+            RecipeError: not an adapter, or made for another base; the base is left bare then.
+        """
 
     def score(self, batches: Iterable[Batch]) -> Iterator[Score]:
         """Yield the log-probabilities of each batch's targets."""

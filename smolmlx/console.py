@@ -161,10 +161,10 @@ class TrainingDisplay:
             self._counter(step, f"loss {self._smooth:.4f}  {values['tokens_per_second']:,.0f} tok/s{memory}")
         elif kind == "eval":
             best = " (best)" if values["best"] else ""
-            accuracy = f"accuracy {values['val_accuracy']:.3f}"
-            self._print(
-                f"  step {step}: validation loss {values['val_loss']:.4f}, perplexity {values['val_perplexity']:.2f}, {accuracy}{best}"
-            )
+            middle = {"perplexity": "val_perplexity", "margin": "val_margin"}
+            shown = [f"{word} {values[name]:.2f}" for word, name in middle.items() if name in values]
+            parts = [f"validation loss {values['val_loss']:.4f}", *shown, f"accuracy {values['val_accuracy']:.3f}"]
+            self._print(f"  step {step}: {', '.join(parts)}{best}")
         elif kind == "note":
             self._print(f"  {values['text']}", style="yellow")
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smolmlx.errors import BackendError
+from smolmlx.plan import LOGGER_PACKAGES
 from smolmlx.rundir import RunDir
 
 Log = Callable[[int, Mapping[str, float]], None]
-_INSTALL = {"wandb": "pip install wandb", "trackio": "pip install trackio", "tensorboard": "pip install tensorboard"}
 
 
 def open_loggers(names: Sequence[str], run: RunDir, config: Mapping[str, Any]) -> list[tuple[Log, Callable[[], None]]]:
@@ -28,7 +28,7 @@ def _open(name: str, run: RunDir, config: Mapping[str, Any]) -> tuple[Log, Calla
             return _tensorboard(run)
         module = importlib.import_module(name)
     except ImportError as error:
-        raise BackendError(f"loggers: '{name}' is not installed: {_INSTALL[name]}.") from error
+        raise BackendError(f"loggers: '{name}' is not installed: pip install {LOGGER_PACKAGES[name][0]}.") from error
     # wandb and trackio share one interface: init, log, finish.
     opened = module.init(project="smolmlx", name=run.path.name, config=dict(config))
     return (lambda step, values: opened.log(dict(values), step=step)), opened.finish
@@ -36,9 +36,9 @@ def _open(name: str, run: RunDir, config: Mapping[str, Any]) -> tuple[Log, Calla
 
 def _tensorboard(run: RunDir) -> tuple[Log, Callable[[], None]]:
     try:
+        from tensorboardX import SummaryWriter
+    except ImportError:  # torch is heavy, and not there with the MLX engine
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        from tensorboardX import SummaryWriter  # type: ignore[import-not-found,no-redef,unused-ignore]
     writer = SummaryWriter(str(run.path / "tensorboard"))
 
     def log(step: int, values: Mapping[str, float]) -> None:

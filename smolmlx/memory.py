@@ -55,7 +55,8 @@ def training(plan: Plan) -> str:
         knobs.append("--set model.quantize=4bit")
     if widest >= 128:
         knobs.append(f"--set data.max_length={widest // 2}")
-    at = f"{train.batch_size} row{'s' if train.batch_size > 1 else ''} of up to {widest} tokens"
+    kind = "pair" if plan.pairs is not None else "row"
+    at = f"{train.batch_size} {kind}{'s' if train.batch_size > 1 else ''} of up to {widest} tokens"
     return _message(f"while training, with {at} at once", knobs)
 
 
@@ -70,7 +71,8 @@ def loading(name: str, quantize: bool) -> str:
 
 def answering(prompts: Sequence[Sequence[int]], how: Decoding, quantize: bool) -> str:
     """Advice for generation."""
-    rows, longest = min(how.batch_size, len(prompts)), max(map(len, prompts))
+    # A server's rows come later.
+    rows, longest = min(how.batch_size, len(prompts) or how.batch_size), max(map(len, prompts), default=0)
     knobs = []
     if rows > 1:
         knobs.append(f"--batch-size {rows // 2} (in a recipe evaluate.batch_size)")

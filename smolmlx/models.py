@@ -23,6 +23,7 @@ from smolmlx.first_weights import draw
 from smolmlx.rundir import usual_mode
 
 EMBEDDED = "tiny"
+BASE_FILE = "base_model.json"
 # A header longer than this is not a model but an attack or a broken file (safetensors' own limit).
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -83,14 +84,43 @@ class BaseModel:
         return total
 
     def fingerprint(self) -> str:
-        """Hash of config and weight headers and sizes: cheap, and different for different bases."""
-        digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True, default=str).encode())
+        """Hash of config and weights: cheap, and different for different bases."""
+        config = json.dumps(dict(self.config), sort_keys=True, default=str)
+        return hashlib.sha256(f"{config}{self.weights_fingerprint()}".encode()).hexdigest()[:16]
+
+    def weights_fingerprint(self) -> str:
+        """Hash of each weight file's first and last megabyte."""
+        digest = hashlib.sha256()
         for path in sorted(self.folder.glob("*.safetensors")):
             with path.open("rb") as file:
                 digest.update(file.read(1 << 20))
                 file.seek(-min(1 << 20, path.stat().st_size), os.SEEK_END)
                 digest.update(file.read())
         return digest.hexdigest()[:16]
+
+
+def write_base(model: BaseModel, adapter: Path) -> None:
+    """Leave in an adapter's folder which weights it was trained on. A file of its own: PEFT warns of keys it does not know."""
+    tree = {"name": model.name, "revision": model.revision, "weights": model.weights_fingerprint()}
+    (adapter / BASE_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def check_base(model: BaseModel, adapter: Path) -> None:
+    """Refuse a model that an adapter was not trained on; adapters of other tools do not say, and pass.
+
+    Raises:
+        RecipeError: other weights.
+    """
+    try:
+        tree = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))
+        name, weights = str(tree["name"]), str(tree["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if weights != model.weights_fingerprint():
+        raise RecipeError(
+            f"{adapter}: made for another base model, {name}; {model.folder} has other weights. Pass the model it was trained "
+            f"on; if they are the same weights in other files, delete {BASE_FILE} in the adapter's folder."
+        )
 
 
 def embedded_folder() -> Path:
@@ -268,6 +298,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
             HfHubHTTPError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
+            RevisionNotFoundError,
         )
     except ImportError as error:
         raise BackendError(
@@ -280,6 +311,10 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
         raise BackendError(f"{name}: gated. Accept its terms on its hub page, then run `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise BackendError(f"{name}: no such model on the hub (or it is private: `hf auth login`).") from error
+    except RevisionNotFoundError as error:
+        raise BackendError(
+            f"{name}: the hub has no revision {revision!r} of it: no such branch, tag or commit."
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BackendError(
             f"{name}: not a local folder, not in the cache, and the hub cannot be reached. Pass a folder, or go online once."

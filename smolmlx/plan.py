@@ -11,7 +11,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,19 @@ from smolmlx.data.batches import BatchPlan, padded_tokens, plan_batches
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import NO_TARGET, TOO_LONG, Account, Encoding
 from smolmlx.data.formats import Source, open_source
+from smolmlx.data.pair_batches import PairPlan, plan_pairs
 from smolmlx.data.store import TokenStore, encode_source
 from smolmlx.errors import DataError, RecipeError, nearest
+from smolmlx.layout import choose_packing, choose_sharing
 from smolmlx.models import BaseModel, files_root, find_model, llama_shapes
 from smolmlx.recipe import Loaded, Recipe, Train
+from smolmlx.start_adapter import StartAdapter, find_adapter, with_adapter_lora
 
 PEFT_PREFIX = "base_model.model."
+
+
+LOGGER_PACKAGES = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboardX", "tensorboard")}
+"""Logger -> packages of which one is needed. tensorboardX writes without torch; torch's writer needs tensorboard."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,11 @@ class Plan:
     """Module path -> (in, out) of every layer that gets a LoRA adapter; empty for full training."""
     notes: tuple[str, ...]
     """Choices a user should know about, in sentences."""
+    pairs: PairPlan | None = None
+    """Micro-batches of stage dpo; `train` then decides their order."""
+    validation_pairs: PairPlan | None = None
+    start: StartAdapter | None = None
+    """The adapter training starts from; None starts from new weights."""
 
     @property
     def recipe(self) -> Recipe:
@@ -110,10 +122,14 @@ class Plan:
         recipe = self.recipe.model_dump(mode="json", include={"stage", "model", "train", "lora", "eval"})
         for section, free in (
             ("train", ("gradient_checkpointing", "mixed_precision", "compile", "optimizer")),
-            ("model", ("dtype", "id", "tokenizer")),
+            ("model", ("dtype", "id", "tokenizer", "adapter")),
         ):
             for key in free:
                 recipe[section].pop(key)
+        if self.pairs is not None:
+            recipe["dpo"] = self.recipe.dpo.model_dump(mode="json", exclude={"shared_prompt", "cache"})
+        if self.start is not None:
+            recipe["start"] = self.start.content_hash()
         recipe["moments"] = {"adamw_8bit": "8bit", "muon": "muon"}.get(self.recipe.train.optimizer, "float32")
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
         digest.update(f"{self.steps} {self.train.digest()} {self.model.fingerprint()}".encode())
@@ -136,17 +152,18 @@ class Plan:
             "targets": sorted({name.rpartition(".")[2] for name in self.targets}),
             "format": self.format_name,
             "template": self.tokenizer.fingerprint(),
-            "rows": len(self.train.store),
+            "rows": self.num_rows,
             "rows_read": self.train.store.account.rows,
             "reasons": dict(self.train.store.account.reasons),
             "tokens": int(lengths.sum()),
             "supervised": int(self.train.store.supervised.sum()),
             "longest": int(lengths.max()),
-            "packed": self.train.packed,
+            "packed": self.train.packed and self.pairs is None,
             "packs": self.train.num_rows,
             "widths": list(self.train.widths),
-            "padded_tokens": padded_tokens(self.train),
-            "validation_rows": len(self.validation.store) if self.validation else 0,
+            "padded_tokens": self.pairs.padded_tokens() if self.pairs else padded_tokens(self.train),
+            "validation_rows": self.validation.num_rows if self.validation else 0,
+            **self._dpo_json(),
             "batch_size": self.train.batch_size,
             "accumulation": self.train.accumulation,
             "steps_per_epoch": self.train.steps_per_epoch,
@@ -159,6 +176,23 @@ class Plan:
             "data_hash": self.train.digest(),
             "fingerprint": self.fingerprint(),
             "notes": list(self.notes),
+        }
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are trained: pairs in stage dpo."""
+        return len(self.pairs) if self.pairs is not None else len(self.train.store)
+
+    def _dpo_json(self) -> dict[str, Any]:
+        if self.pairs is None:
+            return {}
+        return {
+            "dpo": {
+                "shared_prompt": self.pairs.shared,
+                "prefix_widths": list(self.pairs.prefix_widths),
+                "tail_widths": list(self.pairs.tail_widths),
+                "start_adapter": str(self.start.folder) if self.start else None,
+            }
         }
 
 
@@ -186,15 +220,30 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
         if recipe.model.config is not None
         else find_model(str(recipe.model.id), recipe.model.revision)
     )
+    adapter = find_adapter(recipe.model.adapter, loaded.folder) if recipe.model.adapter else None
+    if adapter is not None:
+        loaded = with_adapter_lora(loaded, adapter)
+        recipe = loaded.recipe
     targets = {} if recipe.train.method == "full" else select_targets(model, recipe)
     tokenizer = open_tokenizer(loaded, model)
+    _check_evaluation(loaded)
     source, train_store, validation_store = _encode(loaded, tokenizer, on_rows)
     _check_ids(tokenizer, model, train_store)
+    if adapter is not None:
+        adapter.check(model, targets, recipe.lora.r)
     notes = list(capabilities.notes)
-    train = _choose_packing(recipe, train_store, model, tokenizer.pad_id, notes)
-    validation = validation_store and plan_batches(
-        validation_store, batch_size=recipe.train.batch_size, pack_to=None, shuffle=False, pad_id=tokenizer.pad_id
-    )
+    pairs = validation_pairs = None
+    if recipe.stage == "dpo":
+        pairs = choose_sharing(recipe, train_store, model, tokenizer.pad_id, notes)
+        validation_pairs = validation_store and plan_pairs(
+            validation_store, batch_size=recipe.train.batch_size, shuffle=False, shared=pairs.shared, pad_id=tokenizer.pad_id
+        )  # fmt: skip
+        train, validation = pairs.order, validation_pairs and validation_pairs.order
+    else:
+        train = choose_packing(recipe, train_store, model, tokenizer.pad_id, notes)
+        validation = validation_store and plan_batches(
+            validation_store, batch_size=recipe.train.batch_size, pack_to=None, shuffle=False, pad_id=tokenizer.pad_id
+        )
     steps = count_steps(recipe.train, train.steps_per_epoch)
     widest = "float32" if recipe.train.method == "full" else capabilities.dtype  # small updates would vanish in 16 bits
     dtype = widest if recipe.model.dtype == "auto" else recipe.model.dtype
@@ -203,7 +252,7 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
         steps, learning_rates(recipe.train, steps),
         eval_steps=_moments(recipe.eval.every, steps, train.steps_per_epoch) | {steps} if validation else frozenset(),
         save_steps=_moments(recipe.save.every, steps, train.steps_per_epoch),
-        targets=targets, notes=tuple(notes),
+        targets=targets, notes=tuple(notes), pairs=pairs, validation_pairs=validation_pairs or None, start=adapter,
     )  # fmt: skip
     _check_memory(plan)
     return plan
@@ -243,8 +292,9 @@ def _unsupported(recipe: Recipe, capabilities: Capabilities, backend: str) -> It
 
 def _missing_loggers(recipe: Recipe) -> Iterator[str]:
     for name in recipe.loggers:
-        if importlib.util.find_spec(name) is None:
-            yield f"loggers: '{name}' is not installed: pip install {name}."
+        packages = LOGGER_PACKAGES[name]
+        if not any(importlib.util.find_spec(package) for package in packages):
+            yield f"loggers: '{name}' is not installed: pip install {packages[0]}."
 
 
 def _from_config(recipe: Recipe) -> BaseModel:
@@ -320,6 +370,13 @@ def _encode(
         "folders": (loaded.folder, files_root()),
     }
     source = open_source(data.train, **options)
+    if recipe.stage == "dpo":
+        how = replace(how, loss_on="pair")
+        if source.form.kind != "preference":
+            raise DataError(
+                f"{source.files[0]}: format '{source.form.name}' has one answer a row; stage dpo needs two. Give columns prompt, chosen "
+                "and rejected (`smolmlx data pairs` makes such rows from notes), or map yours with data.columns."
+            )
     share, seed = data.validation_share, recipe.train.seed
 
     def held_out(index: int) -> bool:
@@ -360,6 +417,23 @@ def locate(path: str, loaded: Loaded) -> str:
     return path
 
 
+def eval_format(recipe: Recipe) -> str:
+    """Return the format of a recipe's held-out rows: that of its own, unless those are pairs or documents."""
+    return recipe.data.format if recipe.stage == "sft" else "auto"
+
+
+def _check_evaluation(loaded: Loaded) -> None:
+    """Open what the recipe will be scored on, so that a missing file is found before the training and not after.
+
+    Raises:
+        DataError: no such file, or rows of an unknown layout.
+    """
+    recipe = loaded.recipe
+    for path in (recipe.evaluate.data, recipe.evaluate.train, recipe.evaluate.ood) if recipe.evaluate else ():
+        if path:
+            open_source(locate(path, loaded), form=eval_format(recipe), columns=recipe.data.columns, split="test")
+
+
 def encoding(recipe: Recipe) -> Encoding:
     """Return how a recipe turns rows into tokens."""
     data = recipe.data
@@ -395,52 +469,6 @@ def _check_ids(tokenizer: Tokenizer, model: BaseModel, store: TokenStore) -> Non
             f"model: the tokenizer in {tokenizer.folder} makes ids up to {int(np.max(store.ids))}, but the model has {vocabulary} "
             "embeddings. They do not belong together; set model.tokenizer to the model's own."
         )
-
-
-def _choose_packing(recipe: Recipe, store: TokenStore, model: BaseModel, pad_id: int, notes: list[str]) -> BatchPlan:
-    """Pack where that is estimated to be cheaper, and say so.
-
-    A packed row costs attention over the whole row (the mask is dense on some engines); a padded one costs its padding.
-    """
-    train = recipe.train
-
-    def plan(pack_to: int | None) -> BatchPlan:
-        return plan_batches(
-            store,
-            batch_size=train.batch_size,
-            accumulation=train.accumulation,
-            seed=train.seed,
-            pack_to=pack_to,
-            pad_id=pad_id,
-        )
-
-    apart = plan(None)
-    wanted = recipe.data.packing
-    if recipe.stage == "pretrain" or wanted == "off":
-        return apart
-    packed = plan(recipe.data.max_length)
-    if wanted == "on":
-        return packed
-    costs = [epoch_cost(candidate, model) for candidate in (apart, packed)]
-    # Packing also changes how many rows an optimizer step sees, so it must be clearly cheaper to be chosen.
-    chosen = packed if costs[1] < 0.8 * costs[0] else apart
-    name = "packed rows" if chosen is packed else "length-sorted batches"
-    notes.append(
-        f"{name}: estimated cost of an epoch {costs[1] / costs[0]:.2f}x when packed (data.packing: on|off decides otherwise)."
-    )
-    return chosen
-
-
-def epoch_cost(plan: BatchPlan, model: BaseModel) -> float:
-    """Estimate the relative cost of an epoch: matrix products of the blocks, and attention over each row's width."""
-    linear = sum(width_in * width_out for width_in, width_out in model.linear_shapes().values())
-    attention = model.num_layers * int(model.config.get("hidden_size", 1))
-    lengths, widths = plan.row_lengths, np.array(plan.widths)
-    total = 0.0
-    for rows in plan.epoch_order(0):
-        width = float(widths[np.searchsorted(widths, lengths[rows].max())])
-        total += plan.batch_size * width * (linear + attention * width * (2 if plan.packed else 1))
-    return total
 
 
 def count_steps(train: Train, steps_per_epoch: int) -> int:
@@ -513,7 +541,6 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "inference_mode": True,
-        "base_model_fingerprint": plan.model.fingerprint(),
     }
 
 

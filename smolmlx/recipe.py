@@ -17,10 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from smolmlx.errors import RecipeError, nearest
 
-Stage = Literal["pretrain", "sft"]
+Stage = Literal["pretrain", "sft", "dpo"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "4bit", "8bit"]
 Steps = Annotated[int, Field(ge=1)]
+DPO_LEARNING_RATE = 1e-6
+"""Learning rate of stage dpo where a recipe gives none: preferences move a model that is already good (D1)."""
 
 
 class Section(BaseModel):
@@ -34,6 +36,9 @@ class Model(Section):
     """A hub id, a local folder, or `tiny` (the embedded model). Left out when `config` makes a model from scratch."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; the commit that was used is recorded in the run."""
+    adapter: str | None = None
+    """Start from this LoRA adapter instead of new weights: an adapter folder, a run's folder, or a pattern with `*` (the newest
+    match). The `lora` section is then the adapter's own."""
     config: dict[str, Any] | None = None
     """A Llama-type config.json as a mapping: the model is made from scratch (stage pretrain)."""
     first_weights: Literal["normal", "induction"] = "normal"
@@ -92,7 +97,7 @@ class Train(Section):
     accumulation: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
     learning_rate: float = Field(2e-4, gt=0)
-    """The highest learning rate, reached after the warm-up."""
+    """The highest learning rate, reached after the warm-up. Stage dpo: 1e-6 where none is given."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = Field(0.0, ge=0)
@@ -139,6 +144,24 @@ class Lora(Section):
     """Only the last N transformer blocks."""
 
 
+class Dpo(Section):
+    loss: Literal["dpo", "ipo", "hinge", "orpo"] = "dpo"
+    """dpo: -log sigmoid(beta d); ipo: (d - 1/(2 beta))^2; hinge: max(0, 1 - beta d), where d is how much more the policy than the
+    reference prefers the chosen answer, in nats. orpo: no reference; nats of the chosen answer plus beta times the odds ratio's."""
+    beta: float = Field(0.1, gt=0)
+    """How strongly the policy is held to the reference (dpo, ipo, hinge), or the weight of the preference (orpo)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the pairs that are taken to be the wrong way round (dpo)."""
+    length_normalized: bool = False
+    """Log-probabilities per token instead of per answer, so that a longer answer weighs no more."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of the chosen answer's mean nats per token, added to the loss (rpo): keeps what the answer says."""
+    shared_prompt: Literal["auto"] | bool = "auto"
+    """Compute a prompt once for both answers. auto: where that is estimated to be cheaper."""
+    cache: bool = True
+    """Keep the reference's log-probabilities on disk for later runs on the same start, rows and template."""
+
+
 class Eval(Section):
     every: Steps | Literal["epoch", "end"] = "epoch"
     """Steps between evaluations on the validation rows, each epoch, or once at the end."""
@@ -165,8 +188,8 @@ class Samples(Section):
 
 
 class Evaluate(Section):
-    suite: Literal["notes", "loss"] = "notes"
-    """notes: answers scored against references and controls; loss: nats per token."""
+    suite: Literal["notes", "loss", "research"] = "notes"
+    """notes: answers scored against references and controls; loss: nats per token; research: rows of `data augment` answered again."""
     data: str
     """Held-out rows the trained model is scored on."""
     train: str | None = None
@@ -179,19 +202,23 @@ class Evaluate(Section):
     """Prompts answered together."""
     limit: int | None = Field(None, ge=1)
     """Score the first N rows only."""
+    constrained: bool = True
+    """Keep answers to their schemas, as PaperResearcher does (research)."""
 
 
 class Recipe(Section):
     """One stage of training."""
 
     stage: Stage = "sft"
-    """`pretrain` trains on text, every token; `sft` trains on conversations, the answers only."""
+    """`pretrain` trains on text, every token; `sft` trains on conversations, the answers only; `dpo` trains on pairs of answers,
+    the start being the reference."""
     description: str = ""
     """One line, shown by `smolmlx recipes ls`."""
     model: Model = Model()
     data: Data
     train: Train = Train()
     lora: Lora = Lora()
+    dpo: Dpo = Dpo()
     eval: Eval = Eval()
     save: Save = Save()
     samples: Samples = Samples()
@@ -202,6 +229,14 @@ class Recipe(Section):
     """Knobs of the MLX engine, checked by it."""
     cuda: dict[str, Any] = {}
     """Knobs of the PyTorch engine, checked by it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gentle_dpo(cls, tree: Any) -> Any:
+        """Give stage dpo a learning rate of its own where none was written."""
+        if not isinstance(tree, dict) or tree.get("stage") != "dpo" or not isinstance(tree.get("train", {}), dict):
+            return tree
+        return {**tree, "train": {"learning_rate": DPO_LEARNING_RATE, **tree.get("train", {})}}
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
@@ -242,6 +277,33 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
         yield "eval.patience: early stopping needs data.validation or data.validation_share."
     if recipe.lora.dora and recipe.lora.dropout > 0:
         yield "lora.dropout: the engines' DoRA formulas differ with dropout; set lora.dropout to 0."
+    if model.adapter is not None and train.method == "full":
+        yield "model.adapter: full training has no adapter. Merge it into the base first (smolmlx adapter merge), and name that model."
+    yield from _impossible_dpo(recipe)
+
+
+def _impossible_dpo(recipe: Recipe) -> Iterator[str]:
+    data, dpo = recipe.data, recipe.dpo
+    if recipe.stage != "dpo":
+        if dpo != Dpo():
+            yield f"dpo: has no effect with stage: {recipe.stage}. Set stage: dpo, or leave the section out."
+        return
+    if data.packing == "on":
+        yield "data.packing: pairs are not packed; dpo.shared_prompt is what saves work. Leave packing out."
+    if data.loss_on == "all":
+        yield "data.loss_on: 'all' would compare the prompts too; pairs are compared by their answers. Leave it out."
+    if data.overlong == "split":
+        yield "data.overlong: 'split' would cut an answer in two. Use drop (the pair) or truncate_prompt."
+    if recipe.train.mixed_precision:
+        yield "train.mixed_precision: rounds what is compared with the reference; stage dpo trains float32 weights. Leave it out."
+    if dpo.label_smoothing and dpo.loss != "dpo":
+        yield f"dpo.label_smoothing: is for loss: dpo, not for {dpo.loss}. Leave it out."
+    if dpo.loss == "orpo":
+        for key, value in (("length_normalized", dpo.length_normalized), ("sft_weight", dpo.sft_weight)):
+            if value:
+                yield f"dpo.{key}: orpo has it built in. Leave it out."
+    if dpo.shared_prompt is True and recipe.train.gradient_checkpointing:
+        yield "dpo.shared_prompt: gradients do not reach a shared prompt through gradient checkpointing. Set one of the two to false."
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +320,16 @@ class Loaded:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text and on/off as booleans; people mean a number and a word."""
+    """YAML 1.1 reads 1e-4 as text and on/off as booleans; people mean a number and a word. A key given twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{name}' is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
         first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]

@@ -18,11 +18,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
+from smolmlx import references
+from smolmlx.data.pair_batches import PairBatch
 from smolmlx.errors import RunError
 from smolmlx.plan import Plan
+from smolmlx.preferences import NUMPY, Pairs, check_start, metrics, pair_losses
+from smolmlx.references import References, ScoreBatch, Scored
 from smolmlx.rundir import RunDir, publish, usual_mode, write_text
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
@@ -42,12 +47,14 @@ class StepResult:
     """What an engine reports of one optimizer step."""
 
     loss: float
-    """Mean nats per supervised token of the whole step."""
+    """Mean over the whole step: nats per supervised token, or the loss per pair (dpo)."""
     grad_norm: float
     """Global norm before clipping."""
     num_correct: int | None = None
     """Supervised targets at the argmax, where it costs nothing to count."""
     peak_bytes: int | None = None
+    scored: Scored | None = None
+    """Stage dpo: log-probabilities of the step's answers, from before its update."""
 
 
 @dataclass(slots=True)
@@ -93,23 +100,30 @@ class Session:
     state: State = field(default_factory=State)
     interrupted: bool = False
     """Set from a signal handler; the engine's loop sees `wants_step` turn false."""
+    references: References = field(default_factory=References)
+    """Stage dpo: what the start policy gives each answer."""
     _engine: Weights | None = None
     _saved_step: int = -1
     _clock: float = 0.0
 
-    def attach(self, engine: Weights) -> None:
+    def attach(self, engine: Weights, score: ScoreBatch | None = None) -> None:
         """Bring the engine's weights to where the run stands: the start, or the last checkpoint.
 
+        Args:
+            score: stage dpo: asked for the reference's log-probabilities where none are kept.
+
         Raises:
-            RunError: the checkpoint is broken or belongs to another plan.
+            RunError: the checkpoint is broken or belongs to another plan, or the start is not what it must be.
         """
         self._engine = engine
         checkpoint = self.run.last_checkpoint()
-        if checkpoint is None:
-            start = self.run.start / self.plan.weights_name
-            if start.is_file():  # full training of an existing model starts from its own weights
-                engine.load(load_arrays(start), None, 0)
-        else:
+        start = self.run.start / self.plan.weights_name
+        if start.is_file() and (checkpoint is None or self.plan.pairs is not None):
+            engine.load(load_arrays(start), None, 0)  # full training of an existing model starts from its own weights
+        if self.plan.pairs is not None:
+            assert score is not None, "an engine that offers dpo scores pairs"
+            self._prepare_pairs(score, fresh=checkpoint is None)
+        if checkpoint is not None:
             self.state = read_state(checkpoint)
             if self.state.plan != self.plan.fingerprint():
                 raise RunError(
@@ -121,6 +135,28 @@ class Session:
         self.state.plan = self.plan.fingerprint()
         self._trim_metrics()
         self._clock = time.perf_counter()
+
+    def _prepare_pairs(self, score: ScoreBatch, fresh: bool) -> None:
+        """Get the reference, and hold a run that begins to what must be true before its first step (numerics.md)."""
+        plan = self.plan
+        assert plan.pairs is not None
+        references.check_sharing(plan, score)
+        self.references = references.obtain(plan, self.run, score, self.note)
+        if fresh and self.references.train is not None:
+            scored = Scored.collect((batch.pairs, score(batch)) for batch in plan.pairs.step(0))
+            exact = plan.dtype if plan.recipe.model.quantize == "none" else plan.recipe.model.quantize
+            check_start(plan.recipe.dpo, self._compare(scored), exact)
+
+    def _compare(self, scored: Scored, *, validation: bool = False) -> Pairs:
+        plan, known = self.plan.pairs, self.references.train
+        if validation:
+            plan, known = self.plan.validation_pairs, self.references.validation
+        assert plan is not None
+        return references.compare(plan, known, scored)
+
+    def reference_of(self, batch: PairBatch) -> npt.NDArray[np.float32]:
+        """Return the reference's log-probabilities of a train micro-batch, in the order of its tails: [2B]."""
+        return references.of_batch(self.references.train, batch)
 
     @property
     def base_folder(self) -> Path:
@@ -159,21 +195,36 @@ class Session:
         }
         if result.num_correct is not None:
             values["accuracy"] = result.num_correct / max(1, supervised)
+        if result.scored is not None:
+            values |= metrics(self.plan.recipe.dpo, self._compare(result.scored))
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-            raise RunError(self._not_finite(result))
+            raise RunError(self._not_finite(f"the loss is {result.loss} with gradient norm {result.grad_norm}"))
+        if result.scored is not None and not self.state.step and not result.grad_norm:
+            raise RunError(
+                "the gradient of the first step is zero: nothing would be trained. Check lora.targets and dpo."
+            )
         self.state.step += 1
         self.state.num_tokens += tokens
         self.state.num_supervised += supervised
         self.state.seconds += seconds
         self._write("step", values)
 
-    def _not_finite(self, result: StepResult) -> str:
+    def _not_finite(self, what: str) -> str:
         last = self.run.last_checkpoint()
         kept = f" The last checkpoint is {last}." if last else ""
+        rate = self.plan.learning_rates[min(self.state.step, self.plan.steps - 1)]
         return (
-            f"step {self.state.step + 1}: the loss is {result.loss} with gradient norm {result.grad_norm}. Lower train.learning_rate "
-            f"(now {self.learning_rate:g}), add train.warmup, or set model.dtype: float32.{kept}"
+            f"step {self.state.step + 1}: {what}. Lower train.learning_rate "
+            f"(now {rate:g}), add train.warmup, or set model.dtype: float32.{kept}"
         )
+
+    def _finite_weights(self) -> Arrays:
+        """Return the engine's weights, which a step whose loss was still a number may have thrown out of all bounds."""
+        assert self._engine is not None
+        weights = self._engine.weights()
+        if not all(np.isfinite(array).all() for array in weights.values()):
+            raise RunError(self._not_finite("weights are no longer numbers"))
+        return weights
 
     @property
     def wants_eval(self) -> bool:
@@ -182,22 +233,30 @@ class Session:
     def record_eval(self, nats: float, tokens: int, correct: int) -> None:
         """Take a token-weighted evaluation over the whole validation set; keep the weights if it is the best."""
         loss = nats / max(1, tokens)
+        perplexity = math.exp(min(loss, 700.0))
+        self._take_eval(loss, {"val_perplexity": perplexity, "val_accuracy": correct / max(1, tokens)})
+
+    def record_pair_eval(self, scored: Scored) -> None:
+        """Take the log-probabilities of all validation pairs; keep the weights if their loss is the best."""
+        pairs = self._compare(scored, validation=True)
+        loss = float(np.mean(pair_losses(self.plan.recipe.dpo, NUMPY, pairs)))
+        self._take_eval(loss, {f"val_{name}": value for name, value in metrics(self.plan.recipe.dpo, pairs).items()})
+
+    def _take_eval(self, loss: float, values: Mapping[str, float]) -> None:
+        if not math.isfinite(loss):
+            raise RunError(self._not_finite(f"the validation loss is {loss}"))
         better = self.state.best_loss is None or loss < self.state.best_loss
         if better:
             self.state.best_loss, self.state.best_step, self.state.bad_evals = loss, self.state.step, 0
             if self.plan.recipe.eval.keep_best:
-                assert self._engine is not None
+                weights = self._finite_weights()
                 with publish(self.run.checkpoints / "best") as folder:
-                    save_arrays(self._engine.weights(), folder / self.plan.weights_name)
+                    save_arrays(weights, folder / self.plan.weights_name)
         else:
             self.state.bad_evals += 1
         patience = self.plan.recipe.eval.patience
         self.state.stopped = patience is not None and self.state.bad_evals >= patience
-        perplexity = math.exp(min(loss, 700.0))
-        self._write(
-            "eval",
-            {"val_loss": loss, "val_perplexity": perplexity, "val_accuracy": correct / max(1, tokens), "best": better},
-        )
+        self._write("eval", {"val_loss": loss, **values, "best": better})
         self._clock = time.perf_counter()
 
     @property
@@ -208,8 +267,9 @@ class Session:
         """Write weights, moments and state in one rename; drop checkpoints beyond `save.keep_last`."""
         assert self._engine is not None
         target = self.run.checkpoint(self.state.step)
+        weights = self._finite_weights()
         with publish(target) as folder:
-            save_arrays(self._engine.weights(), folder / self.plan.weights_name)
+            save_arrays(weights, folder / self.plan.weights_name)
             save_arrays(self._engine.optimizer(), folder / "optimizer.safetensors")
             write_text(folder / "state.json", json.dumps(asdict(self.state), indent=2) + "\n")
         self._saved_step = self.state.step
@@ -220,11 +280,10 @@ class Session:
 
     def final_weights(self) -> Arrays:
         """Return the weights to leave behind: the best evaluated ones, or the last."""
-        assert self._engine is not None
         best = self.run.checkpoints / "best" / self.plan.weights_name
         if self.plan.recipe.eval.keep_best and self.state.best_step is not None and best.is_file():
             return load_arrays(best)
-        return self._engine.weights()
+        return self._finite_weights()
 
     def note(self, text: str) -> None:
         self.on_event(Event("note", self.state.step, {"text": text}))

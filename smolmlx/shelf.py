@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from smolmlx import recipe
+from smolmlx import recipe, stages
 from smolmlx.errors import RecipeError, nearest
 from smolmlx.models import files_root
-from smolmlx.sweep.definition import is_sweep
+from smolmlx.sweeps.definition import Sweep, is_sweep, open_sweep
+from smolmlx.sweeps.record import refuse_other_recipes
 
 SWEEPS = "sweeps"
 """Folder of the shipped sweeps, among the recipes."""
@@ -57,6 +60,27 @@ def find(name: str) -> Path:
     raise RecipeError(
         f"{name}: no recipe of this name and no such file.{nearest(name, _all_names())} `smolmlx recipes ls` lists them."
     )
+
+
+def find_sweep(
+    source: str,
+    out: str | Path | None,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    seeds: Sequence[int] | int | None = None,
+    sets: Mapping[str, Any] | None = None,
+) -> tuple[Sweep, Path]:
+    """Return a sweep, or a plain recipe as one, with its folder: `out`, else runs/sweep-<name>.
+
+    Raises:
+        RecipeError: as `open_sweep`; or the folder holds runs of other values.
+    """
+    name = stages.run_name(source)
+    name = name if name.startswith("sweep") else f"sweep-{name}"
+    found = open_sweep(find(source), name, find, grid=grid, seeds=seeds, sets=sets)
+    folder = Path(out) if out else Path("runs") / name
+    refuse_other_recipes(found, folder)
+    return found, folder
 
 
 def header(path: Path) -> str:

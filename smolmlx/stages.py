@@ -19,13 +19,15 @@ import yaml
 from smolmlx import rundir
 from smolmlx.backend import Backend, Choice, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
-from smolmlx.evals.run import Evaluation, Meter, Settings, System, answer, evaluate, write
+from smolmlx.evals.bases import Bases, System
+from smolmlx.evals.run import Evaluation, Meter, Settings, answer, evaluate, write
 from smolmlx.loggers import numbers, open_loggers
-from smolmlx.models import BaseModel, make_model, open_model
-from smolmlx.plan import Plan, adapter_config, encoding, initial_adapter, locate, resolve
+from smolmlx.models import BaseModel, make_model, open_model, write_base
+from smolmlx.plan import Plan, adapter_config, encoding, eval_format, initial_adapter, locate, resolve
 from smolmlx.recipe import Loaded
+from smolmlx.recipe import read as read_recipe
 from smolmlx.rundir import RunDir, publish, write_text
-from smolmlx.session import Event, Session, read_metrics, save_arrays, write_csv
+from smolmlx.session import Arrays, Event, Session, load_arrays, read_metrics, save_arrays, write_csv
 
 OnEvent = Callable[[Event], None]
 
@@ -80,11 +82,24 @@ def _write_start(plan: Plan, run: RunDir) -> None:
             make_model(plan.model.config, run.start, recipe.train.seed, recipe.model.first_weights)
         elif not plan.full:
             run.start.mkdir()
-            save_arrays(dict(initial_adapter(plan)), run.start / plan.weights_name)
+            save_arrays(first_adapter(plan), run.start / plan.weights_name)
+
+
+def first_adapter(plan: Plan) -> Arrays:
+    """Return the adapter a run starts from, under PEFT's names: the one the recipe names, or a new one."""
+    if plan.start is None:
+        return dict(initial_adapter(plan))
+    stored = load_arrays(plan.start.weights)
+    return {name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): a for name, a in stored.items()}
 
 
 def complete_run(
-    loaded: Loaded, choice: Choice, path: Path, on_plan: Callable[[Plan], OnEvent], meter: Meter
+    loaded: Loaded,
+    choice: Choice,
+    path: Path,
+    on_plan: Callable[[Plan], OnEvent],
+    meter: Meter,
+    bases: Bases | None = None,
 ) -> Evaluation | None:
     """Bring the run at `path` to its end from wherever it stands: not begun, stopped while training, or not yet scored.
 
@@ -92,6 +107,7 @@ def complete_run(
 
     Args:
         on_plan: told the plan once it is resolved; returns what is told of each event of the training.
+        bases: what earlier runs left loaded and answered, for the evaluation.
     """
     plan = resolve(loaded, choice)
     run = RunDir(path)
@@ -99,8 +115,16 @@ def complete_run(
         with publish(path) as folder:
             _write_start(plan, RunDir(folder))
     if not run.done:
+        if bases is not None and not _fits_beside_training(plan):
+            bases.release()
         train(plan, choice, run, on_plan(plan))
-    return evaluate_run(plan, choice.backend, run, meter) if plan.recipe.evaluate else None
+    return evaluate_run(plan, choice.backend, run, meter, bases) if plan.recipe.evaluate else None
+
+
+def _fits_beside_training(plan: Plan) -> bool:
+    """Whether a base that is loaded for evaluation may stay in memory while another one is trained."""
+    limit = plan.capabilities.memory_bytes
+    return limit is not None and plan.memory_bytes + 4 * plan.model.num_parameters() < limit / 2
 
 
 def environment(plan: Plan) -> dict[str, Any]:
@@ -117,6 +141,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "platform": platform.platform(),
         "backend": plan.backend,
         "device": plan.capabilities.device_name,
+        "device_kind": plan.capabilities.device,
         "dtype": plan.dtype,
         "versions": versions,
         "command": sys.argv,
@@ -145,7 +170,7 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
 
     session = Session(plan, run, tell)
     before = (
-        answer_samples(plan, choice.backend, None, run)
+        answer_samples(plan, choice.backend, plan.start.folder if plan.start else None, run)
         if plan.recipe.samples.prompts and not (run.path / "samples.json").exists()
         else None
     )
@@ -164,6 +189,17 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
     report = summarise(plan, session)
     run.write_json("report.json", {name: getattr(report, name) for name in report.__slots__})
     return report
+
+
+def is_complete(run: RunDir) -> bool:
+    """Whether a run is trained and, where its recipe asks for that, scored."""
+    scored = (run.path / "eval" / "results.json").is_file()
+    return run.done and (scored or not read_recipe(run.path / "recipe.yaml").get("evaluate"))
+
+
+def read_report(run: RunDir) -> Report:
+    """Return the report of a run whose training is finished."""
+    return Report(**run.read_json("report.json"))
 
 
 @contextmanager
@@ -201,6 +237,8 @@ def save_result(plan: Plan, session: Session) -> None:
             tree["torch_dtype"] = dtype
         write_text(folder / name, json.dumps(tree, indent=2) + "\n")
         copy_tokenizer(plan.tokenizer, folder)
+        if not plan.full:
+            write_base(plan.model, folder)
         if plan.full:
             eos = list(plan.tokenizer.eos_ids)
             write_text(
@@ -245,23 +283,25 @@ def trained_model(plan: Plan, run: RunDir) -> tuple[BaseModel, Path | None]:
     return (open_model(run.model), None) if plan.full else (plan.model, run.adapter)
 
 
-def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter) -> Evaluation:
+def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter, bases: Bases | None = None) -> Evaluation:
     """Score base and trained model as the recipe's `evaluate` block says, into eval/ of the run."""
     wanted = plan.recipe.evaluate
     assert wanted is not None
     base = open_model(run.start) if plan.recipe.model.config is not None else plan.model
     model, adapter = trained_model(plan, run)
     systems = [System("base", base), System(plan.recipe.stage, model, adapter)]
+    if plan.start is not None:  # what this stage was given, so that what it lost or gained is seen
+        systems.insert(1, System("sft" if plan.recipe.stage == "dpo" else "start", plan.model, plan.start.folder))
     settings = Settings(
         data=locate(wanted.data, plan.loaded), suite=wanted.suite,
         train=locate(wanted.train, plan.loaded) if wanted.train else None,
         ood=locate(wanted.ood, plan.loaded) if wanted.ood else None,
         decoding=Decoding(max_tokens=wanted.max_tokens, batch_size=wanted.batch_size), limit=wanted.limit,
-        template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system, columns=plan.recipe.data.columns,
+        template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system, columns=plan.recipe.data.columns, form=eval_format(plan.recipe),
         loading=Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none"),
-        encoding=encoding(plan.recipe),
+        encoding=encoding(plan.recipe), constrained=wanted.constrained,
     )  # fmt: skip
-    found = evaluate(backend, systems, plan.tokenizer, settings, meter)
+    found = evaluate(backend, systems, plan.tokenizer, settings, meter, bases)
     write(found, run.path / "eval")
     return found
 
@@ -282,10 +322,7 @@ def answer_samples(plan: Plan, backend: Backend, adapter: Path | None, run: RunD
     generator = open_generator(plan, backend, adapter, run)
     if plan.tokenizer.template_text is None:
         tokens = [plan.tokenizer.encode(prompt) for prompt in recipe.samples.prompts]
-        found = {
-            c.index: plan.tokenizer.decode(c.ids)
-            for c in generator.generate(tokens, Decoding(max_tokens=recipe.samples.max_tokens))
-        }
+        found = {c.index: c.text for c in generator.generate(tokens, Decoding(max_tokens=recipe.samples.max_tokens))}
         return [found[i] for i in range(len(tokens))]
     system = ({"role": "system", "content": recipe.data.system},) if recipe.data.system else ()
     prompts = [(*system, {"role": "user", "content": prompt}) for prompt in recipe.samples.prompts]

@@ -53,6 +53,12 @@ def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pair_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 preference pairs, of different lengths."""
+    return labs.write_pairs(tmp_path_factory.mktemp("rows") / "pairs.jsonl")
+
+
+@pytest.fixture(scope="session")
 def text_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 documents of plain text."""
     return labs.write_text(tmp_path_factory.mktemp("rows") / "text.jsonl")

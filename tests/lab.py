@@ -88,6 +88,19 @@ def write_chat(path: Path, rows: int = 24) -> Path:
     return path
 
 
+def write_pairs(path: Path, rows: int = 24) -> Path:
+    """Write preference pairs: prompts and answers of different lengths, the two answers of a pair too."""
+    with path.open("w") as file:
+        for i in range(rows):
+            pair = {
+                "prompt": sentence(i * 3),
+                "chosen": sentence(i * 3 + 1),
+                "rejected": sentence(i * 3 + 2) + " stone",
+            }
+            file.write(json.dumps(pair) + "\n")
+    return path
+
+
 def write_text(path: Path, rows: int = 40) -> Path:
     """Write documents of plain text."""
     documents = [". ".join(sentence(i + k) for k in range(1 + i % 4)) for i in range(rows)]

@@ -11,9 +11,12 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from smolmlx.evals.run import Evaluation, Settings, read_rows, write
+from smolmlx import shelf
+from smolmlx.evals.run import Evaluation, Settings, describe_file, read_rows, write
 from smolmlx.evals.suites import compare_notes, control_outputs
 from smolmlx.rundir import RunDir
+from smolmlx.sweeps.definition import open_sweep
+from smolmlx.sweeps.table import read_table, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTES = ROOT / "data" / "notes"
@@ -72,10 +75,37 @@ def make_run(
     return folder
 
 
+def make_sweep(folder: Path, *, rows: int = 12, seeds: int = 2) -> Path:
+    """Write a finished sweep of three settings, of which one answers far worse; the last run failed."""
+    folder.mkdir(parents=True)
+    recipe = {"model": {"id": "tiny"}, "data": {"train": "data/notes/train.jsonl"}, "lora": {"r": 8}}
+    (folder / "base.yaml").write_text(yaml.safe_dump(recipe))
+    settings = [
+        {"name": "baseline"},
+        {"name": "r 64", "lora.r": 64},
+        {"name": "lr <1e-4>", "train.learning_rate": 1e-4},
+    ]
+    tree = {"recipe": "base.yaml", "description": "What rank and rate change.", "seeds": seeds, "list": settings}
+    (folder / "my.yaml").write_text(yaml.safe_dump(tree))
+    sweep = open_sweep(folder / "my.yaml", "sweep-my", shelf.find)
+    for number, cell in enumerate(sweep.cells):
+        if number == len(sweep.cells) - 1:
+            outcome = {"status": "failed", "error": "the loss is not a number"}
+            (folder / cell.folder).mkdir()
+        else:
+            outcome = {"status": "finished"}
+            skill = {"baseline": 0.8, "r 64": 0.85}.get(cell.setting, 0.05)
+            make_run(folder / cell.folder, seed=number, skill=skill, rows=rows, stages=("sft",))
+        RunDir(folder / cell.folder).write_json("outcome.json", outcome)
+    write_table(read_table(sweep, folder), folder)
+    return folder
+
+
 def make_evaluation(settings: Settings, rng: np.random.Generator, skill: float, stages: tuple[str, ...]) -> Evaluation:
     """Score made-up answers with the real suite."""
     train = [row for row, _ in read_rows(str(NOTES / "train.jsonl"), settings, limited=False)]
     reports, outputs = {}, {}
+    files = {"train": describe_file(str(NOTES / "train.jsonl"), settings, len(train))}
     for name, path in (("test", settings.data), ("ood", str(settings.ood))):
         rows = [row for row, _ in read_rows(path, settings)]
         answers: dict[str, Any] = {"base": [row.input[: 60 + 20 * (i % 5)] for i, row in enumerate(rows)]}
@@ -89,7 +119,8 @@ def make_evaluation(settings: Settings, rng: np.random.Generator, skill: float, 
         answers |= control_outputs(train, rows)
         reports[name] = compare_notes(rows, answers, also=[(stage, "base") for stage in stages], draws=500)
         outputs[name] = answers
-    return Evaluation(settings, notes=reports, outputs=outputs)
+        files[name] = describe_file(path, settings, len(rows))
+    return Evaluation(settings, notes=reports, outputs=outputs, files=files)
 
 
 def _flawed(reference: str, index: int) -> str:

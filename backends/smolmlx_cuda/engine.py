@@ -67,7 +67,7 @@ class CudaBackend:
             dtype="bfloat16" if wide else "float32",
             dtype_reason="the GPU computes in bfloat16" if wide else f"bfloat16 is slow or missing on {found}",
             dtypes=("float32", "bfloat16", "float16"),
-            stages=("pretrain", "sft"),
+            stages=("pretrain", "sft", "dpo"),
             methods=("lora", "full"),
             quantize=("none", "4bit", "8bit") if eight_bit else ("none",),
             optimizers=("adamw", "muon", *(("adamw_fused",) if gpu else ()), *(("adamw_8bit",) if eight_bit else ())),

@@ -37,9 +37,10 @@ def load_base(folder: Path, dtype: str, device: str, quantize: str = "none", att
         BackendError: transformers has no such architecture.
         RecipeError: the weights do not fit the config.
     """
-    quantization = None
+    # Left out, not None, which makes transformers overlook the folder's own quantization and draw weights at random.
+    quantization: dict[str, Any] = {}
     if quantize != "none":
-        quantization = BitsAndBytesConfig(
+        quantization["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=quantize == "4bit",
             load_in_8bit=quantize == "8bit",
             bnb_4bit_quant_type="nf4",
@@ -50,8 +51,8 @@ def load_base(folder: Path, dtype: str, device: str, quantize: str = "none", att
             folder,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
-            quantization_config=quantization,
             local_files_only=True,
+            **quantization,
         )
     except (ValueError, KeyError) as error:
         raise BackendError(f"{folder}: transformers cannot load this model: {str(error).splitlines()[0]}") from error
@@ -74,7 +75,33 @@ def add_lora(model: Any, plan: Plan) -> Any:
     return get_peft_model(model, config)
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
+class Adapters:
+    """Puts adapters on one loaded base and takes them off again; each is read once."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._names: dict[Path, str] = {}
+
+    def use(self, folder: Path | None) -> Any:
+        """Return the model with an adapter, or with none.
+
+        Raises:
+            RecipeError: not an adapter, or made for another base; the base is left bare then.
+        """
+        if isinstance(self._model, PeftModel):
+            self._model.base_model.disable_adapter_layers()
+        if folder is None:
+            return self._model
+        if folder not in self._names:
+            name = f"adapter{len(self._names)}" if self._names else "default"
+            self._model = load_adapter(self._model, folder, name)
+            self._names[folder] = name
+        self._model.base_model.enable_adapter_layers()
+        self._model.set_adapter(self._names[folder])
+        return self._model
+
+
+def load_adapter(model: Any, folder: Path, name: str = "default") -> Any:
     """Put a PEFT adapter folder on a base model.
 
     Raises:
@@ -84,13 +111,17 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
     json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     try:
-        found = PeftModel.from_pretrained(model, str(folder))
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name)
+            found = model
+        else:
+            found = PeftModel.from_pretrained(model, str(folder), name)
     except (RuntimeError, ValueError) as error:
         if ran_out(error):
             raise
         raise RecipeError(f"{folder}: made for another base model: {str(error).splitlines()[0]}") from error
     # PEFT leaves out, without a word, tensors of layers that the base lacks.
-    adapted = {canonical(name).partition(".lora_")[0] for name, _ in found.named_parameters()}
+    adapted = {canonical(path).partition(".lora_")[0] for path, _ in found.named_parameters() if f".{name}." in path}
     stored = {
         name.partition(".lora_")[0] for name in read_header(folder / "adapter_model.safetensors") if ".lora_" in name
     }
@@ -157,14 +188,17 @@ class Losses:
     def _positions(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         # use_cache must be off: a cache makes transformers drop the isolation of packed documents.
         hidden = self.body(input_ids=inputs["ids"], position_ids=inputs.get("positions"), use_cache=False)
-        hidden = hidden.reshape(-1, hidden.shape[-1])[inputs["index"]]  # [S, D]
+        return self.score(hidden.reshape(-1, hidden.shape[-1])[inputs["index"]], inputs["labels"])
+
+    def score(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (nats, correct) of each label [S], from the body's output at the positions before them, [S, D]."""
         limit = _LOGIT_BYTES if hidden.is_cuda else _CPU_LOGIT_BYTES
         rows = max(64, limit // (4 * self.vocabulary))
         if hidden.shape[0] <= rows:
-            return self._piece(hidden, inputs["labels"])
+            return self._piece(hidden, labels)
         pieces = [
-            checkpoint(self._piece, part, labels, use_reentrant=False)
-            for part, labels in zip(hidden.split(rows), inputs["labels"].split(rows), strict=True)
+            checkpoint(self._piece, part, of_part, use_reentrant=False)
+            for part, of_part in zip(hidden.split(rows), labels.split(rows), strict=True)
         ]
         return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,14 +20,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from smolmlx import memory
+from smolmlx.data.pair_batches import PairBatch
 from smolmlx.plan import Plan
-from smolmlx.session import Arrays, Session, StepResult
+from smolmlx.session import Arrays, Session
 from smolmlx_cuda import unsloth
 from smolmlx_cuda.memory import ran_out
-from smolmlx_cuda.model import Losses, add_lora, load_base, read_weights, to_inputs, to_numpy, trainable, write_weights
+from smolmlx_cuda.model import Losses, add_lora, load_base, read_weights, to_numpy, trainable, write_weights
 from smolmlx_cuda.optimizer import make_optimizer
-
-Inputs = dict[str, torch.Tensor]
+from smolmlx_cuda.work import Extras, Inputs, PairWork, open_work
 
 
 class TrlTrainer:
@@ -36,7 +37,7 @@ class TrlTrainer:
         """Train until the session wants no more; see `backend.Trainer`."""
         with memory.guard(ran_out, lambda: memory.training(plan)):
             engine = Engine(plan, session)
-            session.attach(engine)
+            session.attach(engine, engine.score)
             if session.wants_step:
                 with tempfile.TemporaryDirectory(prefix="smolmlx-trl-") as scratch:
                     engine.run(scratch)
@@ -52,7 +53,7 @@ class Engine:
         session.note(f"PyTorch path: {why}")
         self.model = unsloth.load(session.base_folder, plan) if fast else self._load(plan, session)
         self.model.train()
-        self.losses = Losses(self.model, plan.recipe.train.mixed_precision)
+        self.work = open_work(plan, session, Losses(self.model, plan.recipe.train.mixed_precision))
         self.parameters = trainable(self.model)
         self.adam = make_optimizer(plan, self.parameters)
 
@@ -110,31 +111,25 @@ class Engine:
         )
 
     def collate(self, items: Sequence[dict[str, int]]) -> Inputs:
-        """Turn one (step, micro-batch) into tensors; a micro-batch missing at an epoch's end has no supervised token."""
+        """Turn one (step, micro-batch) into tensors."""
         (item,) = items
-        batches = self.plan.train.step(item["step"])
-        total = sum(batch.num_supervised for batch in batches)
-        present = item["micro"] < len(batches)
-        inputs = to_inputs(batches[item["micro"] if present else 0])
-        if not present:
-            inputs["weights"] = torch.zeros_like(inputs["weights"])
-        inputs["denominator"] = torch.tensor(float(max(1, total)))
-        return inputs
+        return self.work.inputs(item["step"], item["micro"])
 
-    def evaluate(self) -> tuple[float, int, int]:
-        """Return (nats, supervised tokens, correct) over the whole validation set."""
-        assert self.plan.validation is not None
+    def evaluate(self) -> None:
+        """Score the whole validation set."""
         self.model.eval()
-        nats, tokens, correct = 0.0, 0, 0
         with torch.no_grad():
-            for batch in self.plan.validation.evaluation():
-                more, right = self.losses.totals(self.to_device(to_inputs(batch)))
-                nats, tokens, correct = nats + float(more), tokens + batch.num_supervised, correct + int(right)
+            self.work.evaluate(self.device)
         self.model.train()
-        return nats, tokens, correct
 
-    def to_device(self, inputs: Inputs) -> Inputs:
-        return {name: value.to(self.device) for name, value in inputs.items()}
+    def score(self, batch: PairBatch) -> npt.NDArray[np.float32]:
+        """Return the log-probabilities of a micro-batch's answers, [2B], without dropout."""
+        assert isinstance(self.work, PairWork)
+        self.model.eval()
+        with torch.no_grad():
+            found = self.work.score(batch, self.device)
+        self.model.train()
+        return found
 
     def weights(self) -> Arrays:
         return read_weights(self.model)
@@ -169,7 +164,7 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, engine: Engine, watch: Watch, **options: Any) -> None:
         self.engine, self.watch = engine, watch
         super().__init__(**options)
-        # The loss is already divided by the supervised tokens of the whole step; Trainer must not divide again.
+        # The loss is already divided by the supervised tokens (or pairs) of the whole step; Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -182,9 +177,9 @@ class PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        nats, correct = self.engine.losses.totals(inputs)
-        loss = nats / inputs["denominator"]
-        self.watch.add(loss.detach(), correct)
+        total, extra = self.engine.work.totals(inputs)
+        loss = total / inputs["denominator"]
+        self.watch.add(loss.detach(), inputs, extra)
         return (loss, {}) if return_outputs else loss
 
 
@@ -194,17 +189,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.loss: torch.Tensor | float = 0.0
-        self.correct: torch.Tensor | float = 0.0
         self.norm: torch.Tensor | float = 0.0
+        self.extras: Extras = []
 
-    def add(self, loss: torch.Tensor, correct: torch.Tensor) -> None:
-        self.loss, self.correct = self.loss + loss, self.correct + correct
+    def add(self, loss: torch.Tensor, inputs: Inputs, extra: torch.Tensor) -> None:
+        self.loss = self.loss + loss
+        self.extras.append((inputs, extra))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Dropout of a step is a function of (seed, step) alone, so a resumed run draws the same.
         seed = np.random.SeedSequence([self.engine.plan.recipe.train.seed, self.engine.session.state.step])
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-        self.loss, self.correct = 0.0, 0.0
+        self.loss, self.extras = 0.0, []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         most = self.engine.plan.recipe.train.max_grad_norm
@@ -212,11 +208,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         engine, session = self.engine, self.engine.session
-        session.record_step(
-            StepResult(float(self.loss), float(self.norm), int(self.correct), peak_bytes(engine.device))
-        )
+        peak = peak_bytes(engine.device)
+        session.record_step(engine.work.result(float(self.loss), float(self.norm), self.extras, peak))
         if session.wants_eval:
-            session.record_eval(*engine.evaluate())
+            engine.evaluate()
         if session.wants_checkpoint:
             session.save_checkpoint()
         control.should_training_stop = not session.wants_step

@@ -40,7 +40,14 @@ def decide(plan: Plan) -> tuple[bool, str]:
             "adapters on some layers only",
         ),
         (plan.dtype == "float32", "float32 weights"),
-        (plan.train.packed, "packed rows, whose isolation is verified on plain transformers only"),
+        (
+            plan.pairs is not None and plan.pairs.shared,
+            "prompts shared by two answers, verified on plain transformers only (dpo.shared_prompt: false)",
+        ),
+        (
+            plan.train.packed and plan.pairs is None,
+            "packed rows, whose isolation is verified on plain transformers only",
+        ),
     )
     against = next((reason for holds, reason in reasons if holds), None)
     return (True, "Unsloth") if against is None else (False, f"plain TRL: {against}")

@@ -38,7 +38,7 @@ class MlxBackend:
             dtype="bfloat16" if gpu else "float32",
             dtype_reason="the GPU computes in bfloat16" if gpu else "bfloat16 is slow on this CPU",
             dtypes=("float32", "bfloat16", "float16"),
-            stages=("pretrain", "sft"),
+            stages=("pretrain", "sft", "dpo"),
             methods=("lora", "full"),
             quantize=("none", "4bit", "8bit"),
             optimizers=("adamw", "muon"),

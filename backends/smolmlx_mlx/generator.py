@@ -1,70 +1,61 @@
-"""Batched generation and scoring through mlx-lm's continuous batch generator."""
+"""Batched generation and scoring with mlx-lm's models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from smolmlx import memory
-from smolmlx.backend import Completion, Decoding, FloatArray, Loading, Score
+from smolmlx.backend import Completion, Decoding, FloatArray, Loading, OnText, Score
 from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
-from smolmlx.models import BaseModel
+from smolmlx.generation.batching import Batcher, run_all
+from smolmlx.models import BaseModel, check_base
 from smolmlx_mlx import device as devices
 from smolmlx_mlx.device import mx as mx
 from smolmlx_mlx.losses import Losses, to_inputs
 from smolmlx_mlx.memory import ran_out
-from smolmlx_mlx.model import load_adapter, load_base
+from smolmlx_mlx.model import Adapters, load_base
+from smolmlx_mlx.steps import MlxSteps
 
 
 class MlxGenerator:
-    """A base model with at most one adapter, ready to answer and to score."""
+    """A base model with at most one adapter at a time, ready to answer and to score."""
 
     def __init__(self, model: BaseModel, adapter: Path | None, tokenizer: Tokenizer, how: Loading) -> None:
         device = devices.use(how.device)
         dtype = how.dtype if how.dtype != "auto" else ("bfloat16" if device == "gpu" else "float32")
         self.tokenizer = tokenizer
         self.quantize = how.quantize != "4bit"
+        self.base = model
         with memory.guard(ran_out, lambda: memory.loading(model.name, self.quantize)):
             self.model = load_base(model.folder, model.config, dtype, how.quantize)
-            if adapter is not None:
-                load_adapter(self.model, adapter)
+            self._adapters = Adapters(self.model)
+            self.use_adapter(adapter)
+
+    def use_adapter(self, adapter: Path | None) -> None:
+        if adapter is not None:
+            check_base(self.base, adapter)
+        self._adapters.use(adapter)
         self.model.eval()
+        self._steps: MlxSteps | None = None
 
-    def generate(self, prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:
-        """Answer prompts in batches; each row's random numbers depend on (seed, row) alone."""
-        from mlx_lm.generate import BatchGenerator
+    def batcher(self, batch_size: int) -> Batcher:
+        self._steps = self._steps or MlxSteps(self.model)
+        return Batcher(self._steps, self.tokenizer, batch_size, self._guard)
 
-        stops = how.stop_ids or self.tokenizer.eos_ids
-        with memory.guard(ran_out, lambda: memory.answering(prompts, how, self.quantize)), devices.limits():
-            # On a CPU the generator must run on the default stream: its own is bound to the first device seen.
-            generator = BatchGenerator(
-                self.model,
-                max_tokens=how.max_tokens,
-                stop_tokens=[[stop] for stop in stops],
-                completion_batch_size=how.batch_size,
-                prefill_batch_size=min(8, how.batch_size),
-                stream=mx.default_stream(mx.default_device()),
-            )
-            samplers = [_sampler(how, row) for row in range(len(prompts))]
-            uids = generator.insert([list(prompt) for prompt in prompts], samplers=samplers)
-            rows = {uid: row for row, uid in enumerate(uids)}
-            answers: dict[int, list[int]] = {uid: [] for uid in uids}
-            try:
-                while responses := generator.next_generated():
-                    for response in responses:
-                        if response.finish_reason != "stop":
-                            answers[response.uid].append(int(response.token))
-                        if response.finish_reason is not None:
-                            yield Completion(
-                                rows[response.uid], tuple(answers.pop(response.uid)), response.finish_reason == "stop"
-                            )
-            finally:
-                generator.close()
+    def _guard(self, prompts: Sequence[Sequence[int]], how: Decoding) -> AbstractContextManager[None]:
+        return memory.guard(ran_out, lambda: memory.answering(prompts, how, self.quantize))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], how: Decoding, on_text: OnText | None = None
+    ) -> Iterator[Completion]:
+        with devices.limits():
+            yield from run_all(self.batcher(how.batch_size), prompts, how, on_text)
 
     def score(self, batches: Iterable[Batch]) -> Iterator[Score]:
         losses = Losses(self.model)
@@ -76,27 +67,3 @@ class MlxGenerator:
 
     def logits(self, ids: Sequence[int]) -> FloatArray:
         return np.array(self.model(mx.array([list(ids)]))[0].astype(mx.float32))
-
-
-def _sampler(how: Decoding, row: int) -> Any:
-    """Return a function from [1, V] log-probabilities to a token."""
-    if how.temperature == 0:
-        return lambda logprobs: mx.argmax(logprobs, axis=-1)
-    key = [mx.random.key(int(np.random.SeedSequence([how.seed, row]).generate_state(1, np.uint64)[0]))]
-
-    def sample(logprobs: mx.array) -> mx.array:
-        key[0], now = mx.random.split(key[0])
-        scaled = logprobs / how.temperature
-        if how.top_p < 1:
-            order = mx.argsort(-scaled, axis=-1)
-            probabilities = mx.take_along_axis(mx.softmax(scaled, axis=-1), order, axis=-1)
-            outside = mx.cumsum(probabilities, axis=-1) - probabilities >= how.top_p
-            scaled = mx.put_along_axis(
-                mx.zeros_like(scaled),
-                order,
-                mx.where(outside, -mx.inf, mx.take_along_axis(scaled, order, axis=-1)),
-                axis=-1,
-            )
-        return mx.random.categorical(scaled, key=now)
-
-    return sample

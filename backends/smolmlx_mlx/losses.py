@@ -58,7 +58,14 @@ class Losses:
         shares = even_slices(ids.shape[0], len(self.lanes))
         parts = [(ids[rows], None if segments is None else segments[rows]) for rows in shares]
         hidden = mx.concatenate(self.lanes.spread(self._hidden, parts))
-        hidden = hidden[index]  # [S, D]
+        return self.score(hidden[index], labels)
+
+    def score(self, hidden: mx.array, labels: mx.array) -> Pair:
+        """Return the nats of each label and whether it is the likeliest: [S], [S].
+
+        Args:
+            hidden: [S, D], what the body gives at the positions before the labels [S].
+        """
         size = hidden.shape[0]
         count = max(len(self.lanes), -(-size // self._piece_rows))
         pieces = [(hidden[rows], labels[rows]) for rows in even_slices(size, count)]

@@ -125,6 +125,31 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     write_weights(model, arrays, folder)
 
 
+class Adapters:
+    """Puts adapters on one loaded base and takes them off again; each is read once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._base = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
+        self._known: dict[Path, list[tuple[str, nn.Module]]] = {}
+
+    def use(self, folder: Path | None) -> None:
+        """Answer with an adapter, or with none.
+
+        Raises:
+            RecipeError: not a LoRA adapter, or made for another base; the base is left bare then.
+        """
+        self._model.update_modules(tree_unflatten(list(self._base.items())))
+        if folder is None:
+            return
+        if folder in self._known:
+            self._model.update_modules(tree_unflatten(self._known[folder]))
+            return
+        load_adapter(self._model, folder)
+        modules = dict(self._model.named_modules())
+        self._known[folder] = [(path, modules[path]) for path, own in self._base.items() if modules[path] is not own]
+
+
 def _load_converted(model: nn.Module, folder: Path) -> None:
     """Load what is more than LoRA of one rank and scale on linear layers, in the form that mlx-lm itself reads."""
     with tempfile.TemporaryDirectory(prefix="smolmlx-") as parent:

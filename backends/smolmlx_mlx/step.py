@@ -13,12 +13,11 @@ import mlx.core as mx  # noqa: E402 - after the BLAS
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_map, tree_reduce  # noqa: E402
 
-from smolmlx.data.batches import Batch  # noqa: E402
-from smolmlx_mlx.lanes import Lanes  # noqa: E402
-from smolmlx_mlx.losses import Losses, to_inputs  # noqa: E402
 from smolmlx_mlx.optimizer import Optimizer  # noqa: E402
 
-Inputs = tuple[mx.array, ...]
+Inputs = tuple[mx.array | None, ...]
+Objective = Callable[..., tuple[mx.array, mx.array]]
+"""From a micro-batch's arrays to (summed loss, something to report); None stands for an array that is not needed."""
 
 
 def clip(gradients: Any, most: float) -> tuple[Any, mx.array]:
@@ -33,17 +32,15 @@ def clip(gradients: Any, most: float) -> tuple[Any, mx.array]:
 class Stepper:
     """Takes optimizer steps on a model, compiled once per shape."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer, compiled: bool, lanes: Lanes | None = None, mixed: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, compiled: bool, objective: Objective) -> None:
         self.model = model
-        self.losses = Losses(model, lanes, mixed)
+        self.objective = objective
         self.optimizer = optimizer
         wrap: Callable[..., Any] = self._compile if compiled else (lambda function: function)
         self._whole: Any = wrap(self._whole_step)
         self._gradients: Any = wrap(self._micro_step)
         self._update: Any = wrap(self._apply)
-        self._evaluate: Any = wrap(lambda *inputs: self.losses(*inputs))
+        self._evaluate: Any = wrap(lambda *inputs: self.objective(*inputs))
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         # Lists are read when the step runs, so `update` on the model and new moments are seen and written back.
@@ -51,42 +48,54 @@ class Stepper:
         compiled: Callable[..., Any] = mx.compile(function, inputs=state, outputs=state)
         return compiled
 
-    def step(self, batches: Sequence[Batch], learning_rate: float) -> Inputs:
-        """Take one step over micro-batches; return lazy (loss, gradient norm, correct)."""
-        denominator = mx.array(float(max(1, sum(batch.num_supervised for batch in batches))))
+    def step(
+        self, batches: Sequence[Inputs], denominator: float, learning_rate: float
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        """Take one step over micro-batches; return lazy (loss, gradient norm, the objective's extra of each).
+
+        Args:
+            batches: the objective's arguments for each micro-batch.
+            denominator: what the summed loss of all of them is divided by.
+        """
+        divide_by = mx.array(denominator)
         scalars = self.optimizer.scalars(learning_rate)
         if len(batches) == 1:
-            result = self._whole(scalars, denominator, *to_inputs(batches[0]))
+            loss, norm, extra = self._whole(scalars, divide_by, *batches[0])
+            extras = [extra]
         else:
-            loss, correct, gradients = self._gradients(denominator, *to_inputs(batches[0]))
-            for batch in batches[1:]:
-                mx.eval(loss, correct, gradients)
-                more, right, extra = self._gradients(denominator, *to_inputs(batch))
-                loss, correct, gradients = loss + more, correct + right, tree_map(mx.add, gradients, extra)
-            result = (loss, self._update(gradients, scalars), correct)
-        mx.async_eval(*result, self.model.trainable_parameters(), list(self.optimizer.moments.values()))
-        return tuple(result)
+            loss, extra, gradients = self._gradients(divide_by, *batches[0])
+            extras = [extra]
+            for inputs in batches[1:]:
+                mx.eval(loss, extras, gradients)
+                more, extra, added = self._gradients(divide_by, *inputs)
+                loss, gradients = loss + more, tree_map(mx.add, gradients, added)
+                extras.append(extra)
+            norm = self._update(gradients, scalars)
+        mx.async_eval(loss, norm, extras, self.model.trainable_parameters(), list(self.optimizer.moments.values()))
+        return loss, norm, extras
 
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """Return (nats, correct) of one batch without gradients."""
-        nats, correct = self._evaluate(*to_inputs(batch))
-        return float(nats.item()), int(correct.item())
+    def evaluate(self, inputs: Inputs) -> tuple[mx.array, mx.array]:
+        """Return lazy (summed loss, extra) of one micro-batch without gradients."""
+        total, extra = self._evaluate(*inputs)
+        return total, extra
 
-    def _micro_step(self, denominator: mx.array, *inputs: mx.array) -> tuple[mx.array, mx.array, Any]:
-        def mean(*arguments: mx.array) -> tuple[mx.array, mx.array]:
-            nats, correct = self.losses(*arguments)
-            return nats / denominator, correct
+    def _micro_step(self, denominator: mx.array, *inputs: mx.array | None) -> tuple[mx.array, mx.array, Any]:
+        def mean(*arguments: mx.array | None) -> tuple[mx.array, mx.array]:
+            total, extra = self.objective(*arguments)
+            return total / denominator, extra
 
         weights = self.model.trainable_parameters()
-        (loss, correct), gradients = nn.value_and_grad(self.model, mean)(*inputs)
+        (loss, extra), gradients = nn.value_and_grad(self.model, mean)(*inputs)
         self.model.update(weights)  # checkpointed parts leave the backward pass's copies in the model
-        return loss, correct, gradients
+        return loss, extra, gradients
 
     def _apply(self, gradients: Any, scalars: mx.array) -> mx.array:
         gradients, norm = clip(gradients, self.optimizer.train.max_grad_norm)
         self.model.update(self.optimizer.apply(self.model.trainable_parameters(), gradients, scalars))
         return norm
 
-    def _whole_step(self, scalars: mx.array, denominator: mx.array, *inputs: mx.array) -> Inputs:
-        loss, correct, gradients = self._micro_step(denominator, *inputs)
-        return loss, self._apply(gradients, scalars), correct
+    def _whole_step(
+        self, scalars: mx.array, denominator: mx.array, *inputs: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        loss, extra, gradients = self._micro_step(denominator, *inputs)
+        return loss, self._apply(gradients, scalars), extra

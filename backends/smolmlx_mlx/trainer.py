@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from smolmlx import memory
+from smolmlx.data.pair_batches import PairBatch
 from smolmlx.plan import Plan
-from smolmlx.session import Arrays, Session, StepResult
+from smolmlx.session import Arrays, Session
 from smolmlx_mlx import device as devices
 from smolmlx_mlx.device import mx as mx
 from smolmlx_mlx.lanes import open_lanes
@@ -15,6 +17,7 @@ from smolmlx_mlx.memory import ran_out
 from smolmlx_mlx.model import add_lora, checkpoint_layers, from_mlx, load_base, read_arrays, to_tree, write_weights
 from smolmlx_mlx.optimizer import Optimizer
 from smolmlx_mlx.step import Stepper
+from smolmlx_mlx.work import PairWork, open_work
 
 # Free cached buffers beyond this many bytes; clearing on every step would throw away what the next one needs.
 _CACHE_BYTES = 2 << 30
@@ -31,22 +34,22 @@ class MlxTrainer:
 
     def _fit(self, plan: Plan, session: Session) -> None:
         engine = Engine(plan, session)
-        session.attach(engine)
-        batches = plan.train.step(session.state.step) if session.wants_step else []
-        while session.wants_step:
+        session.attach(engine, engine.score)
+        work = engine.work
+        made = work.make(session.state.step) if session.wants_step else None
+        while session.wants_step and made is not None:
             # Dropout of a step is a function of (seed, step) alone, so a resumed run draws the same.
             mx.random.seed(_step_seed(plan.recipe.train.seed, session.state.step))
-            loss, norm, correct = engine.stepper.step(batches, session.learning_rate)
+            loss, norm, extras = engine.stepper.step(made.inputs, made.denominator, session.learning_rate)
             upcoming = session.state.step + 1
-            batches = plan.train.step(upcoming) if upcoming < plan.steps else []  # made while the device works
-            mx.eval(loss, norm, correct)
-            session.record_step(
-                StepResult(float(loss.item()), float(norm.item()), int(correct.item()), devices.peak_bytes())
-            )
+            following = work.make(upcoming) if upcoming < plan.steps else None  # made while the device works
+            mx.eval(loss, norm, extras)
+            session.record_step(work.result(made, loss, norm, extras))
+            made = following
             if mx.get_cache_memory() > _CACHE_BYTES:
                 mx.clear_cache()
             if session.wants_eval:
-                session.record_eval(*engine.evaluate())
+                engine.evaluate()
             if session.wants_checkpoint:
                 session.save_checkpoint()
 
@@ -73,19 +76,22 @@ class Engine:
         parameters = self.model.trainable_parameters()
         matrices = {path for path, value in tree_flatten(parameters) if plan.trains_with_muon(path, value.ndim)}
         optimizer = Optimizer(parameters, recipe.train, matrices, plan.muon_ratio)
-        lanes = open_lanes(recipe.train.batch_size)
-        self.stepper = Stepper(self.model, optimizer, compiled, lanes, recipe.train.mixed_precision)
+        self.work = open_work(plan, session, self.model, open_lanes(recipe.train.batch_size))
+        self.stepper = Stepper(self.model, optimizer, compiled, self.work.objective)
 
-    def evaluate(self) -> tuple[float, int, int]:
-        """Return (nats, supervised tokens, correct) over the whole validation set."""
-        assert self.plan.validation is not None
+    def evaluate(self) -> None:
+        """Score the whole validation set."""
         self.model.eval()
-        nats, tokens, correct = 0.0, 0, 0
-        for batch in self.plan.validation.evaluation():
-            more, right = self.stepper.evaluate(batch)
-            nats, tokens, correct = nats + more, tokens + batch.num_supervised, correct + right
+        self.work.evaluate(self.stepper)
         self.model.train()
-        return nats, tokens, correct
+
+    def score(self, batch: PairBatch) -> npt.NDArray[np.float32]:
+        """Return the log-probabilities of a micro-batch's answers, [2B], without dropout."""
+        assert isinstance(self.work, PairWork)
+        self.model.eval()
+        found = self.work.score(self.stepper, batch)
+        self.model.train()
+        return found
 
     def weights(self) -> Arrays:
         return read_arrays(self.model.trainable_parameters())

@@ -61,6 +61,8 @@ class Recorder:
     """The same over the whole data set."""
     shapes: list[list[int]] = field(default_factory=list)
     """Padded shape of each batch; compiled engines trace anew for each one."""
+    reference_seconds: float | None = None
+    """Preference training: time until the first step can be taken, the reference's log-probabilities included."""
     loaded_bytes: int = 0
     peak_bytes: int = 0
     held_out_loss: float | None = None

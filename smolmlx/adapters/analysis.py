@@ -27,6 +27,10 @@ from smolmlx.adapters.delta import Term, find_changes, row_blocks
 from smolmlx.adapters.tensors import Floats
 from smolmlx.errors import RecipeError
 from smolmlx.models import BaseModel
+from smolmlx.rundir import RunDir
+
+DATA_FILE = "weight_changes.json"
+"""In a run's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,26 @@ def to_csv(changes: list[LayerChange]) -> str:
     return text.getvalue()
 
 
+def to_json(changes: list[LayerChange]) -> dict[str, object]:
+    """Return the table as JSON, each weight with its `layer` (null outside the blocks) and `module`, for a map of both."""
+    weights = [{**asdict(change), **dict(zip(("layer", "module"), _place(change), strict=True))} for change in changes]
+    return {"total": total(changes), "weights": weights}
+
+
+def keep(changes: list[LayerChange], run: RunDir) -> Path:
+    """Write the table into a finished run's folder, for reports."""
+    run.write_json(DATA_FILE, to_json(changes))
+    return run.path / DATA_FILE
+
+
+def _place(change: LayerChange) -> tuple[int | None, str]:
+    """Return the number of the block and the name of the module."""
+    layer = re.search(r"\.(\d+)\.", change.weight)
+    return int(layer[1]) if layer else None, change.weight.removesuffix(".weight").rpartition(".")[2]
+
+
 def draw(changes: list[LayerChange], path: Path) -> None:
-    """Draw the relative change (the absolute one without a base) of every weight, one line for each kind, as SVG or PNG.
+    """Draw a map of layers and modules, coloured by relative change (absolute without a base), as SVG or PNG.
 
     Raises:
         BackendError: vl-convert is not installed.
@@ -119,19 +141,20 @@ def draw(changes: list[LayerChange], path: Path) -> None:
     relative = bool(changes) and changes[0].relative is not None
     values = []
     for change in changes:
-        layer = re.search(r"\.(\d+)\.", change.weight)
-        kind = change.weight.removesuffix(".weight").rpartition(".")[2]
+        layer, module = _place(change)
         size = change.relative if relative else change.frobenius
-        values.append({"layer": int(layer[1]) if layer else -1, "weight": kind, "size": size})
+        values.append({"layer": "-" if layer is None else f"{layer}", "module": module, "size": size})
+    shown = {"aggregate": "mean", "field": "size", "type": "quantitative"}  # experts stored one by one share a cell
     spec = {
         "data": {"values": values},
-        "mark": {"type": "line", "point": True},
+        "mark": "rect",
         "encoding": {
-            "x": {"field": "layer", "type": "ordinal", "title": "layer (-1: outside the blocks)"},
-            "y": {"field": "size", "type": "quantitative", "title": "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖"},
-            "color": {"field": "weight", "type": "nominal", "title": None},
+            "x": {"field": "layer", "type": "ordinal", "sort": None, "title": "layer (-: outside the blocks)"},
+            "y": {"field": "module", "type": "nominal", "sort": None, "title": None},
+            "color": {**shown, "title": "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖"},
         },
-        "height": 300,
+        "width": {"step": 18},
+        "height": {"step": 24},
     }
     if path.suffix == ".svg":
         path.write_text(charts.to_svg(spec), encoding="utf-8")

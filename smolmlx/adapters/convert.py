@@ -15,8 +15,9 @@ from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters import tensors, to_mlx, to_peft
 from smolmlx.adapters.adapter import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, SIDE_FILES, Adapter
 from smolmlx.adapters.base import Weights
-from smolmlx.adapters.names import SAME_NAMES
+from smolmlx.adapters.names import SAME_EXPERTS, SAME_NAMES
 from smolmlx.adapters.target import BULK, KEY, Origin, Target, recall, remember
+from smolmlx.adapters.tensors import TensorFile
 from smolmlx.errors import RecipeError
 from smolmlx.models import BaseModel
 from smolmlx.rundir import publish
@@ -63,27 +64,20 @@ def convert(
     weights = Weights(base) if base else None
     if weights:
         check_fits(adapter, weights)
+        _refuse_other_experts(adapter, weights)
     origin, changed = (None, None) if fresh else recall(adapter)
-    target, restored = _build(adapter, weights, to, origin)
-    notes = [*target.notes, *([changed] if changed else []), *_doubt(base)]
-    if origin and not restored:
-        notes.append("the original file cannot be rebuilt exactly (origin.safetensors is missing); converted afresh")
+    build = to_mlx.build if to == "mlx" else to_peft.build
     with publish(out) as temporary:
-        if restored and origin:
-            _write_restored(temporary, to, target, origin)
-        else:
+        target = build(adapter, weights, origin) if origin else None
+        restored = target is not None and origin is not None and _restore(temporary, to, target, origin)
+        if target is None or not restored:
+            target = build(adapter, weights)
             _write(temporary, to, target, adapter)
         copy_side_files(folder, temporary)
+    notes = [*target.notes, *([changed] if changed else []), *_doubt(adapter, base)]
+    if origin and not restored:
+        notes.append(f"its weights were changed since the conversion, or {BULK} is missing, so it is converted afresh")
     return Conversion(out, to, len(adapter.modules), len(target.folded), restored, tuple(notes))
-
-
-def _build(adapter: Adapter, weights: Weights | None, to: str, origin: Origin | None) -> tuple[Target, bool]:
-    build = to_mlx.build if to == "mlx" else to_peft.build
-    if origin is not None:
-        target = build(adapter, weights, origin)
-        if target.is_exactly(origin.entries):
-            return target, True
-    return build(adapter, weights), False
 
 
 def _write(folder: Path, to: str, target: Target, adapter: Adapter) -> None:
@@ -94,10 +88,14 @@ def _write(folder: Path, to: str, target: Target, adapter: Adapter) -> None:
         tensors.write(folder / BULK, target.bulk, {})
 
 
-def _write_restored(folder: Path, to: str, target: Target, origin: Origin) -> None:
+def _restore(folder: Path, to: str, target: Target, origin: Origin) -> bool:
+    """Write the original file again; return whether it is that very file."""
+    if not target.is_exactly(origin.entries):
+        return False
     ordered = sorted(origin.entries, key=lambda name: (origin.entries[name].start, origin.entries[name].end))
     tensors.write_raw(folder / FORMS[to], origin.header, (target.tensors[name] for name in ordered))
     (folder / CONFIG).write_bytes(origin.config.encode())
+    return TensorFile(folder / FORMS[to]).checksum() == origin.checksum
 
 
 def refuse_used(out: Path) -> None:
@@ -142,8 +140,24 @@ def check_fits(adapter: Adapter, weights: Weights) -> None:
         raise RecipeError(f"{adapter.folder}: made for another base than {weights.model.name}", shown)
 
 
-def _doubt(base: BaseModel | None) -> list[str]:
+def _refuse_other_experts(adapter: Adapter, weights: Weights) -> None:
+    """Refuse experts whose names in the two libraries were not compared: a wrong name loads and does something else.
+
+    Raises:
+        RecipeError
+    """
+    kind = str(weights.model.config.get("model_type"))
+    if kind not in SAME_EXPERTS and any(module.kind == "experts" for module in adapter.modules):
+        raise RecipeError(
+            f"{adapter.folder}: adapts the experts of a {kind} model; converted are those of {', '.join(sorted(SAME_EXPERTS))}."
+            " Merge instead: smolmlx adapter merge."
+        )
+
+
+def _doubt(adapter: Adapter, base: BaseModel | None) -> list[str]:
     kind = str(base.config.get("model_type")) if base else None
+    if kind is None and any(module.kind == "experts" for module in adapter.modules):
+        return [f"the base is not here to look at; experts are named alike only in {', '.join(sorted(SAME_EXPERTS))}"]
     if kind is None or kind in SAME_NAMES:
         return []
     return [f"names of {kind} were not compared between transformers and mlx-lm; load the result before relying on it"]

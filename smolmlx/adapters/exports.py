@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 from smolmlx import backend as backends
 from smolmlx.adapters import adapter as adapters
-from smolmlx.adapters import gguf_model, verification
+from smolmlx.adapters import awq, gguf_model, verification
 from smolmlx.adapters.adapter import CONFIG, PEFT_WEIGHTS
 from smolmlx.adapters.convert import convert, copy_side_files, refuse_used
 from smolmlx.adapters.merge import Merged, merge, prepare
@@ -51,7 +50,9 @@ class Settings:
     dtype: str = "auto"
     """Of hf, mlx (not quantized) and vllm."""
     quantize: str = "none"
-    """mlx: none, 4bit, 8bit."""
+    """mlx: none, 4bit, 8bit; vllm: none, awq."""
+    calibration: str | None = None
+    """vllm with awq: rows to run through the model."""
     kind: str = "f16"
     """gguf: one of gguf_model.PLAIN_TYPES or K_TYPES."""
     untie: bool = False
@@ -107,6 +108,11 @@ def export(target: str, source: Source, out: Path, how: Settings, say: Say = lam
     """
     assert target in TARGETS, target
     refuse_used(out)
+    if how.quantize == "awq":
+        awq.refuse(how.calibration)
+        awq.group_size(source.base)
+    elif how.calibration is not None:
+        raise RecipeError("--calibration has no effect without --quantize awq. Leave it out, or pass both.")
     done = Export(target, out)
     samples, reference = _reference(source, how, done, say)
     with _publish(target, source, out, how) as place:
@@ -217,6 +223,8 @@ def _sharpen_quantized_config(place: Path, done: Export) -> None:
 def _write_vllm(source: Source, place: Path, out: Path, how: Settings, done: Export) -> None:
     """A merged folder, and the adapter beside it in the form that vLLM's --lora-modules takes."""
     done.precision = _merge_into(source, place / "merged", how, done).dtype
+    if how.quantize == "awq":
+        _quantize_merged(source, place, how, done)
     done.commands.append(f"vllm serve {out / 'merged'}")
     if source.adapter is None:
         return
@@ -231,6 +239,20 @@ def _write_vllm(source: Source, place: Path, out: Path, how: Settings, done: Exp
     base = source.base.name if source.base.revision else source.base.folder
     done.commands.append(
         f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules tuned={out / 'adapter'}"
+    )
+
+
+def _quantize_merged(source: Source, place: Path, how: Settings, done: Export) -> None:
+    """Put the AWQ model in the place of the merged one; the adapter folder stays for the unquantized base."""
+    assert how.calibration is not None
+    rows = awq.read_calibration(how.calibration, Tokenizer(_tokenizer_folder(source)))
+    with tempfile.TemporaryDirectory(prefix=".whole-", dir=place) as folder:
+        whole = (place / "merged").rename(Path(folder) / "merged")
+        awq.quantize(whole, place / "merged", rows, awq.group_size(source.base))
+        copy_side_files(whole, place / "merged")
+    done.precision = "awq"
+    done.notes.append(
+        f"calibrated on {len(rows)} rows of {how.calibration}; compare it with the whole model before use"
     )
 
 
@@ -352,43 +374,3 @@ def _check_gguf(source: Source, place: Path, done: Export, samples: Sequence[Sam
             done.agreements.append(verification.compare(samples, logits, (name, reference), done.precision))
     finally:
         llama.close()
-
-
-def card(done: Export, source: Source) -> str:
-    """Return a model card for an exported folder."""
-    name = source.base.name if source.base.revision else Path(source.base.name).name
-    tags = {"hf": "transformers", "vllm": "transformers", "mlx": "mlx", "gguf": "gguf"}[done.target]
-    lines = ["---", f"base_model: {json.dumps(name)}", f"library_name: {tags}", "tags: [smolmlx]", "---", ""]
-    lines += [f"# {Path(done.path).stem}", "", f"{name}, fine-tuned and exported with smolmlx ({done.precision}).", ""]
-    lines += [
-        f"* {a.consumer} against {a.reference}: {a.nats:.2g} nats per token, {a.greedy:.1%} of {a.num_tokens} greedy tokens"
-        for a in done.agreements
-    ]
-    lines += [f"* not verified: {text}" for text in done.unverified]
-    return "\n".join([*lines, ""])
-
-
-def push(done: Export, source: Source, repo: str, private: bool) -> str:
-    """Upload an export with its card to the hub; returns the address.
-
-    Raises:
-        BackendError: the hub cannot be reached, or refuses.
-    """
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise BackendError("--push needs huggingface_hub. pip install huggingface_hub.") from error
-    api = HfApi()
-    try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        if done.path.is_file():
-            api.upload_file(path_or_fileobj=str(done.path), path_in_repo=done.path.name, repo_id=repo)
-        else:
-            api.upload_folder(folder_path=str(done.path), repo_id=repo)
-        api.upload_file(path_or_fileobj=card(done, source).encode(), path_in_repo="README.md", repo_id=repo)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise BackendError(
-            f"--push {repo}: {str(error).splitlines()[0]} Log in with `hf auth login`, then push {done.path}."
-        ) from error
-    return f"https://huggingface.co/{repo}"

@@ -1,7 +1,8 @@
 """Bring adapters of many ranks and scales to the one rank and scale that mlx-lm has, so that it can be undone to the bit.
 
 A module's scale goes into B (times scale / common scale) and both factors are padded with zeros to the largest rank.
-Multiplying rounds; what dividing does not bring back is kept as the difference of the bits.
+Multiplying rounds; dividing brings every value back to within one step of its last bit, nearly always, and the steps are
+kept: two bits a value.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from smolmlx.adapters.tensors import WIDTHS, Words, from_floats, to_floats
 
 # alpha = scale * rank and back again may differ in the last bit of a double.
 _SAME = 1e-12
+_STEPS, _BITS = np.zeros(1, np.uint8), np.ones(1, np.uint8)
 
 
 def common_scale(scales: Sequence[float]) -> float:
@@ -52,25 +54,33 @@ def unfold(words: Words, dtype: str, by: float) -> Words:
         return from_floats(words.view(np.float32) / np.float32(by), dtype)
 
 
-def difference(original: Words, folded: Words, dtype: str, by: float) -> Words:
-    """Return, compressed, the bits by which `unfold(folded)` differs from `original`; mostly zeros."""
-    bits = np.ascontiguousarray(original) ^ unfold(folded, dtype, by)
-    return np.frombuffer(zlib.compress(bits.tobytes(), 1), np.uint8)
+def difference(original: Words, folded: Words, dtype: str, by: float) -> Words | None:
+    """Return, as bytes, what makes `unfold(folded)` the original again, or None where it already is.
+
+    One bit a value for a step up, then one for a step down; where a step is longer (infinities, NaNs, values too small
+    to divide), the bits that differ, compressed. The first byte says which.
+    """
+    steps = np.ascontiguousarray(original).reshape(-1)
+    steps = np.subtract(steps, unfold(folded, dtype, by).reshape(-1))  # unsigned: one down is the largest word
+    up, down = steps == 1, steps == np.iinfo(steps.dtype).max
+    masks = np.packbits(up), np.packbits(down)
+    if np.count_nonzero(steps) == np.count_nonzero(up) + np.count_nonzero(down):
+        return np.concatenate((_STEPS, *masks)) if masks[0].any() or masks[1].any() else None
+    return np.concatenate((_BITS, np.frombuffer(zlib.compress(steps.tobytes(), 1), np.uint8)))
 
 
 def mend(words: Words, dtype: str, packed: Words) -> Words:
-    """Apply a `difference`. A stored one of another length than the tensor's is left out."""
+    """Apply a `difference`. One of another length than the tensor's is left out."""
+    flat, count = words.reshape(-1), -(-words.size // 8)
+    if packed.size == 1 + 2 * count and packed[0] == _STEPS[0]:
+        up, down = (np.unpackbits(part, count=words.size) for part in np.split(packed[1:], 2))
+        return (flat + up - down).astype(words.dtype).reshape(words.shape)
     limit = words.size * WIDTHS[dtype]
-    unpacker = zlib.decompressobj()
     try:
-        raw = unpacker.decompress(packed.tobytes(), limit)
+        raw = zlib.decompressobj().decompress(packed[1:].tobytes(), limit)
     except zlib.error:
         return words
-    return words ^ np.frombuffer(raw, words.dtype).reshape(words.shape) if len(raw) == limit else words
-
-
-def checksum(words: Words) -> int:
-    return zlib.crc32(np.ascontiguousarray(words).reshape(-1).view(np.uint8).data)
+    return (flat + np.frombuffer(raw, words.dtype)).reshape(words.shape) if len(raw) == limit else words
 
 
 def pad(words: Words, axis: int, size: int) -> Words:

@@ -15,6 +15,8 @@ SAME_NAMES = frozenset({
     "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "gemma", "gemma2", "gemma3_text", "phi3",
     "smollm3", "olmo2", "starcoder2", "stablelm", "granite", "cohere", "cohere2",
 })  # fmt: skip
+SAME_EXPERTS = frozenset({"qwen2_moe", "qwen3_moe", "olmoe"})
+"""Of those, the types whose stacked experts were compared too."""
 HEAD, HEAD_WEIGHT = "lm_head", "lm_head.weight"
 
 

@@ -30,7 +30,7 @@ _HARMLESS = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules", "use_rslora",
     "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save",
     "ensure_weight_tying", "init_lora_weights", "bias", "lora_bias", "megatron_core", "qalora_group_size",
-    "loftq_config", "eva_config", "base_model_class", "runtime_config", "base_model_fingerprint", "parent_library",
+    "loftq_config", "eva_config", "base_model_class", "runtime_config", "parent_library",
 }  # fmt: skip
 _REFUSED = {
     "lora_bias": "it trains a bias beside B, which mlx-lm's layers have no place for",

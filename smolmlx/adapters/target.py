@@ -26,7 +26,7 @@ class Target:
     tensors: dict[str, Made] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     folded: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Module -> the rank, factor, dtype and checksum that undo a fold."""
+    """Module -> the rank, factor and dtype that undo a fold."""
     bulk: dict[str, Made] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -45,6 +45,8 @@ class Origin:
     config: str
     entries: Mapping[str, Entry]
     folded: Mapping[str, Mapping[str, Any]]
+    checksum: int
+    """Of the tensors' bytes."""
     bulk: TensorFile | None
 
     @property
@@ -62,6 +64,7 @@ def remember(adapter: Adapter, target: Target) -> str:
             "config": (adapter.folder / "adapter_config.json").read_bytes().decode("utf-8"),
             "written": _hash(target.config),
             "folded": target.folded,
+            "checksum": adapter.file.checksum(),
         }
     )
 
@@ -76,7 +79,8 @@ def recall(adapter: Adapter) -> tuple[Origin | None, str | None]:
     try:
         header, config, folded = tree["header"].encode(), str(tree["config"]), dict(tree["folded"])
         parse_json(config.encode(), path)
-        origin = Origin(str(tree["form"]), header, config, parse_header(header, path), folded, _bulk(adapter.folder))
+        entries, checksum = parse_header(header, path), int(tree["checksum"])
+        origin = Origin(str(tree["form"]), header, config, entries, folded, checksum, _bulk(adapter.folder))
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{path}: its {KEY} note is broken. Remove it from the metadata to convert afresh.") from error
     if origin.form == adapter.form:

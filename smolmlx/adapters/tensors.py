@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,10 @@ class TensorFile:
         """Return a tensor as unsigned words in its shape, not copied."""
         entry = self.entries[name]
         return self._data[entry.start : entry.end].view(f"<u{WIDTHS[entry.dtype]}").reshape(entry.shape)
+
+    def checksum(self) -> int:
+        """Return the CRC-32 of all tensors' bytes."""
+        return zlib.crc32(self._data.data)
 
     def floats(self, name: str) -> Floats:
         """Return a tensor widened to float32."""

@@ -16,6 +16,9 @@ from smolmlx.adapters.target import Origin, Target
 from smolmlx.adapters.tensors import Made, Words
 from smolmlx.errors import RecipeError
 
+_SWELLING, _ALWAYS_FINE = 32, 256 << 20
+"""How many times its size an adapter may take when padded to one rank, and the bytes that are never too many."""
+
 
 def build(adapter: Adapter, base: Weights | None, origin: Origin | None = None) -> Target:
     """Plan every tensor of the mlx-lm adapter; `origin` asks for exactly the tensors it once had.
@@ -35,6 +38,7 @@ def build(adapter: Adapter, base: Weights | None, origin: Origin | None = None) 
     ]
     scale = origin.scale if origin else folding.common_scale([module.scale for _, module, _, _ in pieces])
     rank = max(a.shape[1] for _, _, a, _ in pieces)
+    _refuse_swelling(adapter, [a.size // a.shape[1] + b.size // a.shape[1] for _, _, a, b in pieces], rank)
     target = Target()
     for path, module, a, b in pieces:
         _add(target, adapter, path, module, (a, b), rank, folding.factor(module.scale, scale))
@@ -71,11 +75,9 @@ def _add(
     (a, b), dtype_a, dtype_b = pair, adapter.dtype(module.a), adapter.dtype(module.b)
     own, axis = a.shape[1], 2 if module.kind == "experts" else 0
     if own < rank or by != 1.0:
-        folded = partial(folding.fold, b, dtype_b, by)
         target.folded[path] = {"rank": own, "factor": by, "dtype": dtype_b}
-        if by != 1.0:
-            target.folded[path]["crc"] = folding.checksum(folding.pad(folded(), axis, rank))
-            packed = folding.difference(b, folded(), dtype_b, by)
+        packed = folding.difference(b, folding.fold(b, dtype_b, by), dtype_b, by) if by != 1.0 else None
+        if packed is not None:
             target.bulk[f"fold.{path}"] = Made("U8", packed.shape, lambda: packed)
 
     def scaled() -> Words:
@@ -90,6 +92,16 @@ def _add(
 
 def _resized(words: Words, axis: int, size: int) -> tuple[int, ...]:
     return tuple(size if i == axis else n for i, n in enumerate(words.shape))
+
+
+def _refuse_swelling(adapter: Adapter, sizes: list[int], rank: int) -> None:
+    """Refuse a file whose one huge rank would make all others fill the disk; `sizes` are values at rank 1."""
+    stored = adapter.file.path.stat().st_size
+    if 4 * rank * sum(sizes) > max(_SWELLING * stored, _ALWAYS_FINE):
+        raise RecipeError(
+            f"{adapter.folder}: rank_pattern: mlx-lm has one rank for all, and bringing every module to {rank} makes"
+            f" {4 * rank * sum(sizes) / 1e9:.1f} GB of {stored / 1e6:.1f} MB. Merge instead: smolmlx adapter merge."
+        )
 
 
 def _config(adapter: Adapter, target: Target, rank: int, scale: float) -> dict[str, Any]:

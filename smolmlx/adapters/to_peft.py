@@ -72,7 +72,7 @@ def _factors(adapter: Adapter, module: Module, origin: Origin | None) -> tuple[W
         return short[1], short[0], dtype
     words = folding.unfold(np.ascontiguousarray(short[0]), old, by)
     packed = f"fold.{module.path}"
-    if origin.bulk is not None and packed in origin.bulk.entries and folding.checksum(b) == fold.get("crc"):
+    if origin.bulk is not None and packed in origin.bulk.entries:
         words = folding.mend(words, old, origin.bulk.words(packed))
     return short[1], words, old
 

@@ -19,6 +19,8 @@ VERBS = {
     "train": "Train a recipe, stage by stage.",
     "plan": "Show what a recipe will do, without doing it.",
     "generate": "Answer prompts with a model.",
+    "chat": "Talk to a model in the terminal.",
+    "serve": "Serve a model over HTTP, as OpenAI's API.",
     "eval": "Score a model on held-out rows, beside its controls.",
     "judge": "Have a language model mark answers, or choose between two.",
     "sweep": "Train a recipe under many settings and seeds.",

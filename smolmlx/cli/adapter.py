@@ -173,19 +173,24 @@ def merge(
 )
 @_REVISION
 @click.option("--csv", "csv_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the table as CSV.")
-@click.option("--chart", type=click.Path(dir_okay=False), metavar="FILE", help="Draw it (png, svg or pdf).")
+@click.option("--chart", type=click.Path(dir_okay=False), metavar="FILE", help="Draw a map of it (png or svg).")
 @options.as_json
 def analyze(
     adapter: str, model: str | None, revision: str | None, csv_file: str | None, chart: str | None, as_json: bool
 ) -> None:
-    """Measure the change of every weight: Frobenius norm, relative norm, maximum, effective rank, cosine."""
+    """Measure the change of every weight: Frobenius norm, relative norm, maximum, effective rank, cosine.
+
+    For a finished run's folder the table is kept there too, as weight_changes.json.
+    """
     from smolmlx import console
     from smolmlx.adapters import analysis
     from smolmlx.adapters.adapter import find_folder
-    from smolmlx.rundir import write_text, writing
+    from smolmlx.rundir import RunDir, write_text, writing
 
     with console.status("measuring"):
         found = analysis.analyze(find_folder(adapter), _model(model, revision))
+    if RunDir(Path(adapter)).done:
+        console.note(f"table kept in {analysis.keep(found, RunDir(Path(adapter)))}")
     if csv_file:
         write_text(Path(csv_file), analysis.to_csv(found))
         console.note(f"table in {csv_file}")
@@ -194,7 +199,7 @@ def analyze(
             analysis.draw(found, Path(chart))
         console.note(f"chart in {chart}")
     if as_json:
-        console.print_json({"total": analysis.total(found), "weights": [asdict(change) for change in found]})
+        console.print_json(analysis.to_json(found))
         return
     _print_changes(found)
     console.result(f"\n{len(found)} weights, ||dW|| of all together {analysis.total(found):.4g}")

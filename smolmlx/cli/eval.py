@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,23 +17,36 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   smolmlx eval notes/sft --model tiny --adapter runs/notes-sft-.../adapter
+  smolmlx eval notes/sft --model tiny --adapter sft=runs/a/adapter --adapter dpo=runs/b/adapter --out runs/scores
   smolmlx eval --model HuggingFaceTB/SmolLM2-135M --data held_out.jsonl --suite loss
 """
 # Shown in the terminal; the files hold every metric.
 SHOWN = ("compliance", "content_alignment", "f1", "key_term_recall", "unsupported", "rubric")
+RESERVED = ("base", "copy control", "random control")
+"""Names of what always stands beside the adapters."""
 LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsupported terms", "rubric": "rubric (0-12)"}
 
 
 @click.command("eval", epilog=EPILOG)
 @click.argument("recipe", required=False)
 @click.option("--model", required=True, metavar="M", help="Hub id, folder or `tiny`: the base, always scored too.")
-@click.option("--adapter", "adapters", multiple=True, metavar="A", help="Adapter folder; may be given more than once.")
+@click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]A", help="Adapter folder; several stand beside each other, e.g. sft=A dpo=B.")  # fmt: skip
 @click.option("--data", metavar="ROWS", help="Held-out rows; default: the recipe's evaluate.data.")
 @click.option("--train", "train", metavar="ROWS", help="Rows the copy and random controls answer from (suite notes).")
 @click.option("--ood", metavar="ROWS", help="Out-of-distribution rows, scored apart.")
-@click.option("--suite", type=click.Choice(["notes", "loss"]), help="Default: the recipe's, else loss.")
+@click.option("--suite", type=click.Choice(["notes", "loss", "research"]), help="Default: the recipe's, else loss.")
+@click.option("--free", is_flag=True, help="Do not keep answers to their schemas (suite research).")
+@click.option(
+    "--tasks-file",
+    metavar="YAML",
+    type=click.Path(dir_okay=False),
+    help="Task registry that the rows were made with (suite research).",
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy and the same every time.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of sampling, with --temperature.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first N rows.")
+@click.option("--id", "ids", multiple=True, metavar="ROW", help="Score this row alone, e.g. row-0007; may be given more than once.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @options.quantize
 @click.option("--out", type=click.Path(file_okay=False), help="Write results.json, .md, .csv and the answers here.")
@@ -47,25 +61,30 @@ def command(
     device: str | None,
     quantize: str,
     as_json: bool,
+    free: bool,
+    tasks_file: str | None,
     **given: Any,
 ) -> None:
     """Score MODEL and each adapter on the same rows, template and decoding; RECIPE supplies what is not given."""
     from smolmlx import console
     from smolmlx.data.chat import Tokenizer
-    from smolmlx.evals.run import System, evaluate, write
+    from smolmlx.evals.bases import System
+    from smolmlx.evals.run import evaluate, write
     from smolmlx.models import find_model
 
     base = find_model(model)
+    named = _name_adapters(adapters)
     settings, template = _settings(recipe, given, device, quantize)
-    for adapter in adapters:
-        if not Path(adapter).is_dir():
-            raise RecipeError(f"--adapter {adapter}: no such folder.")
+    if (free or tasks_file) and settings.suite != "research":
+        raise RecipeError(f"--free and --tasks-file: have no use for suite {settings.suite}, only for research.")
+    settings = replace(
+        settings,
+        constrained=settings.constrained and not free,
+        registry=Path(tasks_file) if tasks_file else None,
+    )
     choice = options.choose(backend, device)
-    tokenizer = Tokenizer(options.tokenizer_folder(base.folder, adapters), template)
-    systems = [
-        System("base", base),
-        *(System(name, base, Path(a)) for name, a in zip(_names(adapters), adapters, strict=True)),
-    ]
+    tokenizer = Tokenizer(options.tokenizer_folder(base.folder, list(named.values())), template)
+    systems = [System("base", base), *(System(name, base, Path(folder)) for name, folder in named.items())]
     found = evaluate(choice.backend, systems, tokenizer, settings, console.Counter)
     if out:
         write(found, Path(out))
@@ -77,10 +96,30 @@ def command(
             console.result(f"\nResults: {out}")
 
 
-def _names(adapters: tuple[str, ...]) -> list[str]:
-    """Name each adapter by its run folder, numbered where two are alike."""
-    plain = [Path(a).parent.name if Path(a).name == "adapter" else Path(a).name for a in adapters]
-    return [name if plain.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(plain, 1)]
+def _name_adapters(adapters: tuple[str, ...]) -> dict[str, str]:
+    """Return name -> folder: the name given with `name=`, else that of the run's folder, numbered where two are alike.
+
+    Raises:
+        RecipeError: with every folder that is missing and every name that stands for something else.
+    """
+    problems, found = [], {}
+    split = [(None, a) if Path(a).is_dir() or "=" not in a else tuple(a.split("=", 1)) for a in adapters]
+    plain = [name or _run_name(folder) for name, folder in split]
+    for number, (name, (given, folder)) in enumerate(zip(plain, split, strict=True), 1):
+        label = name if given or plain.count(name) == 1 else f"{name}-{number}"
+        if not Path(folder).is_dir():
+            problems.append(f"--adapter {folder}: no such folder.")
+        if label in found or label in RESERVED:
+            problems.append(f"--adapter {label}={folder}: the name {label} is taken; give another one, NAME=FOLDER.")
+        found[label] = folder
+    if problems:
+        raise RecipeError("eval: adapters", problems)
+    return found
+
+
+def _run_name(folder: str) -> str:
+    path = Path(folder)
+    return path.parent.name if path.name == "adapter" else path.name
 
 
 def _settings(
@@ -95,27 +134,46 @@ def _settings(
     chosen: dict[str, Any] = {name: fallback.get(name) if value is None else value for name, value in given.items()}
     if not chosen["data"]:
         raise RecipeError("eval: no rows to score. Pass --data rows.jsonl, or a recipe that has an `evaluate` block.")
+    suite = chosen["suite"] or "loss"
+    if suite == "loss":
+        _refuse_for_loss(given)
     settings = Settings(
         data=chosen["data"],
-        suite=chosen["suite"] or "loss",
+        suite=suite,
         train=chosen["train"],
         ood=chosen["ood"],
-        decoding=Decoding(max_tokens=chosen["max_tokens"] or 256, batch_size=chosen["batch_size"]),
+        constrained=fallback.get("constrained", True),
+        decoding=Decoding(
+            max_tokens=chosen["max_tokens"] or 256,
+            temperature=given["temperature"],
+            seed=given["seed"],
+            batch_size=chosen["batch_size"],
+        ),
         limit=chosen["limit"],
+        ids=given["ids"],
         template_args=fallback.get("template_args", {}),
         system_message=fallback.get("system_message"),
         columns=fallback.get("columns", {}),
+        form=fallback.get("form", "auto"),
         loading=Loading(device, quantize=quantize),
         encoding=fallback["encoding"] if fallback else Encoding(max_length=2048),
     )
     return settings, fallback.get("chat_template")
 
 
+def _refuse_for_loss(given: dict[str, Any]) -> None:
+    """Refuse what only answers have; a recipe's own values for another suite are no request."""
+    flags = {"train": "--train", "ood": "--ood", "max_tokens": "--max-tokens", "temperature": "--temperature", "ids": "--id"}  # fmt: skip
+    wrong = [flag for key, flag in flags.items() if given[key]]
+    if wrong:
+        raise RecipeError(f"eval: suite loss answers nothing, so it has no use for {', '.join(wrong)}. Leave them out, or pass --suite notes.")  # fmt: skip
+
+
 def _from_recipe(name: str | None) -> dict[str, Any]:
     """Return what a recipe says about evaluation; nothing without a recipe."""
     if name is None:
         return {}
-    from smolmlx.plan import encoding, locate
+    from smolmlx.plan import encoding, eval_format, locate
 
     loaded = options.load_recipe(name, ())
     data, wanted = loaded.recipe.data, loaded.recipe.evaluate
@@ -123,18 +181,21 @@ def _from_recipe(name: str | None) -> dict[str, Any]:
         "template_args": data.template_args,
         "system_message": data.system,
         "columns": data.columns,
+        "form": eval_format(loaded.recipe),
         "encoding": encoding(loaded.recipe),
         "chat_template": loaded.recipe.model.chat_template,
     }
     if wanted is not None:
         files = {key: locate(path, loaded) for key in ("data", "train", "ood") if (path := getattr(wanted, key))}
         found |= {"suite": wanted.suite, "max_tokens": wanted.max_tokens, "limit": wanted.limit, **files}
+        found["constrained"] = wanted.constrained
     return found
 
 
 def show(evaluation: Evaluation) -> None:
     """Print the figures that decide, per row set and system, with 95 % intervals."""
     from smolmlx import console
+    from smolmlx.evals import research
 
     for name, report in evaluation.notes.items():
         systems = list(report.summary)
@@ -144,13 +205,31 @@ def show(evaluation: Evaluation) -> None:
             cells = [f"{i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]" for i in (report.summary[s][metric] for s in systems)]
             rows.append((LABELS.get(metric, metric.replace("_", " ")), *cells))
         console.result()
-        console.table(rows, ("mean [95 % interval]", *systems), title=f"{name}: {report.num_rows} rows")
+        console.table(
+            rows,
+            ("mean [95 % interval]", *systems),
+            title=f"{name}: {report.num_rows} rows of {evaluation.files[name].path}",
+        )
         for difference in report.differences:
             if difference.metric in ("compliance", "content_alignment"):
                 console.result(f"  {difference.sentence}")
+    for name, found in evaluation.research.items():
+        head, *body = research.table(found)
+        console.table(body, head, title=f"{name}: {len(found.ids)} rows, mean [95 % interval]")
+        for difference in found.differences:
+            console.result(f"  {difference.sentence}")
+        console.result()
     if evaluation.loss:
         lines = [
-            (name, f"{s.loss:.4f}", f"{s.perplexity:.2f}", f"{s.accuracy:.4f}", f"{s.num_tokens:,}")
+            (
+                name,
+                f"{s.loss:.4f} [{s.low:.4f}, {s.high:.4f}]",
+                f"{s.perplexity:.2f}",
+                f"{s.accuracy:.4f}",
+                f"{s.num_tokens:,}",
+            )
             for name, s in evaluation.loss.items()
         ]
-        console.table(lines, ("system", "loss", "perplexity", "accuracy", "tokens"))
+        console.table(lines, ("system", "loss [95 % interval]", "perplexity", "accuracy", "tokens"))
+        for gap in evaluation.differences:
+            console.result(f"  {gap.sentence}")

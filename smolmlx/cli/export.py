@@ -93,6 +93,14 @@ def gguf(**arguments: Any) -> None:
 @command.command("vllm")
 @_common
 @_DTYPE
+@click.option(
+    "--quantize",
+    type=click.Choice(["none", "awq"]),
+    default="none",
+    show_default=True,
+    help="awq: 4 bits, by llm-compressor; NVIDIA only.",
+)
+@click.option("--calibration", metavar="ROWS", help="With awq: rows as in training, run through the model.")
 def vllm(**arguments: Any) -> None:
     """A merged folder and a LoRA folder for vLLM, with the commands to serve them."""
     _run("vllm", **arguments)
@@ -110,8 +118,10 @@ def _run(
     **how: Any,
 ) -> None:
     from smolmlx import console
-    from smolmlx.adapters import exports
+    from smolmlx.adapters import exports, hub
 
+    if push:
+        hub.refuse()
     found = exports.find_source(source, model, revision)
     settings: Settings = exports.Settings(**how)
     with console.status(f"exporting {target}") as say:
@@ -119,7 +129,7 @@ def _run(
         address = None
         if push:
             say(f"uploading to {push}")
-            address = exports.push(done, found, push, private)
+            address = hub.push(done, found, push, private)
     if as_json:
         console.print_json({**asdict(done), "address": address})
         return

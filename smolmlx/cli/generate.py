@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ from smolmlx.cli import options
 from smolmlx.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
+    from smolmlx.backend import Completion
     from smolmlx.data.chat import Tokenizer
 
 EPILOG = """\b
 Examples:
   smolmlx generate --model tiny --adapter runs/quickstart-.../adapter --prompt "..."
   smolmlx generate --model my/model --input questions.jsonl --output answers.jsonl --temperature 0.7 --seed 1
+  smolmlx generate --model tiny --prompt "..." --choice yes --choice no
 """
 
 
@@ -49,7 +52,34 @@ Examples:
     type=click.IntRange(min=0),
     help="A sampled row depends on (seed, row) alone.",
 )
+@click.option("--top-k", default=0, metavar="K", type=click.IntRange(min=0), help="Draw among the K likeliest tokens.")
+@click.option(
+    "--min-p",
+    default=0.0,
+    metavar="P",
+    type=click.FloatRange(0, 1),
+    help="Leave out tokens less likely than P times the likeliest.",
+)
+@click.option(
+    "--repetition-penalty",
+    default=1.0,
+    metavar="R",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Above 1: hold back tokens that the answer has already.",
+)
+@click.option(
+    "--no-repeat-ngram",
+    default=0,
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="No N tokens in a row come twice in an answer.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End an answer in front of this text; may be repeated.")
+@click.option("--schema", metavar="FILE|MODULE:CLASS", help="Keep answers to a JSON schema, or a Pydantic model.")
+@click.option("--regex", metavar="R", help="Keep answers to a regular expression (Rust's syntax).")
+@click.option("--choice", "choices", multiple=True, metavar="A", help="Keep answers to one of these texts; repeat it.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--stream", is_flag=True, help="Print the answer to --prompt while it is written.")
 @options.quantize
 @options.engine
 @options.as_json
@@ -66,16 +96,26 @@ def command(
     device: str | None,
     quantize: str,
     as_json: bool,
+    schema: str | None,
+    regex: str | None,
+    choices: tuple[str, ...],
+    stream: bool,
     **decoding: Any,
 ) -> None:
     """Answer --prompt, or every row of --input, with MODEL and at most one adapter."""
     from smolmlx import console
     from smolmlx.backend import Decoding, Loading
     from smolmlx.data.chat import Tokenizer
+    from smolmlx.generation.constraint import read_constraint
     from smolmlx.models import find_model
 
     if (prompt is None) == (source is None):
         raise RecipeError("generate: pass either --prompt TEXT or --input rows.jsonl.")
+    if stream and (prompt is None or as_json or output):
+        raise RecipeError(
+            "--stream: prints the one answer to --prompt; it has no use with --input, --output or --json."
+        )
+    how = Decoding(**decoding, schema=read_constraint(schema, regex, choices))
     variables = _variables(template_args, raw)
     base = find_model(model)
     if adapter and not Path(adapter).is_dir():
@@ -88,12 +128,29 @@ def command(
         generator = choice.backend.generator(
             base, Path(adapter) if adapter else None, tokenizer, Loading(device, quantize=quantize)
         )
-    answers = [""] * len(prompts)
+    if stream:
+        list(generator.generate(tokens, how, lambda index, text: click.echo(text, nl=False)))
+        click.echo()
+        return
+    found: list[Completion] = []
+    began = time.perf_counter()
     with console.Counter("answering", len(prompts)) as on_done:
-        for done, completion in enumerate(generator.generate(tokens, Decoding(**decoding)), 1):
-            answers[completion.index] = tokenizer.decode(completion.ids)
-            on_done(done)
-    _write(prompts, answers, output, as_json)
+        for completion in generator.generate(tokens, how):
+            found.append(completion)
+            on_done(len(found))
+    console.note(_rate(found, time.perf_counter() - began))
+    found.sort(key=lambda completion: completion.index)
+    _write(prompts, found, output, as_json)
+
+
+def _rate(found: list[Completion], seconds: float) -> str:
+    """Say what was generated and how fast."""
+    tokens, forced = sum(len(one.ids) for one in found), sum(one.num_forced for one in found)
+    cut = sum(not one.finished for one in found)
+    parts = [f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"]
+    parts += [f"{forced:,} of them forced by the schema"] if forced else []
+    parts += [f"{cut} of {len(found)} answers ended by --max-tokens"] if cut else []
+    return "; ".join(parts)
 
 
 def _read(prompt: str | None, source: str | None, system: str | None) -> list[tuple[Mapping[str, Any], ...]]:
@@ -130,13 +187,21 @@ def _encode(
     return tokenizer.encode(tokenizer.prompt(messages, **variables))
 
 
-def _write(prompts: list[tuple[Mapping[str, Any], ...]], answers: list[str], output: str | None, as_json: bool) -> None:
+def _write(
+    prompts: list[tuple[Mapping[str, Any], ...]], found: list[Completion], output: str | None, as_json: bool
+) -> None:
     from smolmlx import console
     from smolmlx.rundir import write_text
 
     rows = [
-        {"prompt": [dict(m) for m in messages], "answer": text.strip()}
-        for messages, text in zip(prompts, answers, strict=True)
+        {
+            "prompt": [dict(m) for m in messages],
+            "answer": one.text.strip(),
+            "finished": one.finished,
+            "prompt_tokens": one.num_prompt,
+            "completion_tokens": len(one.ids),
+        }
+        for messages, one in zip(prompts, found, strict=True)
     ]
     if output:
         write_text(Path(output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -46,7 +46,7 @@ def command(
         return
     _show_values(plan)
     _show_plan(plan)
-    _show_row(plan, min(row, len(plan.train.store) - 1))
+    _show_row(plan, min(row, plan.num_rows - 1))
     _warn(plan)
     console.result(
         f"\nNext: smolmlx train {recipe or 'quickstart'} --backend {plan.backend}"
@@ -73,6 +73,10 @@ def _show_plan(plan: Plan) -> None:
     tree = plan.to_json()
     store, rates = plan.train.store, plan.learning_rates
     padding = 1 - tree["tokens"] / max(1, tree["padded_tokens"])
+    shape = f"{100 * padding:.1f} % padding"
+    if plan.pairs:  # shared prompts are computed once, so there may be fewer tokens than the rows hold
+        shape = f"{tree['padded_tokens'] / max(1, tree['tokens']):.2f} tokens computed for each of the rows', padding included"
+    unit = "pairs" if plan.pairs else "packs" if tree["packed"] else "rows"
     rows = [
         (
             "engine",
@@ -89,7 +93,8 @@ def _show_plan(plan: Plan) -> None:
             + (f" in {len(plan.targets)} layers: {', '.join(tree['targets'])}" if plan.targets else ""),
         ),
         ("format", plan.format_name),
-        ("rows", f"{len(store):,} of {store.account.rows:,} read"),
+        *_start(plan),
+        ("pairs" if plan.pairs else "rows", f"{plan.num_rows:,} of {store.account.rows:,} read"),
         *[
             (f"  {reason}", f"{count} rows, first at {store.account.first.get(reason, '?')}")
             for reason, count in store.account.reasons.items()
@@ -98,7 +103,7 @@ def _show_plan(plan: Plan) -> None:
         ("supervised", f"{tree['supervised']:,} ({100 * tree['supervised'] / max(1, tree['tokens']):.1f} %)"),
         (
             "batches",
-            f"{plan.train.batch_size} x {plan.train.accumulation} {'packs' if plan.train.packed else 'rows'} a step, widths {', '.join(map(str, plan.train.widths))}, {100 * padding:.1f} % padding",
+            f"{plan.train.batch_size} x {plan.train.accumulation} {unit} a step, {_widths(plan)}, {shape}",
         ),
         ("steps", f"{plan.steps} ({plan.train.steps_per_epoch} per epoch)"),
         (
@@ -107,7 +112,7 @@ def _show_plan(plan: Plan) -> None:
         ),
         (
             "validation",
-            f"{tree['validation_rows']:,} rows, after steps {_short(tree['eval_steps'])}"
+            f"{tree['validation_rows']:,} {'pairs' if plan.pairs else 'rows'}, after steps {_short(tree['eval_steps'])}"
             if plan.validation
             else "none",
         ),
@@ -122,6 +127,28 @@ def _show_plan(plan: Plan) -> None:
     console.table(rows, title="Plan")
 
 
+def _start(plan: Plan) -> list[tuple[str, str]]:
+    """Say where training starts and what it is held against, where that is not the bare model."""
+    rows = [("start", f"the adapter in {plan.start.folder}")] if plan.start else []
+    if plan.pairs:
+        dpo = plan.recipe.dpo
+        extras = [f"label smoothing {dpo.label_smoothing:g}"] if dpo.label_smoothing else []
+        extras += ["per token"] if dpo.length_normalized else []
+        extras += [f"plus {dpo.sft_weight:g} x nats per token of the chosen answer"] if dpo.sft_weight else []
+        against = "no reference" if dpo.loss == "orpo" else "reference: the start"
+        rows.append(("loss", ", ".join([f"{dpo.loss}, beta {dpo.beta:g}", *extras, against])))
+    return rows
+
+
+def _widths(plan: Plan) -> str:
+    if plan.pairs is None:
+        return f"widths {', '.join(map(str, plan.train.widths))}"
+    tails = f"widths of answers {', '.join(map(str, plan.pairs.tail_widths))}"
+    if not plan.pairs.shared:
+        return tails.replace("answers", "prompt and answer")
+    return f"widths of prompts {', '.join(map(str, plan.pairs.prefix_widths))}, {tails}"
+
+
 def _short(numbers: list[int]) -> str:
     return (
         ", ".join(map(str, numbers)) if len(numbers) <= 8 else f"{', '.join(map(str, numbers[:4]))}, ... {numbers[-1]}"
@@ -129,18 +156,22 @@ def _short(numbers: list[int]) -> str:
 
 
 def _show_row(plan: Plan, index: int) -> None:
-    """Print one row as the model sees it, trained tokens coloured (between «» without colour)."""
+    """Print one row (both rows of a pair) as the model sees it, trained tokens coloured (between «» without colour)."""
     from smolmlx import console
     from smolmlx.data.inspection import pieces
 
-    ids, mask = plan.train.store.row(index)
-    shown = pieces(ids.tolist(), mask.tolist(), plan.tokenizer)
-    console.result(f"\nRow {index} as it is trained ({int(mask.sum())} of {len(ids)} tokens):")
-    if sum(len(text) for text, _ in shown) > 3000:
-        shown = [
-            (text if len(text) < 1200 else f"{text[:600]} [...] {text[-600:]}", trained) for text, trained in shown
-        ]
-    console.tokens(shown)
+    rows = [(f"Row {index}", index)]
+    if plan.pairs:
+        rows = [(f"Pair {index}, {name}", 2 * index + side) for side, name in enumerate(("chosen", "rejected"))]
+    for title, row in rows:
+        ids, mask = plan.train.store.row(row)
+        shown = pieces(ids.tolist(), mask.tolist(), plan.tokenizer)
+        console.result(f"\n{title} as it is trained ({int(mask.sum())} of {len(ids)} tokens):")
+        if sum(len(text) for text, _ in shown) > 3000:
+            shown = [
+                (text if len(text) < 1200 else f"{text[:600]} [...] {text[-600:]}", trained) for text, trained in shown
+            ]
+        console.tokens(shown)
 
 
 def _warn(plan: Plan) -> None:

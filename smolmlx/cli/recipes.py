@@ -59,7 +59,7 @@ def cp(name: str, target: str) -> None:
 def validate(names: tuple[str, ...]) -> None:
     """Check recipes and sweeps (names or paths) without touching data or models."""
     from smolmlx import console, recipe, shelf
-    from smolmlx.sweep.definition import open_sweep
+    from smolmlx.sweeps.definition import open_sweep
 
     problems = []
     for name in names:

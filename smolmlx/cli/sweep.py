@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from smolmlx.backend import Choice
     from smolmlx.plan import Plan
     from smolmlx.stages import OnEvent
-    from smolmlx.sweep.definition import Cell, Sweep
+    from smolmlx.sweeps.definition import Cell, Sweep
 
 EPILOG = """\b
 Examples:
@@ -55,17 +55,14 @@ def command(
     Finished runs are never run again; an interrupted one goes on from its last checkpoint, and one that failed is tried
     again. A run that fails does not stop the others, but the exit code is 1.
     """
-    from smolmlx import console, shelf, stages
-    from smolmlx.sweep import record, table
-    from smolmlx.sweep.definition import open_sweep
+    from smolmlx import console, recipe, shelf, stages
+    from smolmlx.sweeps import record, table
+    from smolmlx.sweeps.definition import parse_axis
 
-    name = stages.run_name(source)
-    name = name if name.startswith("sweep") else f"sweep-{name}"
-    sweep = open_sweep(shelf.find(source), name, shelf.find, grid=grid, seeds=_seeds(seeds), sets=sets)
-    folder = Path(out) if out else Path("runs") / name
+    axes, values = dict(map(parse_axis, grid)), dict(map(recipe.parse_override, sets))
+    sweep, folder = shelf.find_sweep(source, out, grid=axes, seeds=_seeds(seeds), sets=values)
     if resume and not (folder / "sweep.json").is_file():
         raise RecipeError(f"{folder}: no sweep to resume. Leave --resume out to start one, or pass its folder with --out.")  # fmt: skip
-    record.refuse_other_recipes(sweep, folder)
     if dry_run:
         _plan_all(sweep, folder, options.choose(backend, device), as_json)
         return
@@ -104,7 +101,10 @@ class _Runner:
     """Runs cells with progress, and keeps the table of the sweep up to date."""
 
     def __init__(self, choice: Choice, sweep: Sweep, folder: Path, total: int) -> None:
+        from smolmlx.evals.bases import Bases
+
         self.choice, self.sweep, self.folder, self.total = choice, sweep, folder, total
+        self.bases = Bases(choice.backend)
         self.done = 0
         self.began = time.monotonic()
 
@@ -129,13 +129,13 @@ class _Runner:
                 display.pop().__exit__()
 
         try:
-            stages.complete_run(cell.loaded, self.choice, path, on_plan, meter)
+            stages.complete_run(cell.loaded, self.choice, path, on_plan, meter, self.bases)
         finally:
             stop()
 
     def ended(self, cell: Cell, why: str | None) -> None:
         from smolmlx import console
-        from smolmlx.sweep import table
+        from smolmlx.sweeps import table
 
         self.done += 1
         found = table.read_table(self.sweep, self.folder)
@@ -152,7 +152,7 @@ def _plan_all(sweep: Sweep, folder: Path, choice: Choice, as_json: bool) -> None
     """Resolve each setting with its first seed; fail where one cannot run."""
     from smolmlx import console
     from smolmlx.errors import SmolError
-    from smolmlx.sweep import record
+    from smolmlx.sweeps import record
 
     runs, problems, lines = [], [], []
     for setting in sweep.settings:
@@ -179,7 +179,7 @@ def _plan_all(sweep: Sweep, folder: Path, choice: Choice, as_json: bool) -> None
 
 def _show(found: object, folder: Path, ran: int) -> None:
     from smolmlx import console
-    from smolmlx.sweep import table
+    from smolmlx.sweeps import table
 
     assert isinstance(found, table.Table)
     head, rows = table.setting_rows(found)

@@ -64,21 +64,26 @@ def command(
 
     if resume not in (None, "auto") and not Path(str(resume)).exists() and recipe is None:
         recipe, resume = resume, "auto"  # `--resume my-recipe`: the word was meant as the recipe
-    loaded = options.load_recipe(recipe or "quickstart", sets, max_steps) if not resume else None
-    choice = options.choose(backend, device)
-    if loaded is None:
-        plan, run = _reopen(recipe, choice, sets, out, str(resume), max_steps)
-        console.note(f"resuming {run.path} after step {_position(run)}")
+    if resume:
+        run = _find_run(recipe, Path(out), resume)
+        choice = _engine_of(run, backend, device)
+        plan = _reopen(run, choice, sets, max_steps)
+        console.note(f"resuming {run.path} {'at its evaluation' if run.done else f'after step {_position(run)}'}")
     else:
+        loaded = options.load_recipe(recipe or "quickstart", sets, max_steps)
+        choice = options.choose(backend, device)
         plan = options.resolve(loaded, choice)
         run = stages.start_run(plan, Path(out), stages.run_name(recipe or "quickstart"))
-    _introduce(plan)
     try:
-        report = _train(plan, choice, run)
-    except stages.Interrupted as stop:
-        console.note(f"{stop}\nGo on with: smolmlx train --resume {run.path}", style="yellow")
+        if run.done:
+            report = stages.read_report(run)
+        else:
+            _introduce(plan)
+            report = _train(plan, choice, run)
+        evaluation = _evaluate(plan, choice, run) if plan.recipe.evaluate else None
+    except (stages.Interrupted, KeyboardInterrupt) as stop:
+        console.note(f"{str(stop) or 'interrupted'}\nGo on with: smolmlx train --resume {run.path}", style="yellow")
         raise click.exceptions.Exit(130) from stop
-    evaluation = _evaluate(plan, choice, run) if plan.recipe.evaluate else None
     _write_report(run)
     if as_json:
         console.print_json(
@@ -92,38 +97,64 @@ def command(
         _show(plan, run, report, evaluation, _next(plan, run, choice))
 
 
-def _reopen(
-    recipe: str | None, choice: Choice, sets: tuple[str, ...], out: str, resume: str, max_steps: int | None
-) -> tuple[Plan, RunDir]:
-    """Find an unfinished run and resolve its recorded recipe again."""
-    from smolmlx import recipe as recipes
+def _find_run(recipe: str | None, out: Path, resume: str) -> RunDir:
+    """Return the unfinished run that is meant."""
     from smolmlx.rundir import RunDir
+    from smolmlx.stages import is_complete, run_name
 
-    run = RunDir(Path(resume)) if resume != "auto" else _latest(Path(out), recipe)
+    if resume == "auto":
+        return _latest(out, recipe)
+    run = RunDir(Path(resume))
     if not (run.path / "recipe.yaml").is_file():
         raise RunError(f"{run.path}: not a run folder (no recipe.yaml). Pass the folder that `smolmlx train` named.")
-    if run.done:
+    if recipe and not run.path.resolve().name.startswith(f"{run_name(recipe)}-"):
+        raise click.UsageError(f"{run.path} is not a run of '{recipe}'. Leave the recipe out: a run has its own.")
+    if is_complete(run):
         raise RunError(f"{run.path}: this run is finished. Leave --resume out to start a new one.")
+    return run
+
+
+def _engine_of(run: RunDir, backend: str, device: str | None) -> Choice:
+    """Pick the engine and device a run was begun on, unless others are asked for or these are not here."""
+    from smolmlx import backend as backends
+    from smolmlx import console
+    from smolmlx.errors import BackendError
+
+    begun = run.read_json("env.json")
+    if backend == "auto" and device is None and "device_kind" in begun:
+        try:
+            backends.choose(begun["backend"], begun["device_kind"])
+            backend, device = begun["backend"], begun["device_kind"]
+        except BackendError as error:
+            console.note(f"begun on {begun['backend']}, {begun['device']}, which is not here: {error}", style="yellow")
+    return options.choose(backend, device)
+
+
+def _reopen(run: RunDir, choice: Choice, sets: tuple[str, ...], max_steps: int | None) -> Plan:
+    """Resolve a run's recorded recipe again."""
+    from smolmlx import recipe as recipes
+
     flags = {"train.max_steps": ("--max-steps", max_steps)} if max_steps else {}
     tree = recipes.read(run.path / "recipe.yaml")
     folder = Path(run.read_json("env.json").get("folder", "."))
     loaded = recipes.build(tree, source=str(run.path / "recipe.yaml"), folder=folder, overrides=sets, flags=flags)
-    return options.resolve(loaded, choice), run
+    return options.resolve(loaded, choice)
 
 
 def _latest(out: Path, recipe: str | None) -> RunDir:
     """Return the newest unfinished run, of one recipe where it is named."""
     from smolmlx.rundir import RunDir
-    from smolmlx.stages import run_name
+    from smolmlx.stages import is_complete, run_name
 
     name = re.escape(run_name(recipe)) if recipe else ".+"
     stamped = re.compile(rf"{name}-(\d{{8}}-\d{{6}})-[0-9a-f]{{4}}")
     found = [(match[1], path) for path in out.glob("*") if (match := stamped.fullmatch(path.name))]
-    unfinished = [path for _, path in sorted(found) if (path / "recipe.yaml").is_file() and not RunDir(path).done]
+    runs = [RunDir(path) for _, path in sorted(found) if (path / "recipe.yaml").is_file()]
+    unfinished = [run for run in runs if not is_complete(run)]
     if not unfinished:
         of = f" of '{recipe}'" if recipe else ""
         raise RunError(f"{out}: no unfinished run{of} to resume. Leave --resume out to start a new one.")
-    return RunDir(unfinished[-1])
+    return unfinished[-1]
 
 
 def _position(run: RunDir) -> int:
@@ -143,10 +174,12 @@ def _introduce(plan: Plan) -> None:
     )
     store = plan.train.store
     console.note(
-        f"{len(store):,} rows ({plan.format_name}), {int(store.supervised.sum()):,} of {int(store.lengths.sum()):,} tokens supervised; "
-        f"{plan.steps} steps of {plan.train.batch_size} x {plan.train.accumulation} rows",
+        f"{plan.num_rows:,} {'pairs' if plan.pairs else 'rows'} ({plan.format_name}), {int(store.supervised.sum()):,} of {int(store.lengths.sum()):,} tokens supervised; "
+        f"{plan.steps} steps of {plan.train.batch_size} x {plan.train.accumulation} {'pairs' if plan.pairs else 'rows'}",
         style="",
     )
+    if plan.start:
+        console.note(f"starts from the adapter in {plan.start.folder}", style="")
     for reason, count in store.account.reasons.items():
         console.note(f"{count} of {store.account.rows} rows: {reason}", style="yellow")
     for text in plan.notes:
@@ -183,7 +216,10 @@ def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None
     from smolmlx import console
 
     rows = [
-        ("loss", f"{report.first_loss:.4f} -> {report.final_loss:.4f} nats per supervised token"),
+        (
+            "loss",
+            f"{report.first_loss:.4f} -> {report.final_loss:.4f} {'per pair' if plan.pairs else 'nats per supervised token'}",
+        ),
         (
             "time",
             f"{console.format_seconds(report.seconds)} for {report.steps} steps, {report.tokens_per_second:,.0f} tokens/s",

@@ -95,6 +95,9 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
 class Tokenizer:
     """A Hugging Face tokenizer folder: ids, offsets and the chat template, without transformers."""
 
@@ -191,6 +194,8 @@ class Tokenizer:
         """Hash of vocabulary, merges and template: what decides the tokens of a row."""
         digest = hashlib.sha256((self.folder / "tokenizer.json").read_bytes())
         digest.update((self.template_text or "").encode())
+        # Templates write the special tokens by their role, and the tokenizer may put one in front of a document.
+        digest.update(json.dumps([self.special(role) for role in _ROLES]).encode())
         return digest.hexdigest()[:16]
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -215,8 +220,7 @@ class Tokenizer:
                 f"{self.folder}: this tokenizer has no chat template, so messages cannot be turned into text. "
                 "Set model.chat_template to chatml, plain or a Jinja file, or train on text rows."
             )
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        specials = {name: self.special(name) or "" for name in names}
+        specials = {name: self.special(name) or "" for name in _ROLES}
         try:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=generation_prompt, **specials, **variables

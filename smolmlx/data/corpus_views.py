@@ -109,8 +109,8 @@ def _position(index: int, least: int) -> Callable[[Passage, np.random.Generator]
     return lambda passage, rng: (passage.sentences[index], {}) if len(passage.sentences) >= least else None
 
 
-def _bullets(sentences: Iterable[str]) -> str:
-    return "\n".join(f"- {sentence}" for sentence in sentences)
+def _bullets(sentences: Iterable[str], mark: str = "-") -> str:
+    return "\n".join(f"{mark} {sentence}" for sentence in sentences)
 
 
 def _first_bullets(passage: Passage, rng: np.random.Generator) -> Made:
@@ -211,7 +211,7 @@ _HEADINGS = {
     "last": ("Closing", "End", "Outcome"),
     "question": ("Question", "Open question", "Ask"),
 }
-# Headings are Markdown's, so that a base model does not know a task's own form ("Summary:") before it is fine-tuned.
+# Points in sections are marked with asterisks, so that a base model does not already know the notes' own form (dashes).
 _USUAL = 0.75
 
 
@@ -221,7 +221,7 @@ def _points(passage: Passage, rng: np.random.Generator, count: int) -> str:
     if len(chosen) < count:
         return ""
     picked = [passage.sentences[i] for i in chosen]
-    return _bullets((shorten(sentence) if rng.random() < 0.5 else None) or sentence for sentence in picked)
+    return _bullets(((shorten(sentence) if rng.random() < 0.5 else None) or sentence for sentence in picked), "*")
 
 
 def _sections(passage: Passage, rng: np.random.Generator) -> Made:
@@ -242,7 +242,7 @@ def _sections(passage: Passage, rng: np.random.Generator) -> Made:
         kind: _HEADINGS[kind][0] if rng.random() < _USUAL else str(rng.choice(_HEADINGS[kind][1:])) for kind in kinds
     }
     asked = [f"{names[kind]} ({_NUMBERS[count]} bullets)" if kind == "points" else names[kind] for kind in kinds]
-    return "\n".join(f"## {names[kind]}\n{made[kind]}" for kind in kinds), {"x": ", ".join(asked)}
+    return "\n".join(f"{names[kind]}:\n{made[kind]}" for kind in kinds), {"x": ", ".join(asked)}
 
 
 def _json(passage: Passage, rng: np.random.Generator) -> Made:

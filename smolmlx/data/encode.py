@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from smolmlx.data.chat import Encoded, HistoryRewritten, Rendered, Tokenizer, encode_rendered, find_spans
@@ -26,7 +26,8 @@ class Encoding:
     """How rows become tokens; part of the cache key."""
 
     max_length: int
-    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    loss_on: Literal["assistant", "completion", "all", "pair"] = "assistant"
+    """pair: both answers of a preference row, each in a row of its own (see `pairs`)."""
     history: Literal["refuse", "last_turn"] = "refuse"
     overlong: Literal["drop", "truncate_prompt", "split"] = "drop"
     chunks: bool = False
@@ -161,25 +162,31 @@ def split_row(encoded: Encoded, max_length: int) -> Iterator[Encoded]:
 
 
 def _cut_prompt(example: Example, tokenizer: Tokenizer, how: Encoding, encoded: Encoded) -> Encoded | None:
-    """Shorten the longest message that is not the assistant's, from the left, until the row fits; None if it cannot."""
+    """Shorten the prompt from the left until the row fits; None if it cannot."""
     if example.text is not None:
         return None
-    messages = [dict(message) for message in example.messages]
     for _ in range(4):  # cutting moves token boundaries a little, so a second pass may be needed
-        prompts = [m for m in messages if m["role"] != "assistant" and isinstance(m.get("content"), str)]
-        if not prompts:
+        shorter = shorten_prompt(example, tokenizer, len(encoded.ids) - how.max_length)
+        if shorter is None:
             return None
-        longest = max(prompts, key=lambda message: len(message["content"]))
-        offsets = tokenizer.fast.encode(longest["content"], add_special_tokens=False).offsets
-        excess = len(encoded.ids) - how.max_length
-        if excess >= len(offsets):
-            return None
-        longest["content"] = longest["content"][offsets[excess][0] :].lstrip()
-        shorter = Example(example.where, tuple(messages), None, example.chosen, example.rejected)
-        encoded = encode_example(shorter, tokenizer, how)
+        example, encoded = shorter, encode_example(shorter, tokenizer, how)
         if len(encoded.ids) <= how.max_length:
             return encoded
     return None
+
+
+def shorten_prompt(example: Example, tokenizer: Tokenizer, excess: int) -> Example | None:
+    """Take `excess` tokens off the left of the longest message that is not the assistant's; None where it has too few."""
+    messages = [dict(message) for message in example.messages]
+    prompts = [m for m in messages if m["role"] != "assistant" and isinstance(m.get("content"), str)]
+    if not prompts:
+        return None
+    longest = max(prompts, key=lambda message: len(message["content"]))
+    offsets = tokenizer.fast.encode(longest["content"], add_special_tokens=False).offsets
+    if excess >= len(offsets):
+        return None
+    longest["content"] = longest["content"][offsets[excess][0] :].lstrip()
+    return replace(example, messages=tuple(messages))
 
 
 def _chunks(examples: Iterable[Example], tokenizer: Tokenizer, length: int, account: Account) -> Iterator[Encoded]:

@@ -418,10 +418,11 @@ def _sharegpt(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _preference(row: Raw, where: str, system: str | None) -> Example:
-    """Explicit prompt, or chosen and rejected that share their first messages."""
+    """Explicit prompt, or chosen and rejected that share their first messages; a prompt that a side repeats counts once."""
     sides = [_side(row[name], where) for name in ("chosen", "rejected")]
     if row.get("prompt") is not None:
         prompt = _side(row["prompt"], where, role="user")
+        sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
         return Example(where, _with_system(prompt, row.get("system") or system), None, *sides)
     shared = 0
     while shared < min(map(len, sides)) - 1 and sides[0][shared] == sides[1][shared]:

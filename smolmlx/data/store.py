@@ -21,6 +21,7 @@ import numpy.typing as npt
 from smolmlx.data.chat import Encoded, Tokenizer
 from smolmlx.data.encode import Account, Encoding, encode_rows
 from smolmlx.data.formats import Source
+from smolmlx.data.pairs import encode_pairs
 from smolmlx.errors import DataError, RunError
 
 _VERSION = 2  # raise when the layout or the meaning of a mask changes: old caches are then not read
@@ -96,7 +97,8 @@ def encode_source(
         RunError: the cache folder cannot be written.
     """
     options = json.dumps({**asdict(how), "template_args": dict(how.template_args)}, sort_keys=True)
-    parts = (str(_VERSION), source.content_hash(), tokenizer.fingerprint(), options, keep_name, str(limit))
+    names = ", ".join(path.name for path in source.files)  # the account names them
+    parts = (str(_VERSION), names, source.content_hash(), tokenizer.fingerprint(), options, keep_name, str(limit))
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     folder = cache_folder() / "tokens" / key
     if not (folder / "meta.json").is_file():
@@ -104,7 +106,8 @@ def encode_source(
         examples = (
             example for index, example in enumerate(itertools.islice(source, limit)) if keep is None or keep(index)
         )
-        write_store(folder, _counted(encode_rows(examples, tokenizer, how, account), account, on_rows), account)
+        encode = encode_pairs if how.loss_on == "pair" else encode_rows
+        write_store(folder, _counted(encode(examples, tokenizer, how, account), account, on_rows), account)
     return open_store(folder)
 
 

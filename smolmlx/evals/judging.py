@@ -192,5 +192,5 @@ class LocalJudge:
 
     def ask(self, messages: Messages, schema: dict[str, object]) -> Reply:
         tokens = self._tokenizer.encode(self._tokenizer.prompt(messages))
-        (made,) = self._generator.generate([tokens], Decoding(max_tokens=200))
-        return Reply(self._tokenizer.decode(made.ids), len(tokens), len(made.ids))
+        (made,) = self._generator.generate([tokens], Decoding(max_tokens=200, schema=schema))
+        return Reply(made.text, len(tokens), len(made.ids))

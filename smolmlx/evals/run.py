@@ -5,30 +5,36 @@ All systems get the same prompts, template and decoding.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from smolmlx.backend import Backend, Decoding, Generator, Loading
-from smolmlx.data.batches import plan_batches
+from smolmlx.data.batches import Batch, plan_batches
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
 from smolmlx.data.formats import Example, Source, open_source
 from smolmlx.data.store import encode_source
 from smolmlx.errors import DataError
+from smolmlx.evals import research
+from smolmlx.evals.bases import Bases, System, generate
+from smolmlx.evals.research import ResearchReport
 from smolmlx.evals.suites import (
     EvalRow,
+    LossDifference,
     LossSummary,
     NotesReport,
     compare_notes,
     control_outputs,
     loss_csv,
     loss_dict,
+    loss_difference,
     loss_markdown,
     notes_dict,
     notes_markdown,
@@ -36,21 +42,12 @@ from smolmlx.evals.suites import (
     notes_summary_csv,
     summarise_loss,
 )
-from smolmlx.models import BaseModel
 from smolmlx.rundir import write_text
+from smolmlx.tasks.registry import read_registry
 
 Messages = tuple[Mapping[str, Any], ...]
 Meter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(title, total) -> context manager of a function told how many are done."""
-
-
-@dataclass(frozen=True, slots=True)
-class System:
-    """A model under test: a base with at most one adapter."""
-
-    name: str
-    model: BaseModel
-    adapter: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +60,8 @@ class Settings:
     ood: str | None = None
     decoding: Decoding = Decoding()
     limit: int | None = None
+    ids: tuple[str, ...] = ()
+    """Rows of `data` to keep, as `row-0001`; all where empty."""
     template_args: Mapping[str, Any] = field(default_factory=dict)
     system_message: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -71,81 +70,157 @@ class Settings:
     loading: Loading = Loading()
     folders: tuple[Path, ...] = ()
     encoding: Encoding = Encoding(max_length=2048)
-    """How rows become targets (suite loss)."""
+    """How rows become targets (suites loss and research)."""
+    constrained: bool = True
+    """Suite research: keep answers to their schemas, as PaperResearcher does."""
+    registry: Path | None = None
+    """Suite research: the task file that the rows were made with; None for the built-in one."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """Which rows were scored, so that a reader can tell whether two results are of the same."""
+
+    path: str
+    sha256: str
+    """Of the file's bytes; of all files' where the path is a folder."""
+    rows: int
+    """Rows read, after `limit` and `ids`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a suite found: for notes one report per row set, for loss one summary per system."""
+    """What a suite found: for notes and research one report per row set, for loss one summary per system."""
 
     settings: Settings
     notes: Mapping[str, NotesReport] = field(default_factory=dict)
     """`test` and, where given, `ood`."""
     loss: Mapping[str, LossSummary] = field(default_factory=dict)
+    """System -> summary (suites loss and research)."""
+    research: Mapping[str, ResearchReport] = field(default_factory=dict)
     outputs: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     """Row set -> system -> answers."""
+    files: Mapping[str, DataFile] = field(default_factory=dict)
+    """`test`, and where given `ood` and `train`: what was read for each."""
+    differences: Sequence[LossDifference] = ()
+    """Suite loss: each system against the first."""
 
     def to_json(self) -> dict[str, Any]:
-        if self.loss:
+        head = {
+            "suite": self.settings.suite,
+            "data": self.settings.data,
+            "files": {name: asdict(file) for name, file in self.files.items()},
+        }
+        if self.research:
             return {
-                "suite": "loss",
-                "data": self.settings.data,
+                **head,
+                "constrained": self.settings.constrained,
+                "sets": {name: research.to_dict(found) for name, found in self.research.items()},
                 "systems": {name: loss_dict(found) for name, found in self.loss.items()},
             }
-        return {
-            "suite": "notes",
-            "data": self.settings.data,
-            "sets": {name: notes_dict(found) for name, found in self.notes.items()},
-        }
+        if self.loss:
+            return {
+                **head,
+                "systems": {name: loss_dict(found) for name, found in self.loss.items()},
+                "differences": [asdict(difference) for difference in self.differences],
+            }
+        decoding = asdict(self.settings.decoding)
+        return {**head, "decoding": decoding, "sets": {name: notes_dict(found) for name, found in self.notes.items()}}
 
     def markdown(self) -> str:
+        if self.research:
+            parts = [f"## {name}\n\n{research.markdown(found)}" for name, found in self.research.items()]
+            return "\n\n".join([*parts, loss_markdown(self.loss)])
         if self.loss:
-            return loss_markdown(self.loss)
-        return "\n\n".join(f"## {name}\n\n{notes_markdown(found)}" for name, found in self.notes.items())
+            said = "".join(f"- {difference.sentence}\n" for difference in self.differences)
+            return f"{self._named('test')}\n\n{loss_markdown(self.loss)}" + (f"\n{said}" if said else "")
+        return "\n\n".join(
+            f"## {name}\n\n{self._named(name)}\n\n{notes_markdown(found)}" for name, found in self.notes.items()
+        )
+
+    def _named(self, name: str) -> str:
+        file = self.files[name]
+        return f"Rows: {file.rows:,} of `{file.path}` (sha256 {file.sha256[:16]})"
 
 
 def evaluate(
-    backend: Backend, systems: Sequence[System], tokenizer: Tokenizer, settings: Settings, meter: Meter
+    backend: Backend,
+    systems: Sequence[System],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    meter: Meter,
+    bases: Bases | None = None,
 ) -> Evaluation:
     """Score systems on a suite.
+
+    Args:
+        bases: what was loaded and answered before, to go on with; left out, nothing is kept.
 
     Raises:
         DataError: rows without what the suite needs.
     """
+    bases = bases or Bases(backend)
     if settings.suite == "loss":
-        return _evaluate_loss(backend, systems, tokenizer, settings)
+        return _evaluate_loss(bases, systems, tokenizer, settings)
+    if settings.suite == "research":
+        return _evaluate_research(bases, systems, tokenizer, settings, meter)
     sets = {"test": read_rows(settings.data, settings)}
     if settings.ood:
-        sets["ood"] = read_rows(settings.ood, settings)
-    answers: dict[str, dict[str, Sequence[str]]] = {name: {} for name in sets}
-    for system in systems:  # one model in memory at a time
-        generator = backend.generator(system.model, system.adapter, tokenizer, settings.loading)
-        for name, rows in sets.items():
-            with meter(f"{system.name} answers {name}", len(rows)) as on_done:
-                answers[name][system.name] = answer(
-                    generator, tokenizer, [messages for _, messages in rows], settings, on_done
-                )
+        sets["ood"] = read_rows(settings.ood, settings, choose=False)
     train = [row for row, _ in read_rows(settings.train, settings, limited=False)] if settings.train else []
+    prompts = {
+        name: encode_prompts(tokenizer, [messages for _, messages in rows], settings) for name, rows in sets.items()
+    }
+    answers: dict[str, dict[str, Sequence[str]]] = {name: {} for name in sets}
+    for system in systems:
+        for name, tokens in prompts.items():
+            with meter(f"{system.name} answers {name}", len(tokens)) as on_done:
+                answers[name][system.name] = bases.answer(
+                    system, tokenizer, settings.loading, tokens, settings.decoding, on_done
+                )
+    files = {name: describe_file(settings.data if name == "test" else str(settings.ood), settings, len(rows)) for name, rows in sets.items()}  # fmt: skip
+    if settings.train:
+        files["train"] = describe_file(settings.train, settings, len(train))
     reports = {}
     for name, rows in sets.items():
         scored = [row for row, _ in rows]
         if train:
             answers[name] |= control_outputs(train, scored)
         reports[name] = compare_notes(scored, answers[name], also=_pairs(systems))
-    return Evaluation(settings, notes=reports, outputs=answers)
+    return Evaluation(settings, notes=reports, outputs=answers, files=files)
 
 
 def _pairs(systems: Sequence[System]) -> list[tuple[str, str]]:
-    """Compare each system with the first, the base."""
+    """Compare each system with the first, the base, and with every adapter before it."""
     names = [system.name for system in systems]
-    return [(name, names[0]) for name in names[1:]]
+    return [(name, earlier) for i, name in enumerate(names) for earlier in names[:i]]
 
 
-def read_rows(path: str, settings: Settings, *, limited: bool = True) -> list[tuple[EvalRow, Messages]]:
+def describe_file(path: str, settings: Settings, rows: int) -> DataFile:
+    """Hash the file, or all files of the folder, that rows were read from."""
+    digest = hashlib.sha256()
+    for name in open_rows(path, settings).files:
+        with name.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return DataFile(path, digest.hexdigest(), rows)
+
+
+def read_rows(
+    path: str, settings: Settings, *, limited: bool = True, choose: bool = True
+) -> list[tuple[EvalRow, Messages]]:
     """Read rows as (what is scored, what the model is asked).
 
     The input that is scored against is the row's own `input` field where it has one, else the last user message.
+
+    Args:
+        limited: keep to `settings.limit` and `settings.ids`.
+        choose: `settings.ids` are of this file.
+
+    Raises:
+        DataError: a row without question or answer, or an id that the file does not have.
     """
+    wanted = set(settings.ids) if limited and choose else set()
     found = []
     for number, (raw_input, example) in enumerate(_with_input(path, settings), 1):
         messages = list(example.messages)
@@ -154,11 +229,14 @@ def read_rows(path: str, settings: Settings, *, limited: bool = True) -> list[tu
             raise DataError(
                 f"{example.where}: an evaluation row needs a question and an assistant answer to compare with."
             )
-        found.append(
-            (EvalRow(f"row-{number:04d}", raw_input or str(messages[-1]["content"]), reference), tuple(messages))
-        )
+        row = EvalRow(f"row-{number:04d}", raw_input or str(messages[-1]["content"]), reference)
+        if not wanted or row.id in wanted:
+            found.append((row, tuple(messages)))
         if limited and settings.limit and len(found) >= settings.limit:
             break
+    missing = sorted(wanted - {row.id for row, _ in found})
+    if missing and not settings.limit:
+        raise DataError(f"{path}: no row {', '.join(missing[:10])}. Ids count lines: row-0001 is the first row.")
     return found
 
 
@@ -183,41 +261,74 @@ def _with_input(path: str, settings: Settings) -> Iterator[tuple[str | None, Exa
         yield passage, example
 
 
-def answer(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Messages],
-    settings: Settings,
-    on_done: Callable[[int], None] = lambda done: None,
-) -> list[str]:
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Messages], settings: Settings) -> list[list[int]]:
+    """Return the tokens of conversations, through the chat template: the same for every system."""
+    return [list(tokenizer.encode(tokenizer.prompt(messages, **settings.template_args))) for messages in prompts]
+
+
+def answer(generator: Generator, tokenizer: Tokenizer, prompts: Sequence[Messages], settings: Settings) -> list[str]:
     """Answer conversations with the chat template; answers come back in order."""
-    tokens = [tokenizer.encode(tokenizer.prompt(messages, **settings.template_args)) for messages in prompts]
-    answers = [""] * len(prompts)
-    for done, completion in enumerate(generator.generate(tokens, settings.decoding), 1):
-        answers[completion.index] = tokenizer.decode(completion.ids).strip()
-        on_done(done)
-    return answers
+    return generate(generator, tokenizer, encode_prompts(tokenizer, prompts, settings), settings.decoding)
 
 
-def _evaluate_loss(backend: Backend, systems: Sequence[System], tokenizer: Tokenizer, settings: Settings) -> Evaluation:
+def _evaluate_loss(bases: Bases, systems: Sequence[System], tokenizer: Tokenizer, settings: Settings) -> Evaluation:
+    batches = _batches(tokenizer, settings)
+    rows = {
+        system.name: _row_losses(bases.generator(system, tokenizer, settings.loading), batches) for system in systems
+    }
+    found = {name: summarise_loss(values) for name, values in rows.items()}
+    differences = [loss_difference(name, rows[name], earlier, rows[earlier]) for name, earlier in _pairs(systems)]
+    files = {"test": describe_file(settings.data, settings, next(iter(found.values())).num_rows)}
+    return Evaluation(settings, loss=found, files=files, differences=differences)
+
+
+def _batches(tokenizer: Tokenizer, settings: Settings) -> list[Batch]:
     source = open_rows(settings.data, settings)
     store = encode_source(source, tokenizer, settings.encoding, limit=settings.limit)
     if not len(store):
         raise DataError(f"{settings.data}: no row has a supervised token within {settings.encoding.max_length} tokens.")
-    plan = plan_batches(store, batch_size=min(8, settings.decoding.batch_size), shuffle=False, pad_id=tokenizer.pad_id)
-    found = {}
+    size = min(8, settings.decoding.batch_size)
+    return list(plan_batches(store, batch_size=size, shuffle=False, pad_id=tokenizer.pad_id).evaluation())
+
+
+def _row_losses(generator: Generator, batches: Sequence[Batch]) -> list[tuple[float, int, int]]:
+    """Return (sum of nats, supervised tokens, correct tokens) of each row that has any."""
+    found = []
+    for batch, score in zip(batches, generator.score(batches), strict=True):
+        size, width = batch.ids.shape
+        row = batch.index // width
+        nats = np.bincount(row, -score.log_probs.astype(np.float64) * batch.weights, size)
+        counts = np.bincount(row, batch.weights, size)
+        correct = np.bincount(row, score.correct * batch.weights, size)
+        values = zip(nats.tolist(), counts.tolist(), correct.tolist(), strict=True)
+        found += [(total, round(count), round(right)) for total, count, right in values if count]
+    return found
+
+
+def _evaluate_research(
+    bases: Bases, systems: Sequence[System], tokenizer: Tokenizer, settings: Settings, meter: Meter
+) -> Evaluation:
+    registry = read_registry(settings.registry)
+    paths = {"test": settings.data, **({"ood": settings.ood} if settings.ood else {})}
+    sets = {name: research.read_rows(path, open_rows(path, settings), settings.limit) for name, path in paths.items()}
+    batches = _batches(tokenizer, settings)
+    answers: dict[str, dict[str, list[research.Answered]]] = {name: {} for name in sets}
+    loss = {}
     for system in systems:
-        generator = backend.generator(system.model, system.adapter, tokenizer, settings.loading)
-        batches = list(plan.evaluation())
-        found[system.name] = summarise_loss(
-            (
-                float(-(score.log_probs * batch.weights).sum()),
-                batch.num_supervised,
-                int((score.correct & (batch.weights > 0)).sum()),
-            )
-            for batch, score in zip(batches, generator.score(batches), strict=True)
-        )
-    return Evaluation(settings, loss=found)
+        generator = bases.generator(system, tokenizer, settings.loading)
+        for name, rows in sets.items():
+            with meter(f"{system.name} answers {name}", len(rows)) as on_done:
+                answers[name][system.name] = research.answer(
+                    generator, tokenizer, registry, rows, settings.decoding,
+                    constrained=settings.constrained, on_done=on_done,
+                )  # fmt: skip
+        loss[system.name] = summarise_loss(_row_losses(generator, batches))
+    for name, rows in sets.items():
+        answers[name][research.RANDOM] = research.random_answers(rows)
+    reports = {name: research.compare(rows, answers[name]) for name, rows in sets.items()}
+    outputs = {name: {s: [one.text for one in made] for s, made in found.items()} for name, found in answers.items()}
+    files = {name: describe_file(path, settings, len(sets[name])) for name, path in paths.items()}
+    return Evaluation(settings, loss=loss, research=reports, outputs=outputs, files=files)
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:
@@ -225,13 +336,20 @@ def write(evaluation: Evaluation, folder: Path) -> None:
     write_text(folder / "results.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     write_text(folder / "results.md", evaluation.markdown() + "\n")
     if evaluation.loss:
-        write_text(folder / "results.csv", loss_csv(evaluation.loss))
+        file = evaluation.files["test"]
+        write_text(folder / "results.csv", loss_csv(evaluation.loss, file.path, file.sha256))
+    for name, found in evaluation.research.items():
+        write_text(folder / f"{name}.csv", research.csv(found))
+        lines = [
+            {"id": row, "task": task, "answers": {s: made[i] for s, made in evaluation.outputs[name].items()}}
+            for i, (row, task) in enumerate(zip(found.ids, found.tasks, strict=True))
+        ]
+        _write_lines(folder / f"{name}-answers.jsonl", lines)
     for name, report in evaluation.notes.items():
-        write_text(folder / f"{name}.csv", notes_summary_csv(report))
+        file = evaluation.files[name]
+        write_text(folder / f"{name}.csv", notes_summary_csv(report, file.path, file.sha256))
         write_text(folder / f"{name}-rows.csv", notes_rows_csv(report))
-        rows = read_rows(
-            evaluation.settings.data if name == "test" else str(evaluation.settings.ood), evaluation.settings
-        )
+        rows = read_rows(evaluation.files[name].path, evaluation.settings, choose=name == "test")
         lines = [
             {
                 "id": row.id,
@@ -241,9 +359,11 @@ def write(evaluation: Evaluation, folder: Path) -> None:
             }
             for i, (row, _) in enumerate(rows)
         ]
-        write_text(
-            folder / f"{name}-answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        )
+        _write_lines(folder / f"{name}-answers.jsonl", lines)
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def mean(report: NotesReport, system: str, metric: str) -> tuple[float, float, float]:

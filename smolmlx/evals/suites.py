@@ -8,8 +8,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from smolmlx.errors import DataError
-from smolmlx.evals.bootstrap import DRAWS, Interval, bootstrap_difference, bootstrap_mean, difference_sentence
+from smolmlx.evals.bootstrap import DRAWS, Interval, bootstrap_means, bootstrap_ratio, difference_sentence
 from smolmlx.evals.controls import nearest_copy, random_reference
 from smolmlx.evals.metrics import is_formulaic, perplexity, reference_overlap, token_weighted_mean
 from smolmlx.evals.notes import BOILERPLATE, compat_compliance, content, follow_up_valid, rubric, strict_compliance
@@ -116,6 +118,19 @@ class LossSummary:
     perplexity: float
     accuracy: float
     """Share of supervised tokens at the argmax."""
+    low: float
+    high: float
+    """Bootstrap interval of the loss, over rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossDifference:
+    """A paired difference of two systems' loss over the same rows: system - control, nats per supervised token."""
+
+    system: str
+    control: str
+    interval: Interval
+    sentence: str
 
 
 def rows_from_records(records: Iterable[Mapping[str, object]]) -> tuple[EvalRow, ...]:
@@ -208,32 +223,23 @@ def compare_notes(
         raise ValueError(f"compare_notes: {f'no outputs for {unknown}' if unknown else 'no rows'}")
     scores = {system: score_notes(rows, made, boilerplate) for system, made in outputs.items()}
     columns = {
-        system: {metric: [float(getattr(score, metric)) for score in made] for metric in METRICS}
+        system: np.array([[float(getattr(score, metric)) for metric in METRICS] for score in made])
         for system, made in scores.items()
     }
-    summary = {
-        system: {metric: bootstrap_mean(values, draws=draws, seed=seed) for metric, values in column.items()}
-        for system, column in columns.items()
-    }
     against = [name for name in controls if name in outputs]
-    pairs = [(system, control) for system in outputs if system not in against for control in against]
+    pairs = dict.fromkeys([(system, name) for system in outputs if system not in against for name in against])
+    pairs |= dict.fromkeys(also)
+    paired = {(first, second): columns[first] - columns[second] for first, second in pairs}
+    # One call for all: they are resampled alike, which costs little more than one.
+    together = np.concatenate([*columns.values(), *paired.values()], axis=1)
+    intervals = iter(bootstrap_means(together, draws=draws, seed=seed))
+    summary = {system: {metric: next(intervals) for metric in METRICS} for system in columns}
     differences = tuple(
-        difference
-        for pair in dict.fromkeys([*pairs, *also])
-        for difference in _differences(pair, columns, draws=draws, seed=seed)
+        Difference(*pair, metric, interval := next(intervals), difference_sentence(interval, metric, *pair))
+        for pair in paired
+        for metric in METRICS
     )
     return NotesReport(tuple(row.id for row in rows), scores, summary, differences)
-
-
-def _differences(
-    pair: tuple[str, str], columns: Mapping[str, Mapping[str, Sequence[float]]], *, draws: int, seed: int
-) -> list[Difference]:
-    system, control = pair
-    found = []
-    for metric in METRICS:
-        interval = bootstrap_difference(columns[system][metric], columns[control][metric], draws=draws, seed=seed)
-        found.append(Difference(system, control, metric, interval, difference_sentence(interval, metric, *pair)))
-    return found
 
 
 def notes_dict(report: NotesReport) -> dict[str, object]:
@@ -261,14 +267,14 @@ def notes_rows_csv(report: NotesReport) -> str:
     return _csv([["system", "id", *METRICS, "problems"], *lines])
 
 
-def notes_summary_csv(report: NotesReport) -> str:
-    """Return one line per system and metric: n, mean and interval."""
+def notes_summary_csv(report: NotesReport, data: str = "", sha256: str = "") -> str:
+    """Return one line per system and metric: n, mean, interval, and the file of the rows with its hash."""
     lines = [
-        [system, metric, interval.num_rows, interval.mean, interval.low, interval.high]
+        [system, metric, interval.num_rows, interval.mean, interval.low, interval.high, data, sha256]
         for system, metrics in report.summary.items()
         for metric, interval in metrics.items()
     ]
-    return _csv([["system", "metric", "n", "mean", "low", "high"], *lines])
+    return _csv([["system", "metric", "n", "mean", "low", "high", "data", "sha256"], *lines])
 
 
 def notes_markdown(report: NotesReport) -> str:
@@ -287,7 +293,20 @@ def summarise_loss(scores: Iterable[tuple[float, int, int]]) -> LossSummary:
     num_tokens = sum(count for _, count, _ in rows)
     loss = token_weighted_mean((nats, count) for nats, count, _ in rows)
     accuracy = sum(correct for _, _, correct in rows) / num_tokens
-    return LossSummary(len(rows), num_tokens, loss, perplexity(loss), accuracy)
+    found = bootstrap_ratio([nats for nats, n, _ in rows if n], [n for _, n, _ in rows if n])
+    return LossSummary(len(rows), num_tokens, loss, perplexity(loss), accuracy, found.low, found.high)
+
+
+def loss_difference(
+    system: str, mine: Sequence[tuple[float, int, int]], control: str, other: Sequence[tuple[float, int, int]]
+) -> LossDifference:
+    """Compare two systems' rows, as of `summarise_loss`; raises ValueError where they are not the same rows."""
+    counts = [count for _, count, _ in mine]
+    if counts != [count for _, count, _ in other]:
+        raise ValueError(f"loss_difference: {system} and {control} were scored on different rows")
+    gaps = [nats - base for (nats, _, _), (base, _, _) in zip(mine, other, strict=True)]
+    interval = bootstrap_ratio(gaps, counts)
+    return LossDifference(system, control, interval, difference_sentence(interval, "loss", system, control))
 
 
 def loss_dict(summary: LossSummary) -> dict[str, object]:
@@ -296,12 +315,12 @@ def loss_dict(summary: LossSummary) -> dict[str, object]:
     return {"suite": "loss", **values}
 
 
-def loss_csv(summaries: Mapping[str, LossSummary]) -> str:
-    """Return one line per system."""
+def loss_csv(summaries: Mapping[str, LossSummary], data: str = "", sha256: str = "") -> str:
+    """Return one line per system, with the file of the rows and its hash."""
     return _csv(
         [
-            ["system", *LossSummary.__dataclass_fields__],
-            *([system, *asdict(made).values()] for system, made in summaries.items()),
+            ["system", *LossSummary.__dataclass_fields__, "data", "sha256"],
+            *([system, *asdict(made).values(), data, sha256] for system, made in summaries.items()),
         ]
     )
 
@@ -314,8 +333,8 @@ def loss_markdown(summaries: Mapping[str, LossSummary]) -> str:
 
 
 def _loss_cells(made: LossSummary) -> list[str]:
-    shares = (f"{value:.6g}" for value in (made.loss, made.perplexity, made.accuracy))
-    return [*shares, str(made.num_tokens), str(made.num_rows)]
+    loss = f"{made.loss:.4f} [{made.low:.4f}, {made.high:.4f}]"
+    return [loss, f"{made.perplexity:.6g}", f"{made.accuracy:.6g}", str(made.num_tokens), str(made.num_rows)]
 
 
 def _plain(values: Mapping[str, object]) -> dict[str, object]:

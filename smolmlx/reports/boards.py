@@ -9,11 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from smolmlx.evals.bootstrap import MIN_ROWS, bootstrap_difference, difference_sentence
+import numpy as np
+
+from smolmlx.evals.bootstrap import MIN_ROWS, bootstrap_means, difference_sentence
 from smolmlx.evals.suites import CONTROLS
 from smolmlx.reports.folders import AnswerRow, RunView, ScoredSet, Tree
 
 Kind = Literal["base", "control", "trained"]
+MAX_PAIRED = 6
+"""Trained systems up to which each is compared with each other one: 15 pairs. More would find differences by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +76,17 @@ class Board:
 
     name: str
     data: str
+    sha256: str
+    """Of that file; '' where the run does not say."""
     num_rows: int
     rows: Sequence[AnswerRow]
     entrants: Sequence[Entrant]
     comparisons: Sequence[Comparison]
+
+    @property
+    def crowded(self) -> bool:
+        """Too many trained systems to read one after the other: a sweep's."""
+        return sum(entrant.kind == "trained" for entrant in self.entrants) > MAX_PAIRED
 
     @property
     def slug(self) -> str:
@@ -85,10 +96,7 @@ class Board:
 
 def label_runs(views: Sequence[RunView]) -> dict[str, str]:
     """Return a short label for each run's path: its recipe where that tells the runs apart, else recipe and suffix."""
-    short = [
-        view.name.rsplit("-", 3)[0] if view.name.count("-") >= 3 and not _in_sweep(view) else view.name
-        for view in views
-    ]
+    short = [_short_name(view) for view in views]
     full = [f"{name} {view.name.rsplit('-', 1)[-1]}" for name, view in zip(short, views, strict=True)]
     chosen = [a if short.count(a) == 1 else b for a, b in zip(short, full, strict=True)]
     if len(set(chosen)) < len(chosen):
@@ -98,9 +106,10 @@ def label_runs(views: Sequence[RunView]) -> dict[str, str]:
     return {str(view.path): label for view, label in zip(views, chosen, strict=True)}
 
 
-def _in_sweep(view: RunView) -> bool:
-    """Whether a run is named by its setting and seed, rather than by recipe and time."""
-    return (view.path / "outcome.json").is_file()
+def _short_name(view: RunView) -> str:
+    if view.setting:
+        return f"{view.setting}, seed {view.seed}"
+    return view.name.rsplit("-", 3)[0] if view.name.count("-") >= 3 else view.name
 
 
 def make_boards(views: Sequence[RunView]) -> list[Board]:
@@ -139,7 +148,7 @@ def _board(name: str, members: Sequence[tuple[str, ScoredSet]]) -> Board:
     entrants.sort(key=lambda entrant: order[entrant.kind])
     first = members[0][1]
     compared = list(_recorded(first) if len(members) == 1 else _recomputed(entrants))
-    return Board(name, first.data, first.num_rows, first.rows, entrants, compared)
+    return Board(name, first.data, first.sha256, first.num_rows, first.rows, entrants, compared)
 
 
 def _entrants(found: ScoredSet) -> Iterator[Entrant]:
@@ -166,17 +175,24 @@ def _recorded(found: ScoredSet) -> Iterator[Comparison]:
 
 
 def _recomputed(entrants: Sequence[Entrant]) -> Iterator[Comparison]:
-    """Compare every trained system with base and controls, and trained systems of different runs with each other."""
+    """Compare every trained system with base and controls, and a few trained systems with each other."""
     trained = [entrant for entrant in entrants if entrant.kind == "trained"]
     pairs = [(system, other) for system in trained for other in entrants if other.kind != "trained"]
-    pairs += [(later, earlier) for i, earlier in enumerate(trained) for later in trained[i + 1 :]]
-    for system, other in pairs:
-        for metric in HEADLINES:
-            columns = [[float(score[metric.key]) for score in side.scores] for side in (system, other)]
-            if columns[0] and len(columns[0]) == len(columns[1]):
-                found = bootstrap_difference(*columns)
-                sentence = difference_sentence(found, metric.key, system.label, other.label)
-                yield _comparison(system.label, other.label, metric, asdict(found), sentence, found.shows_difference)
+    if len(trained) <= MAX_PAIRED:
+        pairs += [(later, earlier) for i, earlier in enumerate(trained) for later in trained[i + 1 :]]
+    columns = {(e.label, m.key): np.array([float(score[m.key]) for score in e.scores]) for e in entrants for m in HEADLINES}  # fmt: skip
+    wanted = [
+        (system, other, metric)
+        for system, other in pairs
+        for metric in HEADLINES
+        if len(columns[system.label, metric.key]) == len(columns[other.label, metric.key]) > 0
+    ]
+    if not wanted:
+        return
+    paired = [columns[system.label, metric.key] - columns[other.label, metric.key] for system, other, metric in wanted]
+    for (system, other, metric), found in zip(wanted, bootstrap_means(np.stack(paired, axis=1)), strict=True):
+        sentence = difference_sentence(found, metric.key, system.label, other.label)
+        yield _comparison(system.label, other.label, metric, asdict(found), sentence, found.shows_difference)
 
 
 def _comparison(system: str, against: str, metric: Metric, interval: Tree, sentence: str, shown: bool) -> Comparison:

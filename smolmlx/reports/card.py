@@ -13,6 +13,7 @@ from smolmlx import __version__
 from smolmlx.reports import charts, figures, page
 from smolmlx.reports.boards import HEADLINES, Board, label_runs, make_boards
 from smolmlx.reports.folders import RunView
+from smolmlx.reports.sweeps import SweepView
 from smolmlx.rundir import RunDir, publish, write_text
 
 _IN_CARD = ("loss", "accuracy", "test-compliance", "test-content_alignment")
@@ -57,14 +58,23 @@ def write_run_report(view: RunView, *, title: str | None = None, max_rows: int =
     return made
 
 
-def write_charts(views: Sequence[RunView], folder: Path) -> list[str]:
+def write_sweep_report(
+    views: Sequence[RunView], sweep: SweepView, *, title: str | None = None, max_rows: int = page.MAX_ROWS
+) -> list[Path]:
+    """Write report.html and charts/ into a sweep's folder; return what was written. Errors as `write_run_report`."""
+    made = [sweep.path / "report.html"]
+    page.write_report(views, made[0], sweeps=[sweep], title=title, max_rows=max_rows)
+    return [*made, *([sweep.path / "charts"] if write_charts(views, sweep.path / "charts", [sweep]) else [])]
+
+
+def write_charts(views: Sequence[RunView], folder: Path, sweeps: Sequence[SweepView] = ()) -> list[str]:
     """Write the charts that the report shows first as SVG and PNG; return their names."""
     boards = make_boards(views)
     hidden = {
         f"{board.slug}-{metric.key}" for board in boards for metric in HEADLINES if metric.key not in page.SHOWN_FIRST
     }
     hidden |= {"learning-rate", "grad-norm"}
-    drawn = page.run_charts(views, label_runs(views), boards)
+    drawn = {**page.sweep_charts(sweeps), **page.run_charts(views, label_runs(views), boards)}
     specs = {name: spec for name, spec in drawn.items() if name not in hidden}
     if specs:
         with publish(folder) as target:

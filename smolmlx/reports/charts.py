@@ -15,6 +15,7 @@ from typing import Any
 from smolmlx.errors import BackendError
 from smolmlx.reports.boards import HEADLINES, Board, Metric
 from smolmlx.reports.folders import RunView, Tree
+from smolmlx.reports.sweeps import Figure, SweepView
 from smolmlx.reports.weights import Change
 
 Spec = dict[str, Any]
@@ -111,15 +112,20 @@ def _chart(layers: Sequence[Spec], **more: Any) -> Spec:
 def curve_points(
     views: Sequence[RunView], labels: Mapping[str, str], step_key: str, eval_key: str | None
 ) -> list[dict[str, Any]]:
-    """Return the points of one figure over all runs: every step (binned), a running mean, and evaluations."""
+    """Return the points of one figure over all runs: every step (binned), a running mean, and evaluations.
+
+    Runs of one setting of a sweep share a colour; single steps of many runs would hide each other and are left out.
+    """
     points: list[dict[str, Any]] = []
     for view in views:
-        run = labels[str(view.path)]
+        run = {"run": view.setting or labels[str(view.path)], "line": labels[str(view.path)]}
         steps = [(int(row["step"]), float(row[step_key])) for row in view.steps if _finite(row.get(step_key))]
-        points += [{"x": x, "y": y, "run": run, "kind": "step"} for x, y in thin(steps)]
-        points += [{"x": x, "y": y, "run": run, "kind": "training"} for x, y in thin(running_mean(steps))]
+        if len(views) <= _LABELLED_RUNS:
+            points += [{"x": x, "y": y, **run, "kind": "step"} for x, y in thin(steps)]
+        most = MAX_POINTS if len(views) <= _LABELLED_RUNS else MAX_POINTS // 4
+        points += [{"x": x, "y": y, **run, "kind": "training"} for x, y in thin(running_mean(steps), most)]
         points += [
-            {"x": int(row["step"]), "y": float(row[eval_key]), "run": run, "kind": "validation"}
+            {"x": int(row["step"]), "y": float(row[eval_key]), **run, "kind": "validation"}
             for row in view.evals
             if eval_key and _finite(row.get(eval_key))
         ]
@@ -167,19 +173,23 @@ def curve(points: Sequence[Mapping[str, Any]], title: str, unit: str, style: str
         {"field": "x", "title": "step"},
         {"field": "y", "title": unit, "format": style},
         {"field": "kind", "title": "measured on"},
-        *([{"field": "run", "title": "run"}] if many else []),
+        *([{"field": "line", "title": "run"}] if many else []),
     ]
-    base: Spec = {"x": x, "y": y, "color": color}
+    base: Spec = {"x": x, "y": y, "color": color, "detail": {"field": "line"}}
     near = {"name": "near", "select": {"type": "point", "on": "pointermove", "nearest": True, "clear": "pointerout"}}
     shown = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
     # A single step belongs to the training curve's colour.
     steps = [*_only("step"), *([] if many else [{"calculate": "'training'", "as": "kind"}])]
-    layers: list[Spec] = [
-        {"transform": steps, "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.28}, "encoding": base},
-        {"transform": _only("training"), "mark": {"type": "line", "strokeWidth": 2.2}, "encoding": base},
-    ]
+    crowded = len({point["line"] for point in points}) > _LABELLED_RUNS
+    wide = {"type": "line", "strokeWidth": 1.3 if crowded else 2.2, "opacity": 0.75 if crowded else 1}
+    layers: list[Spec] = []
+    if any(point["kind"] == "step" for point in points):
+        faint = {"type": "line", "strokeWidth": 1, "opacity": 0.28}
+        layers.append({"transform": steps, "mark": faint, "encoding": base})
+    layers.append({"transform": _only("training"), "mark": wide, "encoding": base})
     if any(point["kind"] == "validation" for point in points):  # Vega warns about a layer without data
-        mark = {"type": "line", "strokeWidth": 1.6, "strokeDash": [5, 3], "point": {"size": 46, "filled": True}}
+        dot = {"size": 22 if crowded else 46, "filled": True}
+        mark = {"type": "line", "strokeWidth": 1.1 if crowded else 1.6, "strokeDash": [5, 3], "point": dot}
         layers.append({"transform": _only("validation"), "mark": mark, "encoding": {**base, "tooltip": tooltip}})
     followed: Spec = {"type": "point", "filled": True, "size": 60}
     layers.append(
@@ -237,6 +247,53 @@ def forests(board: Board) -> dict[str, Spec]:
     """Return the chart of each headline metric that a board has."""
     found = {metric.key: forest(board, metric) for metric in HEADLINES}
     return {key: spec for key, spec in found.items() if spec is not None}
+
+
+FIRST, SHOWN, NOT_SHOWN = "first", "differs", "no difference shown"
+
+
+def settings_chart(sweep: SweepView, figure: Figure) -> Spec | None:
+    """Draw a figure of every setting: each seed, their span, their mean; None where no run has it."""
+    seeds, means = [], []
+    for setting, found in sweep.settings.items():
+        if figure.key in found:
+            spread = found[figure.key]
+            verdict = sweep.verdict(setting, figure.metric)
+            kind = FIRST if setting == sweep.first else SHOWN if verdict in ("higher", "lower") else NOT_SHOWN
+            shown = {"setting": setting, "kind": kind}
+            means.append({**shown, **{key: _round(spread[key]) for key in ("mean", "low", "high")}, "sd": _round(spread["sd"]), "verdict": verdict or "–"})  # fmt: skip
+            seeds += [{**shown, "seed": seed, "value": _round(value)} for seed, value in sweep.values(setting, figure.key)]  # fmt: skip
+    if not means:
+        return None
+    share = figure.style == ".1%"
+    axis = {"tickCount": 5, **({"format": ".0%"} if share else {})}
+    x = {"type": "quantitative", "title": None, "scale": {"domain": [0, 1]} if share else {"zero": False, "nice": True}, "axis": axis}  # fmt: skip
+    label = {"grid": False, "ticks": False, "domain": False, "labelPadding": 10}
+    y = {"field": "setting", "type": "nominal", "sort": [m["setting"] for m in means], "title": None, "axis": label}
+    # The theme's colours by place: quiet grey is the last of eight.
+    domain = [SHOWN, FIRST, *"abcde", NOT_SHOWN]
+    kinds = [kind for kind in (FIRST, SHOWN, NOT_SHOWN) if any(m["kind"] == kind for m in means)]
+    color = {"field": "kind", "type": "nominal", "scale": {"domain": domain}, "legend": {"title": None, "values": kinds, "symbolType": "circle"}}  # fmt: skip
+    shared = {"y": y, "color": color}
+    of_mean = [
+        {"field": "setting"}, {"field": "mean", "title": "mean", "format": figure.style},
+        {"field": "sd", "title": "standard deviation", "format": figure.style}, {"field": "verdict", "title": f"against {sweep.first}"},
+    ]  # fmt: skip
+    of_seed = [{"field": "setting"}, {"field": "seed"}, {"field": "value", "title": figure.label, "format": figure.style}]  # fmt: skip
+    from_first = {"filter": f"datum.kind == '{FIRST}'"}
+    layers: list[Spec] = [
+        {"data": {"values": means}, "transform": [from_first], "mark": {"type": "rule", "strokeDash": [3, 3], "opacity": 0.55}, "encoding": {"x": {**x, "field": "mean"}}},
+        {"data": {"values": means}, "mark": {"type": "rule", "strokeWidth": 5, "opacity": 0.22, "strokeCap": "round"}, "encoding": {**shared, "x": {**x, "field": "low"}, "x2": {"field": "high"}}},
+        {"data": {"values": seeds}, "mark": {"type": "point", "filled": True, "size": 26, "opacity": 0.6}, "encoding": {**shared, "x": {**x, "field": "value"}, "tooltip": of_seed}},
+        {"data": {"values": means}, "mark": {"type": "tick", "thickness": 3, "size": 17}, "encoding": {**shared, "x": {**x, "field": "mean"}, "tooltip": of_mean}},
+    ]  # fmt: skip
+    arrow = {True: "higher is better", False: "lower is better", None: ""}[figure.higher_is_better]
+    title = {"text": figure.label, "subtitle": arrow, "subtitleFontSize": 10.5}
+    return _chart(layers, title=title, height=30 * len(means))
+
+
+def _round(value: Any) -> float | None:
+    return float(f"{value:.6g}") if _finite(value) else None
 
 
 def weight_map(changes: Sequence[Change]) -> Spec:

@@ -74,6 +74,11 @@ def status(view: RunView) -> str:
     return f"Not finished: step {done} of {view.plan.get('steps', '?')}. Every figure below is of that moment."
 
 
+def loss_unit(view: RunView) -> str:
+    """Return what a run's loss is counted in."""
+    return "mean per pair" if view.plan.get("stage") == "dpo" else "nats per supervised token"
+
+
 def tiles(view: RunView, boards: Sequence[Board]) -> list[Tile]:
     """Return the key figures of one run."""
     found: list[Tile] = []
@@ -83,10 +88,12 @@ def tiles(view: RunView, boards: Sequence[Board]) -> list[Tile]:
     if view.steps:
         last = report.get("final_loss", view.steps[-1]["loss"])
         first = number(view.steps[0]["loss"])
-        found.append(Tile("training loss", number(last), f"from {first}; nats per supervised token"))
+        found.append(Tile("training loss", number(last), f"from {first}; {loss_unit(view)}"))
     best = min(view.evals, key=lambda row: row["val_loss"], default=None)
     if best is not None:
-        note = f"best, at step {best['step']}; perplexity {number(best['val_perplexity'], '.2f')}"
+        middle = {"perplexity": "val_perplexity", "margin": "val_margin"}
+        shown = [f"{word} {number(best[key], '.2f')}" for word, key in middle.items() if key in best]
+        note = "; ".join([f"best, at step {best['step']}", *shown])
         found.append(Tile("validation loss", number(best["val_loss"]), note))
     if report:
         speed = f"{duration(report['seconds'])}, {big_number(report['num_tokens'])} tokens"
@@ -142,11 +149,12 @@ def _against(board: Board, entrant: Entrant, metric: Metric) -> str:
     ):
         others = [c.against for c in board.comparisons if (c.system, c.metric, c.verdict) == (entrant.label, metric.key, verdict)]  # fmt: skip
         if others:
-            said.append(f"{word} {_listed(others)}")
+            said.append(f"{word} {listed(others)}")
     return f": {'; '.join(said)}" if said else ""
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return e.g. 'a, b and c'."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -34,6 +34,8 @@ class ScoredSet:
     name: str
     data: str
     """The file the rows came from; '' where the run does not say."""
+    sha256: str
+    """Of that file; '' where the run does not say."""
     num_rows: int
     systems: Mapping[str, Mapping[str, Tree]]
     """System -> metric -> {mean, low, high, num_rows, level}."""
@@ -60,6 +62,11 @@ class RunView:
     sets: Mapping[str, ScoredSet] = field(default_factory=dict)
     loss: Mapping[str, Tree] = field(default_factory=dict)
     """System -> loss, perplexity, accuracy (suite loss)."""
+    loss_findings: Sequence[str] = ()
+    """What its paired differences show."""
+    setting: str = ""
+    """What a sweep calls this run's setting; '' outside of a sweep."""
+    seed: int | None = None
     samples: Tree = field(default_factory=dict)
 
     @property
@@ -79,21 +86,33 @@ def open_runs(paths: Sequence[Path]) -> list[RunView]:
     problems = []
     for path in paths:
         inside = [path] if _is_view(path) else sorted(p for p in path.glob("[!.]*") if _is_view(p))
+        order = list(_places(path))
+        inside.sort(key=lambda p: order.index(p.name) if p.name in order else len(order))
         if not inside:
             what = "no such folder" if not path.exists() else "neither a run (plan.json) nor results (results.json)"
             problems.append(f"{path}: {what}, nor a folder of them")
         found |= dict.fromkeys(inside)
     if problems:
         raise RecipeError("report: pass the folder that `smolmlx train` or `smolmlx eval --out` named", problems)
-    return [read_run(path) for path in found]
+    return [read_run(path, _places(path.parent).get(path.name)) for path in found]
+
+
+def _places(folder: Path) -> dict[str, tuple[str, int]]:
+    """Return run folder -> (setting, seed) where the folder is a sweep's."""
+    if not (folder / "sweep.json").is_file():
+        return {}
+    return {run["run"]: (run["setting"], run["seed"]) for run in RunDir(folder).read_json("sweep.json").get("runs", ())}
 
 
 def _is_view(path: Path) -> bool:
     return (path / "plan.json").is_file() or (path / "results.json").is_file()
 
 
-def read_run(path: Path) -> RunView:
+def read_run(path: Path, place: tuple[str, int] | None = None) -> RunView:
     """Read one run or evaluation folder.
+
+    Args:
+        place: setting and seed of a sweep's run.
 
     Raises:
         RunError: a file of it is broken.
@@ -103,7 +122,8 @@ def read_run(path: Path) -> RunView:
     results = _optional(RunDir(scored), "results.json")
     rows = read_metrics(run)
     recipe = _read_recipe(path / "recipe.yaml")
-    files = {"test": results.get("data"), "ood": (recipe.get("evaluate") or {}).get("ood")}
+    # Results of before 2026-11-21 name the test file alone.
+    files = results.get("files") or {"test": {"path": results.get("data")}, "ood": {"path": (recipe.get("evaluate") or {}).get("ood")}}  # fmt: skip
     return RunView(
         path=path,
         name=path.resolve().name,
@@ -114,11 +134,13 @@ def read_run(path: Path) -> RunView:
         steps=[row for row in rows if row["kind"] == "step"],
         evals=[row for row in rows if row["kind"] == "eval"],
         sets={
-            name: _read_set(name, tree, str(files.get(name) or ""), scored)
-            for name, tree in results.get("sets", {}).items()
+            name: _read_set(name, tree, files.get(name, {}), scored) for name, tree in results.get("sets", {}).items()
         },
         loss=results.get("systems", {}),
+        loss_findings=[found["sentence"] for found in results.get("differences", ())],
         samples=_optional(run, "samples.json"),
+        setting=place[0] if place else "",
+        seed=place[1] if place else None,
     )
 
 
@@ -136,11 +158,12 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _read_set(name: str, tree: Tree, data: str, folder: Path) -> ScoredSet:
+def _read_set(name: str, tree: Tree, file: Tree, folder: Path) -> ScoredSet:
     try:
         return ScoredSet(
             name=name,
-            data=data,
+            data=str(file.get("path") or ""),
+            sha256=str(file.get("sha256") or ""),
             num_rows=tree["n"],
             systems=tree["systems"],
             differences=tree["differences"],

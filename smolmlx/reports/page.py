@@ -15,10 +15,11 @@ import jinja2
 import yaml
 
 from smolmlx import __version__
-from smolmlx.reports import charts, figures
+from smolmlx.reports import charts, figures, sweep_figures
 from smolmlx.reports.boards import HEADLINES, Board, label_runs, make_boards
 from smolmlx.reports.folders import RunView
 from smolmlx.reports.rows import count_flaws, flaw_kind, view_rows
+from smolmlx.reports.sweeps import SweepView
 from smolmlx.reports.weights import weight_changes
 from smolmlx.rundir import write_text
 
@@ -29,11 +30,17 @@ SHOWN_FIRST = ("compliance", "content_alignment", "unsupported")
 _MAX_MAPS = 6
 
 
-def render(views: Sequence[RunView], *, title: str | None = None, max_rows: int = MAX_ROWS) -> str:
-    """Return the report of one or several runs as HTML."""
+def render(
+    views: Sequence[RunView],
+    *,
+    sweeps: Sequence[SweepView] = (),
+    title: str | None = None,
+    max_rows: int = MAX_ROWS,
+) -> str:
+    """Return the report of one or several runs as HTML; `sweeps` are those that some of the runs are of."""
     labels, boards = label_runs(views), make_boards(views)
-    specs = run_charts(views, labels, boards)
-    many = len(views) > 1
+    specs = {**sweep_charts(sweeps), **run_charts(views, labels, boards)}
+    many = len(views) > 1 or bool(sweeps)
     viewers = [_viewer(board, max_rows) for board in boards]
     payload = {
         "themes": {"light": charts.LIGHT, "dark": charts.DARK},
@@ -42,13 +49,16 @@ def render(views: Sequence[RunView], *, title: str | None = None, max_rows: int 
     }
     bundle, script = charts.browser_bundle(), _asset("page.js")
     context = {
-        "title": title or (" · ".join(labels.values()) if many else views[0].name),
+        "title": title or _title(views, sweeps, labels),
         "version": __version__,
         "made": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         "many": many,
         "views": views,
         "labels": labels,
         "boards": boards,
+        "sweeps": sweeps,
+        "sweep_figures": sweep_figures,
+        "opened": [_shown_systems(board, sweeps) for board in boards],
         "metrics": HEADLINES,
         "shown_first": SHOWN_FIRST,
         "specs": specs,
@@ -68,21 +78,56 @@ def render(views: Sequence[RunView], *, title: str | None = None, max_rows: int 
     return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer must not stop it
 
 
-def write_report(views: Sequence[RunView], target: Path, *, title: str | None = None, max_rows: int = MAX_ROWS) -> None:
+def _title(views: Sequence[RunView], sweeps: Sequence[SweepView], labels: Mapping[str, str]) -> str:
+    outside = [labels[str(view.path)] for view in views if not view.setting]
+    named = [*(sweep.name for sweep in sweeps), *outside]
+    return " · ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
+
+
+def _shown_systems(board: Board, sweeps: Sequence[SweepView]) -> list[int]:
+    """Return which systems the viewer opens with: all but the controls, or of many the base and those that matter."""
+    shown = [i for i, entrant in enumerate(board.entrants) if entrant.kind != "control"]
+    if not board.crowded:
+        return shown
+    leaders = {sweep.first for sweep in sweeps} | {found["leader"] for sweep in sweeps for found in sweep.best}
+    seed = f", seed {sweeps[0].seeds[0]}" if sweeps else ""
+    wanted = {f"{setting}{seed}" for setting in leaders}
+    few = [i for i in shown if board.entrants[i].kind == "base" or board.entrants[i].label in wanted]
+    return few if len(few) > 1 else shown[:3]
+
+
+def write_report(
+    views: Sequence[RunView],
+    target: Path,
+    *,
+    sweeps: Sequence[SweepView] = (),
+    title: str | None = None,
+    max_rows: int = MAX_ROWS,
+) -> None:
     """Write the HTML file.
 
     Raises:
         BackendError: the charting library is not installed.
         RunError: the file cannot be written.
     """
-    write_text(target, render(views, title=title, max_rows=max_rows))
+    write_text(target, render(views, sweeps=sweeps, title=title, max_rows=max_rows))
 
 
 def run_charts(views: Sequence[RunView], labels: Mapping[str, str], boards: Sequence[Board]) -> dict[str, charts.Spec]:
     """Return every chart by its name; one without data is left out."""
+    pairs = {figures.loss_unit(view) for view in views} == {"mean per pair"}
+    loss, of = ("mean per pair", "pairs") if pairs else ("nats per supervised token", "supervised tokens")
     wanted = (
-        ("loss", "loss", "val_loss", "Loss", "nats per supervised token", ".4f"),
-        ("accuracy", "accuracy", "val_accuracy", "Token accuracy", "share of supervised tokens", ".3f"),
+        ("loss", "loss", "val_loss", "Loss", loss, ".4f"),
+        (
+            "accuracy",
+            "accuracy",
+            "val_accuracy",
+            "Pair accuracy" if pairs else "Token accuracy",
+            f"share of {of}",
+            ".3f",
+        ),
+        ("margin", "margin", "val_margin", "Reward margin", "beta x nats", ".3f"),
         ("learning-rate", "learning_rate", None, "Learning rate", "learning rate", ".3g"),
         ("grad-norm", "grad_norm", None, "Gradient norm", "norm before clipping", ".3f"),
     )
@@ -93,11 +138,23 @@ def run_charts(views: Sequence[RunView], labels: Mapping[str, str], boards: Sequ
             found[name] = charts.curve(points, title, unit, style)
     for board in boards:
         found |= {f"{board.slug}-{key}": spec for key, spec in charts.forests(board).items()}
-    for number, view in enumerate(views[:_MAX_MAPS]):
-        changes = weight_changes(view.path / "adapter")
+    # Of a setting, the first seed's map stands for the others.
+    firsts = {view.setting or str(view.path): number for number, view in reversed(list(enumerate(views)))}
+    for number in sorted(firsts.values())[:_MAX_MAPS]:
+        changes = weight_changes(views[number].path / "adapter")
         if changes:
             found[f"weights{number}"] = charts.weight_map(changes)
     return found
+
+
+def sweep_charts(sweeps: Sequence[SweepView]) -> dict[str, charts.Spec]:
+    """Return the chart of each figure of each sweep by its name."""
+    found = {
+        f"sweep{number}-{figure.key.replace('.', '-').replace('_', '-')}": charts.settings_chart(sweep, figure)
+        for number, sweep in enumerate(sweeps)
+        for figure in sweep.figures
+    }
+    return {name: spec for name, spec in found.items() if spec is not None}
 
 
 def _viewer(board: Board, max_rows: int) -> dict[str, Any]:

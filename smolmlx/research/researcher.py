@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from smolmlx.backend import Decoding
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import BackendError, DataError
+from smolmlx.errors import DataError
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.research.budget import Asked, Budget, Fill, fill_numbered, fill_pair, fill_single
 from smolmlx.tasks.registry import Registry, read_registry
@@ -34,11 +34,6 @@ class Answering(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
     def generate(self, prompts: Sequence[str], **decoding: Any) -> list[str]: ...
-
-
-def can_constrain() -> bool:
-    """Whether engines can be asked to keep to a schema."""
-    return "schema" in {field.name for field in fields(Decoding)}
 
 
 class BatchResearcher:
@@ -158,7 +153,7 @@ class PaperResearcher:
         model: Answering | Model | Run | str | Path | tuple[str | Path, str | Path],
         *,
         registry: Registry | str | Path | None = None,
-        constrained: bool | None = None,
+        constrained: bool = True,
         context: int | None = None,
         sampling: Decoding = Decoding(),
         backend: str = "auto",
@@ -168,25 +163,19 @@ class PaperResearcher:
 
         Args:
             registry: task registry, or its YAML file, for a model trained on other prompts.
-            constrained: keep answers to their schema while they are written; None does so where the engine can. Without
-                it answers are read tolerantly.
+            constrained: keep answers to their schema while they are written. Without it they are read tolerantly.
             context: most tokens of prompt and answer; None takes the model's own.
             sampling: how answers are drawn; greedy unless said otherwise. Their length is the registry's.
 
         Raises:
-            BackendError: `constrained` is asked for, and engines cannot.
             RecipeError: no such model, or a registry that is not whole.
         """
         loaded, own_context = _open(model, backend, device)
-        if constrained and not can_constrain():
-            raise BackendError(
-                "PaperResearcher(constrained=True): engines cannot keep to a schema yet. Leave it out, or pass False."
-            )
         self.batch = BatchResearcher(
             loaded,
             registry if isinstance(registry, Registry) else read_registry(Path(registry) if registry else None),
             context=context or own_context,
-            constrained=can_constrain() if constrained is None else constrained,
+            constrained=constrained,
             sampling=sampling,
         )
 

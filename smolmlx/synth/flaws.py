@@ -62,12 +62,19 @@ _LEANS = re.compile(
     r"|\b(?:I|we|We|you|You|my|My|our|Our|us|your|Your)\b"
 )
 """What leans on the sentences around it: a label, a question, a word that points back, someone who speaks."""
+# A clause with a subject of its own, which can stand alone: behind "because" any, behind ", and" one that names its subject.
+_CLAUSE = re.compile(
+    r"(?P<head>[A-Z][^,;:]+?(?: [^,;: ]+){3})"
+    r"(?:,? (?:because|whereas|although|while) (?!of\b|\w+ing\b)|, (?:and|but|so|while) (?=(?:the|a|an|each|every|most|many|some|no)\b))"
+    r"(?P<clause>[^,;:]+)\."
+)
 _MIN_HEAD_WORDS = 5
 _ALIKE = 0.5
 """Two lines say the same when they share at least this part of their distinct terms."""
 _MAX_NOVEL = 0.2
 """Most new terms, as a share, of a line that is to stand for another one."""
 _MAX_EXTRA_WORDS = 14
+_MAX_CLAUSE_WORDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +171,7 @@ def find_flaws(passage: str, chosen: str, rejected: str) -> set[str]:
     claims = body if closing[0] else [*body, parts["Limitation"]]
     if any(_novelty(_without_phrases(line), known) >= UNSUPPORTED for line in claims):
         found.add("unsupported-claim")
-    lines = [line.strip().lower() for line in rejected.split("\n") if line.strip()]
+    lines = [line.strip().removeprefix("- ").lower() for line in rejected.split("\n") if line.strip()]
     if len(set(lines)) < len(lines):
         problems.add("a line is repeated")
     return found | problems
@@ -187,11 +194,42 @@ def spoil(row: NotesRow, issue: str, neighbours: Neighbours, dice: Dice) -> str 
 
 
 def _fourth_bullet(row: NotesRow, neighbours: Neighbours, dice: Dice) -> Iterator[_Draft]:
-    """Add what the passage says and the notes leave out, so that the number of bullets is all that is wrong."""
-    for extra in dice.shuffled(_unused(row, neighbours)):
-        points = (*row.note.points, extra)
-        note = Note(row.note.summary, points, row.note.limitation, row.note.question)
-        yield _Draft(note, frozenset({len(points)}))
+    """Add a bullet so that the number of bullets is all that is wrong: something new, half of a line, or a point again."""
+    again = {text for line in row.note.lines[:-1] for text in _rewordings(row, line, neighbours)}
+    fresh = [_with_bullet(row, extra) for extra in dice.shuffled(_unused(row, neighbours))]
+    halves = dice.shuffled(_halved(row))
+    yield from (*fresh, *halves) if dice.share() < 0.5 else (*halves, *fresh)
+    plain = sorted(text for text in again if _is_plain(text) and not _begins_one(text, row.note.lines))
+    yield from (_with_bullet(row, extra) for extra in dice.shuffled(plain))
+
+
+def _with_bullet(row: NotesRow, extra: str) -> _Draft:
+    points = (*row.note.points, extra)
+    return _Draft(Note(row.note.summary, points, row.note.limitation, row.note.question), frozenset({len(points)}))
+
+
+def _begins_one(text: str, lines: Sequence[str]) -> bool:
+    """Say whether a text is a line or the beginning of one, so that adding it would repeat the line word for word."""
+    return any(line.startswith(text.removesuffix(".")) for line in lines)
+
+
+def _halved(row: NotesRow) -> list[_Draft]:
+    """Return the note with one line divided at its side clause, which becomes a bullet: hardly a word more or less."""
+    found = []
+    lines = row.note.lines
+    for place, line in enumerate(lines[:-1]):
+        match = _CLAUSE.fullmatch(line)
+        if match is None:
+            continue
+        clause = match["clause"][0].upper() + match["clause"][1:] + "."
+        if not _is_plain(clause, most=_MAX_CLAUSE_WORDS):
+            continue
+        kept = [match["head"] + "." if spot == place else text for spot, text in enumerate(lines)]
+        # Behind the line it was part of where that is a bullet, else behind the last one.
+        spot = place + 1 if 0 < place <= len(row.note.points) else len(row.note.points) + 1
+        note = row.note.with_lines([*kept[:spot], clause, *kept[spot:]])
+        found.append(_Draft(note, frozenset({place + (place >= spot), spot})))
+    return found
 
 
 def _unsupported_claim(row: NotesRow, neighbours: Neighbours, dice: Dice) -> Iterator[_Draft]:
@@ -303,15 +341,10 @@ def _unused(row: NotesRow, neighbours: Neighbours) -> list[str]:
     return [text for text in found if max(_likeness(text, line) for line in row.note.lines) < _ALIKE]
 
 
-def _is_plain(sentence: str) -> bool:
-    """Say whether a text can stand alone as a bullet: one short sentence, without a label before it."""
+def _is_plain(sentence: str, most: int = _MAX_EXTRA_WORDS) -> bool:
+    """Say whether a text can stand alone as a bullet: one sentence of at most `most` words, without a label before it."""
     words = sentence.split()
-    return (
-        3 < len(words) <= _MAX_EXTRA_WORDS
-        and sentence[0].isupper()
-        and sentence.endswith(".")
-        and not _LEANS.search(sentence)
-    )
+    return 3 < len(words) <= most and sentence[0].isupper() and sentence.endswith(".") and not _LEANS.search(sentence)
 
 
 def _head(sentence: str) -> str | None:

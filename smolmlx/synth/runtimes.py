@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from smolmlx.backend import Decoding, Generator
 from smolmlx.data.chat import Tokenizer
@@ -111,8 +111,9 @@ class LocalRuntime:
             how = _decoding(kind, requests[rows[0]].seed, self.batch_size)
             for done in self.generator.generate([prompts[row] for row in rows], how):
                 row = rows[done.index]
-                text = self.tokenizer.decode(done.ids)
-                replies[row] = Reply(text, len(prompts[row]), len(done.ids), cut=not done.finished)
+                replies[row] = Reply(
+                    done.text, len(prompts[row]), len(done.ids), cut=not done.finished or done.shortened
+                )
                 await asyncio.sleep(0)  # a place to be interrupted
         return replies
 
@@ -122,8 +123,11 @@ def _user(request: Request) -> dict[str, str]:
 
 
 def _decoding(request: Request, seed: int, batch_size: int) -> Decoding:
-    """Return how to decode; constrained where engines can be asked for it."""
-    given: dict[str, Any] = {"max_tokens": request.max_tokens, "temperature": request.temperature, "seed": seed}
-    if "schema" in {field.name for field in fields(Decoding)}:
-        given["schema"] = request.schema.model_json_schema()
-    return Decoding(batch_size=batch_size, **given)
+    """Return how to decode: kept to the request's schema, so that an answer is always whole."""
+    return Decoding(
+        batch_size=batch_size,
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        seed=seed,
+        schema=request.schema,
+    )

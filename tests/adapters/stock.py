@@ -22,12 +22,31 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"tie_word_embeddings": False, "head_dim": 8}),
     "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "gemma": ("gemma", {"head_dim": 8}),  # mlx-lm 0.32's own differs from transformers by 4e-4
+    # mlx-lm 0.32 rounds the root of the width to bfloat16; of 64 that is exact.
+    "gemma3-64": (
+        "gemma3_text",
+        {"head_dim": 8, "hidden_size": 64, "query_pre_attn_scalar": 8, "num_hidden_layers": 7, "sliding_window": 16},
+    ),
     "phi3": ("phi3", {"tie_word_embeddings": False}),
     "smollm3": ("smollm3", {"tie_word_embeddings": True, "num_hidden_layers": 4}),
     "gemma3": (
         "gemma3_text",
         {"head_dim": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 7, "sliding_window": 16},
     ),
+    "mistral": ("mistral", {"tie_word_embeddings": False, "head_dim": 8}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {}),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", {"head_dim": 8, "sliding_window": 16, "num_hidden_layers": 4}),
+    "stablelm": ("stablelm", {}),
+    "starcoder2": ("starcoder2", {"hidden_act": "gelu"}),  # with its usual tanh, mlx-lm 0.32 differs by 9e-4
+    "qwen2-moe": (
+        "qwen2_moe",
+        {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16,
+         "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
     "qwen3-moe": (
         "qwen3_moe",
         {"tie_word_embeddings": False, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4,

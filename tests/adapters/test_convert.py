@@ -26,6 +26,17 @@ for package in ("torch", "peft", "mlx_lm"):
 # PEFT 0.21 warns so for patterns of target_parameters, and applies them.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 LINEAR = ["q_proj", "v_proj", "down_proj"]
+DENSE = (
+    "mistral",
+    "olmo2",
+    "granite",
+    "cohere",
+    "cohere2",
+    "stablelm",
+    "starcoder2",
+    "smollm3",
+    "gemma3-64",
+)
 PEFT_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama-tied", {"target_modules": LINEAR}),
     "rslora": ("llama-tied", {"target_modules": LINEAR, "use_rslora": True}),
@@ -58,6 +69,14 @@ PEFT_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "one expert weight, router": (
         "qwen3-moe", {"target_modules": ["q_proj", "gate"], "target_parameters": ["mlp.experts.down_proj"]},
     ),
+    **{f"all-linear, {name}": (name, {"target_modules": "all-linear"}) for name in DENSE},
+    **{
+        f"experts, {name}": (
+            name,
+            {"target_modules": "all-linear", "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        )
+        for name in ("qwen2-moe", "olmoe")
+    },
     "float16": ("llama-tied", {"target_modules": LINEAR, "dtype": "float16"}),
     "bfloat16, patterns": (
         "llama-tied", {"target_modules": LINEAR, "dtype": "bfloat16", "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5}},
@@ -72,6 +91,7 @@ MLX_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied embedding": ("llama-tied", {"keys": ["self_attn.v_proj", "model.embed_tokens"]}),
     "untied head and embedding": ("llama-untied", {"keys": ["self_attn.v_proj", "model.embed_tokens", "lm_head"]}),
     "experts and router": ("qwen3-moe", {}),
+    **{f"all of {name}": (name, {}) for name in (*DENSE, "qwen2-moe", "olmoe")},
     "half of the stacked experts": ("qwen3-moe", {"keys": ["mlp.switch_mlp.up_proj", "self_attn.q_proj"]}),
 }
 
@@ -181,6 +201,19 @@ def test_other_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = stock.train_peft(bases["qwen3"], tmp_path / "peft", steps=1, target_modules=LINEAR)
     with pytest.raises(RecipeError, match="made for another base"):
         convert(adapter, tmp_path / "mlx", "mlx", open_model(bases["phi3"]))
+
+
+@pytest.mark.parametrize("form", ["peft", "mlx"])
+def test_experts_of_a_model_with_other_names_are_refused(form: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Mixtral's blocks have different names in the two libraries; the result loaded and did something else."""
+    base = bases["mixtral"]
+    if form == "peft":
+        targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+        adapter = stock.train_peft(base, tmp_path / "adapter", steps=1, **targets)
+    else:
+        adapter = stock.train_mlx(base, tmp_path / "adapter")
+    with pytest.raises(RecipeError, match="mixtral"):
+        convert(adapter, tmp_path / "out", base=open_model(base))
 
 
 def test_embedding_needs_the_base(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import stock
 from safetensors.numpy import load_file
 
 from smolmlx.adapters import adapter as adapters
-from smolmlx.adapters import exports, gguf_model, gguf_vocab, verification
+from smolmlx.adapters import gguf_model, gguf_vocab, verification
 from smolmlx.adapters.exports import Settings, Source, export
 from smolmlx.errors import BackendError, RecipeError, VerificationError
 from smolmlx.models import embedded_folder, open_model
@@ -270,20 +271,24 @@ def test_command_line(tuned: Source, tmp_path: Path) -> None:
     assert unfinished.returncode == 2 and "--resume" in unfinished.stderr
 
 
-def test_push_is_only_asked_for(tuned: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be uploaded: the folder, then the card; no hub is reached here."""
-    import huggingface_hub
+def test_drift_is_exit_5_and_keeps_nothing(
+    tuned: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The adapter is merged a tenth too strong; without a check that is written, and it says that nothing was checked."""
+    monkeypatch.setattr(Source, "terms", property(lambda source: [(source.adapter, 1.1)]))
+    code, _, err = call("export", "hf", tuned.adapter, "out")
+    assert code == 5 and "does not agree" in err and "--no-verify keeps it" in err
+    assert not list(tmp_path.iterdir())
+    code, out, err = call("export", "hf", tuned.adapter, "out", "--no-verify")
+    assert code == 0 and "not verified: everything: --no-verify" in out, err
 
-    calls: list[tuple[str, dict[str, Any]]] = []
 
-    class Api:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *args, **kwargs: calls.append((name, kwargs))
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    done = export("hf", tuned, tmp_path / "out", Settings(verify=False))
-    assert not calls
-    assert exports.push(done, tuned, "me/tuned", private=True) == "https://huggingface.co/me/tuned"
-    assert [name for name, _ in calls] == ["create_repo", "upload_folder", "upload_file"]
-    assert calls[0][1]["private"] and b"base_model:" in calls[2][1]["path_or_fileobj"]
-    assert b"not verified: everything" in calls[2][1]["path_or_fileobj"]
+def test_what_is_not_installed_is_named(tuned: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only mlx-lm here: the folder is checked with it, and what transformers would say is not claimed."""
+    monkeypatch.setattr(verification, "is_installed", lambda engine: engine == "mlx")
+    done = export("hf", tuned, tmp_path / "out", Settings())
+    assert [agreement.consumer.split()[0] for agreement in done.agreements] == ["mlx-lm"]
+    assert "transformers: not installed" in done.unverified
+    monkeypatch.setattr(verification, "is_installed", lambda engine: False)
+    done = export("hf", tuned, tmp_path / "none", Settings())
+    assert not done.agreements and any("neither torch" in text for text in done.unverified)

@@ -163,6 +163,18 @@ class TestAdapters:
         assert np.abs(lab.generator(plan, run.adapter).logits(prompts[0]) - before).max() > 1e-2
         assert np.array_equal(lab.generator(plan).logits(prompts[0]), before)
 
+    @pytest.mark.parametrize("dora", [False, True])
+    def test_adapters_are_switched_on_one_base(self, lab: Lab, prompts: list[list[int]], dora: bool) -> None:
+        """Whatever came before, a switched generator is the one that is loaded afresh."""
+        plans = [lab.plan(train__max_steps=4, train__learning_rate=rate, lora__dora=dora) for rate in (0.01, 0.1)]
+        runs = [lab.train(plan) for plan in plans]
+        order = (runs[0].adapter, None, runs[1].adapter, runs[0].adapter, None)
+        fresh = {adapter: lab.generator(plans[0], adapter).logits(prompts[0]) for adapter in order}
+        generator = lab.generator(plans[0])
+        for adapter in order:
+            generator.use_adapter(adapter)
+            assert np.array_equal(generator.logits(prompts[0]), fresh[adapter])
+
     def test_first_adapter_changes_nothing(self, lab: Lab, prompts: list[list[int]]) -> None:
         """Before the first step B is zero."""
         plan = lab.plan(train__learning_rate=1e-30, train__max_steps=1)
@@ -181,9 +193,19 @@ class TestAdapters:
         half = lab.generator(plan, run.adapter).logits(prompts[0])
         assert 0 < np.abs(half - whole).max() < 0.05
 
+    def test_adapter_of_a_base_of_the_same_shape_is_refused(self, lab: Lab, tmp_path: Path) -> None:
+        plan = lab.plan(train__max_steps=1)
+        run = lab.train(plan)
+        other = models.open_model(make_tiny(tmp_path / "other", seed=2))
+        with pytest.raises(RecipeError, match="made for another base model"):
+            lab.choice.backend.generator(other, run.adapter, plan.tokenizer, backend.Loading(lab.choice.device))
+        (run.adapter / models.BASE_FILE).unlink()
+        lab.choice.backend.generator(other, run.adapter, plan.tokenizer, backend.Loading(lab.choice.device))
+
     def test_adapter_of_another_base_is_refused(self, lab: Lab, tmp_path: Path) -> None:
         plan = lab.plan(train__max_steps=1)
         run = lab.train(plan)
+        (run.adapter / models.BASE_FILE).unlink()
         other = models.open_model(make_tiny(tmp_path / "other", hidden_size=64))
         with pytest.raises(RecipeError, match="another base model") as caught:
             lab.choice.backend.generator(other, run.adapter, plan.tokenizer, backend.Loading(lab.choice.device))
@@ -193,6 +215,7 @@ class TestAdapters:
         """A layer that the base lacks must not be left out silently."""
         plan = lab.plan(train__max_steps=1)
         run = lab.train(plan)
+        (run.adapter / models.BASE_FILE).unlink()
         other = models.open_model(make_tiny(tmp_path / "other", num_hidden_layers=1))
         with pytest.raises(RecipeError, match="another base model"):
             lab.choice.backend.generator(other, run.adapter, plan.tokenizer, backend.Loading(lab.choice.device))

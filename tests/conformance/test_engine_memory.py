@@ -6,7 +6,6 @@ Metal is raised in its place.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -67,11 +66,8 @@ def test_training(lab: Lab, exhaust: Callable[..., Any], monkeypatch: pytest.Mon
 
 def test_answering(lab: Lab, exhaust: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     generator: Any = lab.generator(lab.plan())
-    if lab.name == "mlx":
-        batches = importlib.import_module("mlx_lm.generate").BatchGenerator  # mlx_lm.generate is a function, too
-        monkeypatch.setattr(batches, "next_generated", exhaust)
-    else:
-        monkeypatch.setattr(generator, "model", exhaust)
+    steps = {"mlx": "smolmlx_mlx.steps.MlxSteps.step", "cuda": "smolmlx_cuda.steps.TorchSteps.step"}
+    monkeypatch.setattr(steps[lab.name], exhaust)
     with pytest.raises(RunError, match="out of memory while answering 4 prompts of up to 3 tokens at once") as caught:
         list(generator.generate([[5, 6, 7]] * 9, Decoding(batch_size=4, max_tokens=100)))
     assert "--batch-size 2 " in str(caught.value) and "--max-tokens 50 " in str(caught.value)

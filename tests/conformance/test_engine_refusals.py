@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -51,6 +52,17 @@ def test_capabilities_name_known_values_only(lab: Lab) -> None:
     assert set(capabilities.stages) <= set(get_args(recipe.Stage))
     assert capabilities.dtype in capabilities.dtypes and capabilities.dtype_reason and capabilities.device_name
     assert lab.choice.backend.versions()
+
+
+def test_an_engine_without_dpo_says_why(lab: Lab, pair_rows: Path) -> None:
+    capabilities = lab.choice.backend.capabilities(lab.choice.device)
+    changes = {"stage": "dpo", "data": {"train": str(pair_rows), "max_length": 128}}
+    if "dpo" in capabilities.stages:
+        assert lab.plan(**changes).pairs is not None
+        return
+    with pytest.raises(RecipeError, match="does not support 'dpo'") as caught:
+        lab.plan(**changes)
+    assert capabilities.missing["dpo"] in str(caught.value)
 
 
 def test_unknown_knobs_are_refused(lab: Lab) -> None:

@@ -266,6 +266,17 @@ class TestFailure:
         assert not run.done and not run.adapter.exists()
         assert run.last_checkpoint() is not None
 
+    def test_validation_loss_that_is_not_a_number(self, lab: Lab) -> None:
+        """The last step may ruin the weights after its own loss was still a number."""
+        if lab.name == "toy":
+            pytest.skip("numpy raises where a number overflows")
+        evaluation = {"data__validation_share": 0.3, "eval__every": 1}
+        plan = lab.plan(train__learning_rate=3e37, train__schedule="constant", train__max_steps=1, **evaluation)
+        run = lab.start(plan)
+        with pytest.raises(RunError, match=r"validation loss is nan[^$]*Lower train\.learning_rate"):
+            lab.train(plan, run)
+        assert not run.done and not run.adapter.exists() and not (run.checkpoints / "best").exists()
+
 
 class TestFullTraining:
     def test_loss_falls_and_the_model_is_left_behind(self, lab: Lab) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from smolmlx.adapters import adapter as adapters
@@ -191,11 +192,54 @@ def test_no_weights(name: str, tmp_path: Path) -> None:
 def test_a_broken_note_is_an_error_not_a_crash(tmp_path: Path) -> None:
     folder = make_peft(tmp_path / "adapter")
     convert(folder, tmp_path / "mlx")
-    for note in ("{}", '{"form": 1}', "[]", '{"form":"peft","header":"{}","config":"[]","written":"","folded":{}}'):
+    whole = '{"form":"peft","header":"{}","config":"[]","written":"","folded":{},"checksum":0}'
+    for note in ("{}", '{"form": 1}', "[]", whole, whole.replace("0}", "[]}")):
         tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
         save_file(tensors, tmp_path / "mlx" / "adapters.safetensors", metadata={"smolmlx_origin": note})
         with pytest.raises(DataError):
             convert(tmp_path / "mlx", tmp_path / "out")
+
+
+def scale(tensors: dict[str, Any]) -> None:
+    tensors[f"{PATHS[0]}.lora_a"] *= 2
+
+
+@pytest.mark.parametrize("case", ["kept", "no origin.safetensors", "broken origin.safetensors", "weights edited"])
+def test_the_original_is_given_back_or_said_not_to_be(case: str, tmp_path: Path) -> None:
+    """Folding a scale rounds, and what rounding took lies in a file of its own, which can get lost."""
+    folder = make_peft(tmp_path / "adapter", alpha_pattern={"up_proj": 11.0})
+    convert(folder, tmp_path / "mlx")
+    bulk = tmp_path / "mlx" / "origin.safetensors"
+    if case.startswith("no "):
+        bulk.unlink()
+    elif case.startswith("broken"):
+        save_file({name: value ^ 255 for name, value in load_file(bulk).items()}, bulk)
+    elif case == "weights edited":
+        with safe_open(weights(tmp_path / "mlx"), "np") as file:
+            note = file.metadata()
+        tensors = dict(load_file(weights(tmp_path / "mlx")))
+        scale(tensors)
+        save_file(tensors, weights(tmp_path / "mlx"), metadata=note)
+    back = convert(tmp_path / "mlx", tmp_path / "back")
+    same = weights(tmp_path / "back").read_bytes() == weights(folder).read_bytes()
+    assert back.restored == same == (case == "kept")
+    assert same or "converted afresh" in back.notes[0]
+    a = load_file(weights(tmp_path / "back"))[LORA_A]
+    np.testing.assert_array_equal(a, load_file(weights(folder))[LORA_A] * (2 if case == "weights edited" else 1))
+
+
+def test_one_huge_rank_does_not_fill_the_disk(tmp_path: Path) -> None:
+    """4 MB that mlx-lm's one rank for all would make 1.6 GB."""
+    folder = make_peft(tmp_path / "adapter", rank_pattern={"q_proj": 100_000})
+    wide = {f"base_model.model.{PATHS[0]}.lora_A.weight": np.zeros((100_000, 5), np.float16)}
+    wide[f"base_model.model.{PATHS[0]}.lora_B.weight"] = np.zeros((5, 100_000), np.float16)
+    wide[f"base_model.model.{PATHS[1]}.lora_A.weight"] = np.zeros((4, 4000), np.float16)
+    edit(lambda t: t.update(wide))(folder)
+    tracemalloc.start()
+    with pytest.raises(RecipeError, match=r"makes 1\.6 GB of 2\.0 MB"):
+        convert(folder, tmp_path / "out")
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
 
 
 def test_a_path_in_a_config_is_only_a_name(tmp_path: Path) -> None:

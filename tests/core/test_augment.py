@@ -377,7 +377,7 @@ def test_an_engine_in_this_process(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "chunks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = always(read_registry()).model_dump(by_alias=True)
     for spec in tree["tasks"].values():
-        spec |= {"max_tokens": 12, "min_words": 5}
+        spec |= {"max_tokens": 24, "min_words": 5}
     tokenizer, base = Tokenizer(tiny_model), open_model(tiny_model)
     with labs.toy_installed(), ChunkStore(tmp_path / "chunks.jsonl") as store:
         generator = choose("toy", "cpu").backend.generator(base, None, tokenizer, Loading("cpu"))

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,21 +23,26 @@ def smolmlx(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
 
 
+def save_adapter(folder: Path, base: Path, **config: Any) -> Path:
+    """Save a random PEFT adapter that fits a base."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    tensors = {}
+    for path, (width_in, width_out) in open_model(base).linear_shapes().items():
+        if path.endswith(("q_proj", "up_proj")):
+            tensors[f"base_model.model.{path}.lora_A.weight"] = rng.standard_normal((4, width_in), np.float32)
+            tensors[f"base_model.model.{path}.lora_B.weight"] = 0.05 * rng.standard_normal((width_out, 4), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tree = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**tree, "base_model_name_or_path": str(base), **config}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random adapter that fits the tiny model, as a finished run leaves it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    (folder / "adapter").mkdir(parents=True)
-    rng = np.random.default_rng(3)
-    tensors = {}
-    for path, (width_in, width_out) in open_model(tiny_model).linear_shapes().items():
-        if path.endswith(("q_proj", "up_proj")):
-            tensors[f"base_model.model.{path}.lora_A.weight"] = rng.standard_normal((4, width_in), np.float32)
-            tensors[f"base_model.model.{path}.lora_B.weight"] = 0.05 * rng.standard_normal((width_out, 4), np.float32)
-    save_file(tensors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
-    config["base_model_name_or_path"] = str(tiny_model)
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_adapter(folder / "adapter", tiny_model)
     return folder
 
 
@@ -107,7 +113,12 @@ def test_analyze_as_table_csv_and_chart(trained: Path, tmp_path: Path) -> None:
     alone = make_peft(tmp_path / "alone")
     tree = json.loads(smolmlx("adapter", "analyze", alone, "--json").stdout)
     assert [row["weight"] for row in tree["weights"]] == list(PATHS) and tree["weights"][0]["relative"] is None
+    assert not (trained / "weight_changes.json").exists(), "not a finished run"
+    (trained / "report.json").write_text("{}")
     chart = smolmlx("adapter", "analyze", trained, "--chart", tmp_path / "a.svg")
+    kept = json.loads((trained / "weight_changes.json").read_text())["weights"]
+    assert [row["relative"] for row in kept] == [float(row["relative"]) for row in rows]
+    assert {(row["layer"], row["module"]) for row in kept} == {(i, n) for i in (0, 1) for n in ("q_proj", "up_proj")}
     if importlib.util.find_spec("vl_convert") is None:
         assert chart.returncode == 3 and "smolmlx[report]" in chart.stderr
     else:

@@ -17,7 +17,7 @@ from smolmlx.data.tokenizer_training import train_tokenizer
 
 Row = dict[str, Any]
 NOTES = Path(__file__).parents[2] / "data" / "notes"
-VERBS = ("inspect", "validate", "prepare", "split", "corpus", "chunk", "augment")
+VERBS = ("inspect", "validate", "prepare", "split", "corpus", "chunk", "augment", "pairs")
 
 
 @dataclass(frozen=True)

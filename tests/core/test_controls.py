@@ -13,6 +13,7 @@ from smolmlx.evals.bootstrap import (
     Interval,
     bootstrap_difference,
     bootstrap_mean,
+    bootstrap_means,
     difference_sentence,
 )
 from smolmlx.evals.controls import Neighbour, nearest_copy, nearest_rows, random_reference
@@ -119,6 +120,14 @@ def test_pairing_sees_a_difference_that_separate_intervals_hide() -> None:
 def test_bootstrap_refuses_what_has_no_mean(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite"):
         bootstrap_mean(values)
+
+
+def test_many_columns_are_resampled_like_one() -> None:
+    columns = np.random.default_rng(3).normal(size=(40, 300))
+    together = bootstrap_means(columns, draws=200, seed=5)
+    for column, found in zip(columns.T[::50], together[::50], strict=True):
+        alone = bootstrap_mean(column, draws=200, seed=5)
+        assert (found.mean, found.low, found.high) == pytest.approx((alone.mean, alone.low, alone.high), abs=1e-12)
 
 
 def test_bootstrap_refuses_unpaired_values() -> None:

@@ -22,21 +22,27 @@ LAYERS = {
     "models": 1,  # what a model folder says, read from headers: facts for the plan, like data
     "memory": 1,  # what to say when memory runs out; plan and backend are named there for type checkers only
     "rundir": 1,  # where files lie
+    "start_adapter": 1,  # what an adapter folder says, read from headers: a fact for the plan, like models
+    "preferences": 1,  # the losses of preference training, in any engine's arrays: needs recipe and errors alone
     "data": 1,  # rows to tokens
     "backend": 2,  # the protocols; plan and session are named there for type checkers only
+    "layout": 2,  # choices of the plan that are estimates of cost
     "plan": 2,  # reads Capabilities and Choice from backend: the two describe one seam, from its two sides
+    "references": 2,  # what the start policy gives each answer: asked of an engine, kept beside the session's state
     "session": 2,  # the state an engine reports to: part of the same seam
+    "generation": 3,  # how tokens are chosen and rows scheduled: shared by the engines, which import it
     "synth": 3,
     "evals": 3,
     "adapters": 3,
     "reports": 3,
-    "sweep": 3,
+    "sweeps": 3,
     "bench": 3,
     "loggers": 3,  # reports metrics to services by name
     "tasks": 3,  # wording, schemas and reading of the research tasks: shared by synth, evals and research
     "stages": 4,
     "shelf": 4,  # which recipes there are and which runs a name means: composes recipe, models and rundir for the verbs
     "doctor": 4,  # looks at every engine and the files: composes what lies below for one verb
+    "serving": 4,  # a generator over HTTP: composes generation and the seam for one verb
     "research": 5,  # typed tasks over a loaded model: stands on the API's `load`
     "api": 5,  # the verbs for Python; __init__ hands them out lazily
     "": 5,  # smolmlx/__init__.py: the public API, one name per verb
@@ -54,6 +60,7 @@ HEAVY = {
     "unsloth",
     "datasets",
     "outlines",
+    "llguidance",
     "accelerate",
     "bitsandbytes",
 }
@@ -155,7 +162,7 @@ def test_engines_do_not_know_each_other(engine: str) -> None:
 
 
 def test_engines_do_not_reach_into_the_command_line() -> None:
-    above = {"cli", "stages", "console", "synth", "evals", "reports", "sweep", "bench"}
+    above = {"cli", "stages", "console", "synth", "evals", "reports", "sweeps", "bench"}
     found = [
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for folder in ENGINES.values()

@@ -10,17 +10,20 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lab as labs
 from smolmlx import cli
+from smolmlx.backend import Completion, Decoding, Generator
+from smolmlx.data.chat import Tokenizer
 from smolmlx.evals.judge import (
     DIMENSIONS,
     Choice,
@@ -33,6 +36,7 @@ from smolmlx.evals.judge import (
     questions,
     summarise,
 )
+from smolmlx.evals.judging import Ledger, LocalJudge, run
 
 pytest.importorskip("openai", reason="openai is not installed")
 
@@ -263,6 +267,63 @@ def test_pairs_are_judged_in_both_orders(judge: Any, tmp_path: Path) -> None:
     assert code == 0 and len(server.paid) == 16
     assert (found["wins"], found["losses"], found["ties"], found["scored"]) == (7, 0, 1, 8)
     assert found["orders_agree"] == 7 / 8 and found["win_minus_loss"]["mean"] == 7 / 8
+
+
+def test_a_local_model_that_answers_nonsense_is_reported_and_never_scored(
+    judge: Any, tmp_path: Path, tiny_model: Path
+) -> None:
+    """A model of random weights, through a real engine."""
+    if reason := labs.why_missing("mlx"):
+        pytest.skip(reason)
+    rows = write_rows(tmp_path / "a.jsonl", 2)
+    local = ("--judge", tiny_model, "--backend", "mlx", "--device", "cpu", "--json")
+    code, out, _ = judge(rows, *local)
+    (found,) = json.loads(out)["judges"]
+    assert code == 0 and (found["scored"], found["nonsense"], found["failed"]) == (0, 2, 0)
+    assert "means" not in found and found["completion_tokens"] > 0
+    ledger = (tmp_path / "a-judged" / "ledger.jsonl").read_bytes()
+    judge(rows, *local, "--resume")
+    assert (tmp_path / "a-judged" / "ledger.jsonl").read_bytes() == ledger, "nothing is asked again"
+
+
+class Reader:
+    """A generator that reads its prompt: it prefers the answer that holds `better`, in either place."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.asked = 0
+
+    def generate(self, prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:
+        for index, prompt in enumerate(prompts):
+            self.asked += 1
+            text = self.tokenizer.decode(prompt)
+            first, _, second = text.partition("===== FIRST\n")[2].partition("===== SECOND\n")
+            if "===== FIRST" not in text:
+                reply = json.dumps(GOOD)
+            elif "unfair" in text:
+                reply = json.dumps({"winner": "first"})
+            else:
+                reply = json.dumps(
+                    {"winner": "first" if "better" in first else "second" if "better" in second else "tie"}
+                )
+            yield Completion(index, tuple(self.tokenizer.encode(reply)), True)
+
+
+def test_a_local_judge_marks_and_compares_in_both_orders(tmp_path: Path, tiny_model: Path) -> None:
+    reader = Reader(Tokenizer(tiny_model))
+    judged = LocalJudge("local", cast(Generator, reader), reader.tokenizer)
+    items = [Item(f"r{i}", f"question {i}", "", "better", "other") for i in range(6)]
+    items.append(Item("r6", "unfair", "", "one", "two"))
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    run(judged, questions(items, "local"), ledger)
+    found = summarise(list(ledger.records.values()), "local")
+    assert (found["wins"], found["losses"], found["ties"]) == (6, 0, 1) and found["orders_agree"] == 6 / 7
+    run(judged, questions(items, "local"), Ledger(tmp_path / "ledger.jsonl"))
+    assert reader.asked == 14, "a ledger read back from disk is not asked again"
+    single = Ledger(tmp_path / "single.jsonl")
+    run(judged, questions([Item("r", "q", "", "a")], "local"), single)
+    marks = summarise(list(single.records.values()), "local")
+    assert marks["means"]["overall"]["mean"] == 3.5 and marks["prompt_tokens"] > marks["completion_tokens"] > 0
 
 
 def test_bad_rows_are_all_named(judge: Any, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ from smolmlx.evals.suites import (
     control_outputs,
     loss_csv,
     loss_dict,
+    loss_difference,
     loss_markdown,
     notes_dict,
     notes_markdown,
@@ -518,16 +519,29 @@ def test_rows_are_read_selected_and_limited() -> None:
         rows_from_records([{"id": "a", "input": "x", "output": "y"}, {"id": "b", "input": "x", "output": 1}])
 
 
+def test_losses_are_compared_row_by_row() -> None:
+    base = [(3.0 * n, n, 0) for n in (5, 9, 2, 30, 11, 4, 7, 8)]
+    better = [(nats - 0.5 * n, n, 0) for nats, n, _ in base]
+    found = loss_difference("sft", better, "base", base)
+    assert found.interval.mean == pytest.approx(-0.5) and "loss: sft is lower than base by 0.5" in found.sentence
+    mixed = [(nats + (-1) ** i, n, 0) for i, (nats, n, _) in enumerate(base)]
+    assert "no difference shown" in loss_difference("sft", mixed, "base", base).sentence
+    with pytest.raises(ValueError, match="different rows"):
+        loss_difference("sft", better[1:], "base", base)
+
+
 def test_loss_suite() -> None:
     summary = summarise_loss([(20.0, 10, 4), (30.0, 30, 16)])
     assert (summary.loss, summary.perplexity, summary.accuracy) == (1.25, math.exp(1.25), 0.5)
     assert (summary.num_rows, summary.num_tokens) == (2, 40)
     assert loss_dict(summary)["suite"] == "loss"
-    assert loss_csv({"base": summary}).splitlines() == [
-        "system,num_rows,num_tokens,loss,perplexity,accuracy",
-        f"base,2,40,1.25,{math.exp(1.25)},0.5",
+    assert (summary.low, summary.high) == (1.0, 2.0), "of two rows, one may be drawn twice"
+    assert loss_csv({"base": summary}, "x.jsonl", "ab").splitlines() == [
+        "system,num_rows,num_tokens,loss,perplexity,accuracy,low,high,data,sha256",
+        f"base,2,40,1.25,{math.exp(1.25)},0.5,1.0,2.0,x.jsonl,ab",
     ]
-    assert loss_markdown({"base": summary}).splitlines()[2] == "| base | 1.25 | 3.49034 | 0.5 | 40 | 2 |"
+    line = "| base | 1.2500 [1.0000, 2.0000] | 3.49034 | 0.5 | 40 | 2 |"
+    assert loss_markdown({"base": summary}).splitlines()[2] == line
     assert loss_dict(summarise_loss([(1e6, 1, 0)]))["perplexity"] is None
     with pytest.raises(ValueError, match="no tokens"):
         summarise_loss([(0.0, 0, 0)])

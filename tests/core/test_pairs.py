@@ -31,6 +31,16 @@ def test_pairs_have_one_flaw_and_one_length(call: Call, tmp_path: Path) -> None:
         assert abs(gap(row["chosen"], row["rejected"])) < MAX_GAP
 
 
+def test_flaws_are_dealt_evenly(call: Call, tmp_path: Path) -> None:
+    code, out, _ = call("data", "pairs", NOTES, tmp_path / "pairs", "--json")
+    files = json.loads(out)["files"]
+    assert code == 0 and {name: file["pairs"] for name, file in files.items()} == {"train": 258, "validation": 42}
+    for file in files.values():
+        counts = file["issues"].values()
+        assert len(counts) == 5 and min(counts) >= 0.15 * sum(counts) and max(counts) <= 0.25 * sum(counts)
+        assert file["mean_word_gap"] < 0.01
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [('{"prompt": "a", "chosen": "b", "rejected": "b"}', "missing field 'output'"), ("", "holds no rows")],

@@ -154,6 +154,9 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(RecipeError, match="expected a mapping"):
         recipe.load(tmp_path / "list.yaml")
+    (tmp_path / "twice.yaml").write_text("train: {epochs: 1}\ndata: {train: x}\ntrain: {batch_size: 2}\n")
+    with pytest.raises(RecipeError, match=r"'train' is given twice[^$]*line 3"):
+        recipe.load(tmp_path / "twice.yaml")
     (tmp_path / "broken.yaml").write_text("a: [\n")
     with pytest.raises(RecipeError, match="not valid YAML"):
         recipe.load(tmp_path / "broken.yaml")
@@ -175,7 +178,20 @@ def test_flatten_shows_every_value() -> None:
 
 def test_every_field_is_documented() -> None:
     """Names that say it all may go without a docstring; those with a unit or a choice may not."""
-    plain = {"stage", "description", "model", "data", "train", "lora", "eval", "save", "samples", "evaluate", "loggers"}
+    plain = {
+        "stage",
+        "description",
+        "model",
+        "data",
+        "train",
+        "lora",
+        "eval",
+        "save",
+        "samples",
+        "evaluate",
+        "loggers",
+        "dpo",
+    }
     plain |= {
         "method",
         "epochs",
@@ -197,6 +213,7 @@ def test_every_field_is_documented() -> None:
         recipe.Data,
         recipe.Train,
         recipe.Lora,
+        recipe.Dpo,
         recipe.Eval,
         recipe.Save,
         recipe.Samples,

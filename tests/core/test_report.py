@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -17,13 +18,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from run_folders import INJECTED, make_run
+from run_folders import INJECTED, make_run, make_sweep
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.evals.text import content_spans, content_tokens
-from smolmlx.reports import charts, figures
+from smolmlx.reports import charts, figures, sweep_figures
 from smolmlx.reports.boards import HEADLINES, label_runs, make_boards
 from smolmlx.reports.folders import RunView, open_runs, read_run
 from smolmlx.reports.rows import EMPTY, FORMULAIC, flaw_kind, flaws, mark_text, view_rows
+from smolmlx.reports.sweeps import open_sweeps
 from smolmlx.reports.weights import weight_changes
 
 needs_vega = pytest.mark.skipif(
@@ -192,6 +194,75 @@ def test_weight_change_is_the_norm_of_the_product(runs: Path) -> None:
     assert change.norm == pytest.approx(math.sqrt((product.astype(float) ** 2).sum()), rel=1e-5)
     assert change.rms == pytest.approx(change.norm / math.sqrt(product.size))
     assert weight_changes(runs) == []
+
+
+@pytest.fixture(scope="module")
+def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sweep(tmp_path_factory.mktemp("sweeps") / "sweep-my")
+
+
+def test_a_sweep_has_settings_in_its_own_order(sweep_folder: Path) -> None:
+    views, (sweep,) = open_runs([sweep_folder]), open_sweeps([sweep_folder])
+    assert list(label_runs(views).values()) == [
+        "baseline, seed 0", "baseline, seed 1", "r 64, seed 0", "r 64, seed 1", "lr <1e-4>, seed 0",
+    ]  # fmt: skip
+    assert (sweep.first, sweep.finished, len(sweep.runs)) == ("baseline", 5, 6)
+    assert sweep.changes("r 64") == [("lora.r", "64")] and sweep.changes("baseline") == []
+    rows = sweep_figures.rows(sweep, make_boards(views))
+    assert [row.name for row in rows] == [*sweep.settings, "base", "copy control", "random control"]
+    assert [row.seeds for row in rows[:3]] == ["2 of 2", "2 of 2", "1 of 2"]
+    kept = rows[0].cells[0]
+    values = [run["figures"]["test.compliance"] for run in sweep.runs if run["setting"] == "baseline"]
+    assert kept is not None and kept.mean == f"{100 * sum(values) / 2:.1f} %" and kept.spread.startswith("± ")
+
+
+def test_a_sweeps_sentences_claim_what_its_table_shows(sweep_folder: Path) -> None:
+    (sweep,) = open_sweeps([sweep_folder])
+    said = sweep_figures.findings(sweep)
+    # The bad setting has one seed left, which is too few whatever its rows say.
+    assert all("lr <1e-4>" not in part for text in said for part in text.split(";") if "lower with" in part)
+    assert any(text.startswith("template kept, against baseline:") for text in said)
+    for best in sweep.best:
+        assert best["shown"] == ("is best" in best["sentence"]) != ("no best setting is shown" in best["sentence"])
+
+
+@needs_vega
+def test_a_sweeps_page_shows_settings_before_runs(sweep_folder: Path) -> None:
+    from smolmlx.reports.card import write_sweep_report
+
+    made = write_sweep_report(open_runs([sweep_folder]), open_sweeps([sweep_folder])[0])
+    assert made == [sweep_folder / "report.html", sweep_folder / "charts"]
+    text = made[0].read_text(encoding="utf-8")
+    assert "lr &lt;1e-4&gt;" in text and "<1e-4>" not in text
+    assert "lr &lt;1e-4&gt;, seed 1 failed: the loss is not a number" in text
+    assert text.index('id="settings"') < text.index('id="result"') and "What rank and rate change." in text
+    names = {path.name for path in made[1].iterdir()}
+    assert {"sweep0-test-compliance.svg", "sweep0-test-content-alignment.png", "sweep0-val-loss.svg"} <= names
+
+
+def test_an_old_or_broken_sweep_is_told_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text('{"name": "x", "description": "", "recipe": "r", "seeds": [0]}')
+    with pytest.raises(RunError, match=r"sweep\.json: has no 'runs'\. Run the same `smolmlx sweep` again"):
+        open_sweeps([tmp_path])
+    assert open_sweeps([tmp_path / "other"]) == []
+
+
+def test_many_runs_are_not_compared_with_each_other(views: list[RunView]) -> None:
+    """Pairs of many runs would find differences by chance; each is compared with base and controls."""
+    boards = make_boards(views * 4)
+    pairs = {(c.system, c.against) for c in boards[0].comparisons}
+    assert boards[0].crowded and {against for _, against in pairs} == {"base", "copy control", "random control"}
+
+
+def test_sets_name_their_files_and_hashes(views: list[RunView]) -> None:
+    for name, found in views[0].sets.items():
+        assert found.data.endswith(f"{name}.jsonl")
+        assert found.sha256 == hashlib.sha256(Path(found.data).read_bytes()).hexdigest()
+    folder = views[0].path / "eval"
+    files = json.loads((folder / "results.json").read_text())["files"]
+    assert set(files) == {"test", "ood", "train"} and files["ood"]["rows"] == 12
+    assert files["ood"]["sha256"] in (folder / "ood.csv").read_text()
+    assert f"`{files['ood']['path']}` (sha256 {files['ood']['sha256'][:16]})" in (folder / "results.md").read_text()
 
 
 class _Page(HTMLParser):

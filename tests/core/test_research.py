@@ -16,10 +16,10 @@ import lab as labs
 import smolmlx
 from smolmlx.backend import Decoding
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import BackendError, DataError, RecipeError
+from smolmlx.errors import DataError, RecipeError
 from smolmlx.research import PaperResearcher, PassageCut, QAPair, RetrievalResult, Triplet
 from smolmlx.research.budget import share_out
-from smolmlx.research.researcher import BatchResearcher, can_constrain
+from smolmlx.research.researcher import BatchResearcher
 from smolmlx.tasks.registry import BUILT_IN, read_registry
 
 PASSAGE = "Adam keeps two moments. Momentum carries speed."
@@ -126,12 +126,9 @@ def test_constrained_passes_a_schema_for_each_kind(tokenizer: Tokenizer) -> None
     assert "schema" not in model.decoding[-1]
 
 
-def test_constrained_is_refused_where_engines_cannot(tokenizer: Tokenizer) -> None:
-    if can_constrain():
-        assert PaperResearcher(Scripted(tokenizer, "x"), constrained=True).batch.constrained
-    else:
-        with pytest.raises(BackendError, match="constrained=True"):
-            PaperResearcher(Scripted(tokenizer, "x"), constrained=True)
+def test_constrained_is_the_default(tokenizer: Tokenizer) -> None:
+    assert PaperResearcher(Scripted(tokenizer, "x")).batch.constrained
+    assert not PaperResearcher(Scripted(tokenizer, "x"), constrained=False).batch.constrained
 
 
 def test_bad_questions_are_refused(tokenizer: Tokenizer) -> None:

@@ -82,6 +82,20 @@ def walk(session: Session, steps: int, losses: list[float] | None = None) -> Non
             session.save_checkpoint()
 
 
+def test_weights_that_are_not_numbers_are_not_kept(make: Make) -> None:
+    session = make(eval={"every": 5})
+    walk(session, 1)
+    session.save_checkpoint()
+    engine = session._engine
+    assert isinstance(engine, Counter)
+    engine.weights = lambda: {"w": np.array([1.0, np.inf], np.float32)}  # type: ignore[method-assign]
+    kept = session.run.last_checkpoint()
+    for keep in (session.save_checkpoint, session.final_weights, lambda: session.record_eval(1.0, 1, 1)):
+        with pytest.raises(RunError, match=r"weights are no longer numbers[^$]*Lower train\.learning_rate"):
+            keep()
+    assert session.run.last_checkpoint() == kept and not (session.run.checkpoints / "best").exists()
+
+
 def test_rows_of_metrics(make: Make) -> None:
     events: list[Event] = []
     session = make(on_event=events.append)

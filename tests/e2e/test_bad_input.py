@@ -54,6 +54,36 @@ def test_bad_rows_exit_4(call: Call, recipe: Path, tmp_path: Path, name: str) ->
     assert not (tmp_path / "runs").exists()
 
 
+def pair(prompt: object, chosen: object, rejected: object) -> str:
+    return json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+
+
+ASKED_ELSE = [{"role": "user", "content": "other"}, {"role": "assistant", "content": "red"}]
+BAD_PAIRS = {
+    "equal answers": (pair("hi", "red", "red"), "rows.jsonl:1: chosen and rejected are the same answer"),
+    "empty side": (pair("hi", "red", " "), "rows.jsonl:1: rejected is empty"),
+    "another prompt": (pair("hi", ASKED_ELSE, "blue"), "rows.jsonl:1: chosen begins with a user turn that is not the prompt's"),
+    "no pairs at all": (GOOD, "stage dpo needs two"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_bad_pairs_exit_4(call: Call, recipe: Path, tmp_path: Path, name: str) -> None:
+    text, said = BAD_PAIRS[name]
+    rows = write(tmp_path / "rows.jsonl", f"{text}\n")
+    code, _, err = call("train", recipe, "--set", "stage=dpo", "--set", f"data.train={rows}")
+    assert code == 4 and said in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_sft_adapter_exits_2(call: Call, recipe: Path, pair_rows: Path, tmp_path: Path) -> None:
+    code, _, err = call(
+        "train", recipe, "--set", "stage=dpo", "--set", f"data.train={pair_rows}", "--set", "model.adapter=runs/notes-sft-*"
+    )  # fmt: skip
+    assert code == 2 and "no adapter here" in err and "smolmlx train notes/sft" in err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_missing_file_exits_4(call: Call, recipe: Path) -> None:
     code, _, err = call("train", recipe, "--set", "data.train=nowhere.jsonl")
     assert code == 4 and "nowhere.jsonl: no such file" in err

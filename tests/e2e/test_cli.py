@@ -163,3 +163,43 @@ def test_a_run_is_loaded_the_way_it_was_trained(call: Call, chat_rows: Path, tmp
         assert (loaded.loading.quantize, loaded.loading.device, loaded.loading.dtype) == ("4bit", "cpu", "float32")
         assert loaded.backend.name == "mlx"
     assert smolmlx.load(folder, quantize="none").loading.quantize == "none"
+
+
+def test_an_interrupted_evaluation_goes_on_without_training(call: Call, recipe: Path, chat_rows: Path) -> None:
+    evaluate = (
+        "--set",
+        f"evaluate.data={chat_rows}",
+        "--set",
+        "evaluate.suite=loss",
+        "--backend",
+        "cuda",
+        "--device",
+        "cpu",
+    )
+    installed("cuda")
+    code, out, err = call("train", recipe, *evaluate, "--json")
+    assert code == 0, err
+    whole = json.loads(out)
+    run = Path(whole["run"])
+    metrics = (run / "metrics.jsonl").read_bytes()
+    code, _, err = call("train", "--resume", run)
+    assert code == 1 and "finished" in err
+    shutil.rmtree(run / "eval")  # what a kill while the base answers leaves behind
+    code, _, err = call("train", "notes/sft", "--resume", run)
+    assert code == 2 and "not a run of 'notes/sft'" in err
+    code, out, err = call("train", recipe, "--resume", "--json")
+    assert code == 0, err
+    assert (
+        "engine cuda" in err and "at its evaluation" in err
+    )  # the engine it was begun on, though mlx comes first here
+    assert json.loads(out)["evaluation"] == whole["evaluation"]
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("key", ["data", "train", "ood"])
+def test_missing_evaluation_rows_are_found_before_training(call: Call, recipe: Path, chat_rows: Path, key: str) -> None:
+    files = {"data": str(chat_rows), key: "nowhere.jsonl"}
+    sets = [part for name, path in files.items() for part in ("--set", f"evaluate.{name}={path}")]
+    code, _, err = call("train", recipe, *sets, "--set", "evaluate.suite=notes")
+    assert code == 4 and "nowhere.jsonl" in err
+    assert not Path("runs").exists()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from run_folders import INJECTED, make_run
+from run_folders import INJECTED, make_run, make_sweep
 from smolmlx import cli
 
 if TYPE_CHECKING:
@@ -43,13 +43,19 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(folder / "runs" / "notes-sft-20261121-081316-b00e", rows=24)
     make_run(folder / "runs" / "notes-sft-20261121-091316-c11f", rows=24, seed=1, skill=0.3, rate=1e-3, stages=("sft",))
     one = next((folder / "runs").glob("*b00e"))
-    for arguments in ([str(one)], [str(folder / "runs"), "--out", str(folder / "two.html"), "--title", "Two <rates>"]):
+    sweep = make_sweep(folder / "sweep-my")
+    for arguments in (
+        [str(one)],
+        [str(sweep)],
+        [str(folder / "runs"), "--out", str(folder / "two.html"), "--title", "Two <rates>"],
+    ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["smolmlx", "report", *arguments])
             with pytest.raises(SystemExit) as stop:
                 cli.main()
             assert not stop.value.code
     shutil.copy(one / "report.html", folder / "one.html")
+    shutil.copy(sweep / "report.html", folder / "sweep.html")
     return folder
 
 
@@ -94,8 +100,10 @@ PHONE = {"viewport": {"width": 390, "height": 844}}
         ("two.html", {"color_scheme": "dark"}),
         ("one.html", PHONE),
         ("two.html", PHONE),
+        ("sweep.html", {"color_scheme": "light"}),
+        ("sweep.html", {"color_scheme": "dark", **PHONE}),
     ],
-    ids=["one light", "two dark", "one phone", "two phone"],
+    ids=["one light", "two dark", "one phone", "two phone", "sweep light", "sweep dark phone"],
 )
 def test_draws_all_without_a_word_or_a_request(browser: Browser, reports: Path, name: str, how: dict[str, Any]) -> None:
     watched = watch(browser, reports / name, **how)
@@ -121,6 +129,19 @@ def test_a_script_in_an_answer_stays_text(browser: Browser, reports: Path) -> No
     )
     assert watched.page.evaluate("window.injected") is None
     assert any("Content Security Policy" in line for line in watched.said)
+    watched.page.close()
+
+
+def test_a_sweep_can_be_read_from_settings_to_answers(browser: Browser, reports: Path) -> None:
+    watched = watch(browser, reports / "sweep.html")
+    heads = watched.page.locator("table.settings tbody th").all_inner_texts()
+    assert [head.split("\n")[0] for head in heads] == ["baseline", "r 64", "lr <1e-4>", "base", "copy control", "random control"]  # fmt: skip
+    assert "± " in watched.page.locator("table.settings tbody tr").first.inner_text()
+    cards = watched.page.locator("details[data-board='0'] .card")
+    shown = cards.first.locator(".answers h4").all_inner_texts()
+    assert shown[:2] == ["base", "baseline, seed 0"] and len(shown) == 6, "five runs beside the base"
+    watched.page.locator("details[data-board='0'] input[name=show][value='4']").uncheck()
+    assert cards.first.locator(".answers h4").count() == 5 and watched.said == []
     watched.page.close()
 
 

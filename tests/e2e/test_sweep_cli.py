@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import lab as labs
+import smolmlx
 
 Call = Callable[..., tuple[int, str, str]]
 ENGINE = ("--backend", "mlx", "--device", "cpu")
@@ -24,6 +25,7 @@ def recipe(tiny_model: Path, chat_rows: Path, tmp_path: Path) -> Path:
     if reason := labs.why_missing("mlx"):
         pytest.skip(reason)
     path = tmp_path / "my.yaml"
+    (tmp_path / "rows.jsonl").write_bytes(chat_rows.read_bytes())
     path.write_text(
         f"model: {{id: {tiny_model}}}\ndata: {{train: {chat_rows}, max_length: 128, limit: 8, validation_share: 0.25, packing: 'off'}}\n"
         "train: {batch_size: 2, max_steps: 2, learning_rate: 1e-2, compile: false}\nlora: {r: 4}\neval: {every: end}\n"
@@ -55,6 +57,25 @@ def test_a_sweep_runs_once_records_what_fails_and_is_reported(call: Call, recipe
     assert before == after
     code, out, err = call("sweep", recipe, *good, *ENGINE, "--set", "lora.alpha=3")
     assert code == 2 and "lora.alpha" in err
+
+
+def test_the_python_verb_loads_and_asks_a_base_once(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three runs, scored: one base in memory with the adapters put on it in turn, and answers of the base kept."""
+    from smolmlx_mlx.engine import MlxBackend
+
+    loads: list[object] = []
+    real = MlxBackend.generator
+    monkeypatch.setattr(MlxBackend, "generator", lambda *given: (loads.append(given[2]), real(*given))[1])
+    monkeypatch.chdir(tmp_path)
+    made = smolmlx.sweep(recipe, grid={"lora.r": [2, 4, 8]}, set={"train.max_steps": 1}, backend="mlx", device="cpu")
+    assert made.path == Path("runs/sweep-my") and [line.status for line in made.table.lines] == ["finished"] * 3
+    assert made.table.findings and len(loads) == 1
+    assert smolmlx.sweep(recipe, grid={"lora.r": [2, 4, 8]}, set={"train.max_steps": 1}).table.lines == made.table.lines
+    assert len(loads) == 1, "nothing is left to do"
+    alone = smolmlx.evaluate(smolmlx.load(made.path / "lora.r=8-seed0", backend="mlx", device="cpu"), str(recipe.parent / "rows.jsonl"), max_length=128, limit=4)  # fmt: skip
+    assert alone.loss["adapter"].loss == pytest.approx(made.table.lines[-1].figures["eval.loss"], rel=1e-6)
 
 
 def test_resume_needs_a_sweep(call: Call, recipe: Path) -> None:

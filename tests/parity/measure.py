@@ -6,12 +6,13 @@ Used by the tests, which hold the figures to their limits, and by publish.py, wh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lab import Lab, column, make_lab, make_tiny, stop_at, write_chat, write_text
+from lab import Lab, column, make_lab, make_tiny, stop_at, write_chat, write_pairs, write_text
 from smolmlx import models, rundir, stages
 from smolmlx.backend import Loading
 
@@ -28,6 +29,22 @@ _PRETRAIN = {
     "train__warmup": 0.1,
     "train__min_lr_ratio": 0.1,
 }
+_DPO: dict[str, Any] = {"stage": "dpo", "train__max_steps": 50, "train__learning_rate": 3e-4}
+DPO_CASES: dict[str, dict[str, Any]] = {
+    "DPO, prompts shared": {**_DPO, "dpo": {"shared_prompt": True}},
+    "DPO, prompts apart": {**_DPO, "dpo": {"shared_prompt": False}},
+    "DPO, prompts shared, accumulation 4": {
+        **_DPO,
+        "dpo": {"shared_prompt": True},
+        "train__accumulation": 4,
+        "train__batch_size": 2,
+    },
+    "DPO, reference not cached": {**_DPO, "dpo": {"shared_prompt": True, "cache": False}},
+    "RPO (SFT-mixed)": {**_DPO, "dpo": {"sft_weight": 0.5}},
+    "IPO per token": {**_DPO, "dpo": {"loss": "ipo", "length_normalized": True, "beta": 1.0}},
+    "ORPO": {**_DPO, "dpo": {"loss": "orpo"}},
+}
+"""Preference training, from an adapter that SFT has moved. What the other engine left in the cache is used, unless said."""
 CASES: dict[str, dict[str, Any]] = {
     "SFT, LoRA": {},
     "SFT, LoRA, accumulation 4": {"train__accumulation": 4, "train__batch_size": 2},
@@ -41,6 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pretraining, all weights": _PRETRAIN,
     "pretraining, all weights, accumulation 4": {**_PRETRAIN, "train__accumulation": 4, "train__max_steps": 20},
     "pretraining, Muon": {**_PRETRAIN, "train__optimizer": "muon", "train__muon_learning_rate": 0.003},
+    **DPO_CASES,
 }
 """What is compared -> how it differs from a LoRA run of 100 steps."""
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
@@ -71,6 +89,7 @@ class Bench:
         self.folder = folder
         self.model = make_tiny(folder / "model", **SHAPE)
         self.chat, self.text = write_chat(folder / "chat.jsonl", 48), write_text(folder / "text.jsonl", 60)
+        self.pairs = write_pairs(folder / "pairs.jsonl", 48)
 
     def lab(self, engine: str) -> Lab:
         return make_lab(engine, self.model, self.chat, self.folder / "runs")
@@ -84,7 +103,16 @@ class Bench:
             config = dict(models.open_model(self.model).config)
             found["model"] = {"config": config, "tokenizer": str(self.model), "dtype": "float32"}
             found |= {"data__train": str(self.text), "data__max_length": 48}
+        if found.get("stage") == "dpo":
+            found |= {"data__train": str(self.pairs), "model__adapter": str(self.adapter)}
         return found
+
+    @cached_property
+    def adapter(self) -> Path:
+        """The adapter of a short SFT run, where preference training starts."""
+        lab = self.lab(PAIR[0])
+        plan = lab.plan(train__max_steps=20, train__learning_rate=1e-3, lora__r=8, lora__alpha=16)
+        return lab.train(plan).adapter
 
     def run(self, engine: str, case: str) -> rundir.RunDir:
         lab = self.lab(engine)

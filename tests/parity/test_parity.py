@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from measure import CASES, LIMITS, LOGITS, PAIR, Bench, apart
+from measure import CASES, DPO_CASES, LIMITS, LOGITS, PAIR, Bench, apart
 
 from lab import column, numbers, why_missing
 from smolmlx import models, rundir
@@ -29,9 +29,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_same_curve(bench: Bench, case: str) -> None:
     ours, theirs = (bench.run(engine, case) for engine in PAIR)
     figures = apart(ours, theirs)
-    assert figures.last < figures.first - 0.5, "nothing was learned, so nothing was compared"
+    least = 0.05 if case in DPO_CASES else 0.5  # a preference loss begins near ln 2
+    assert figures.last < figures.first - least, "nothing was learned, so nothing was compared"
     assert figures.loss <= LIMITS["loss"] and figures.mean <= LIMITS["mean"] and figures.norm <= LIMITS["norm"]
     assert figures.val <= LIMITS["loss"]
+    if case in DPO_CASES:
+        for name in ("chosen_logp", "rejected_logp"):
+            assert column(ours, name) == pytest.approx(column(theirs, name), rel=1e-5, abs=1e-4)
     # What is decided before an engine starts is the same to the last bit.
     for name in ("learning_rate", "num_tokens", "num_supervised", "epoch"):
         assert column(ours, name).tolist() == column(theirs, name).tolist()
@@ -92,6 +96,7 @@ class TestHandOver:
             "SFT, LoRA, packed, accumulation 4",
             "pretraining, all weights",
             "pretraining, Muon",
+            "DPO, prompts shared",
         ],
     )
     def test_finished_on_the_other_engine(self, bench: Bench, first: str, case: str) -> None:

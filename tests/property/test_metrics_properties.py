@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolmlx.evals.bootstrap import bootstrap_mean, difference_sentence
 from smolmlx.evals.controls import nearest_rows, random_reference
+from smolmlx.evals.judge import Choice, Marks, parse_reply
 from smolmlx.evals.metrics import common_subsequence, is_formulaic, reference_overlap, rouge_l, rouge_n, set_f1
 from smolmlx.evals.notes import (
+    BOILERPLATE,
     HEADERS,
     MAX_RUBRIC,
     compat_bullets,
@@ -158,3 +161,40 @@ def test_an_interval_holds_its_mean_and_stays_within_the_values(values: list[flo
     assert min(values) - slack <= interval.low <= interval.mean <= interval.high <= max(values) + slack
     said = difference_sentence(interval, "m", "a", "b")
     assert ("no difference shown" in said) == (not interval.shows_difference)
+
+
+def test_ten_thousand_strings_through_every_metric_and_parser() -> None:
+    """Random text and random arrangements of what the readers look for, three at a time; Hypothesis above seeks corners."""
+    rng = random.Random(20261121)
+    texts = [_random_text(rng) for _ in range(10_000)]
+    for number, output in enumerate(texts):
+        reference, source = texts[number - 1], texts[number - 2]
+        score = score_note(EvalRow("x", source, reference), output)
+        shares = [score.content_alignment, score.precision, score.recall, score.f1, score.key_term_recall]
+        shares += [score.unsupported, score.lexical_diversity, score.specificity, rouge_l(output, reference)]
+        shares += [rouge_n(output, reference), rouge_n(output, reference, 2)]
+        shares.append(set_f1(parse_bullets(output), parse_bullets(reference)))
+        assert all(0 <= share <= 1 for share in shares), output
+        assert 0 <= score.rubric <= MAX_RUBRIC and all(0 <= part <= 3 for part in score.rubric_parts)
+        assert min(score.num_words, score.num_bullets, score.words_per_point) >= 0
+        assert score.compliance == (not score.problems) and (not score.compat or score.compat_v1)
+        assert is_formulaic(output, BOILERPLATE) == score.formulaic
+        num_passages = number % 4
+        index = parse_retrieval(output, num_passages).index
+        assert index is None or 0 <= index < num_passages
+        assert bool(parse_bullets(output)) == bool(output.strip())
+        assert all(pair.question and pair.answer for pair in parse_qa(output))
+        assert all(part.subject and part.relation and part.object for part in parse_triplets(output))
+        for schema in (Marks, Choice):
+            reply = parse_reply(output, schema)
+            assert reply is None or schema.model_validate(reply)
+
+
+def _random_text(rng: random.Random) -> str:
+    words = ("gradient", "model", "the", "reef", "x" * 30, '{"winner": "first"}', "-1", "1e999", "\\u0000")
+    kinds = (
+        lambda: rng.choice(PIECES),
+        lambda: rng.choice(words) + " ",
+        lambda: "".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x110000)))) for _ in range(3)),
+    )
+    return "".join(rng.choice(kinds)() for _ in range(rng.randrange(30)))

@@ -33,6 +33,7 @@ class ToyBackend:
             quantize=("none",),
             optimizers=("adamw",),
             missing={
+                "dpo": "The toy compares no pairs; use --backend mlx or cuda.",
                 "full": "The toy trains adapters; use --backend mlx or cuda.",
                 "4bit": "numpy has no packed weights.",
                 "8bit": "numpy has no packed weights.",

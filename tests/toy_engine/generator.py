@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from smolmlx.backend import Completion, Decoding, FloatArray, Score
+from smolmlx.backend import Completion, Decoding, FloatArray, OnText, Score
 from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError
-from smolmlx.models import BaseModel
+from smolmlx.generation.batching import Batcher, Feed, run_all
+from smolmlx.generation.sampling import Picks, choose
+from smolmlx.models import BaseModel, check_base
 from smolmlx.plan import PEFT_PREFIX
 from smolmlx.session import Arrays, load_arrays
 from toy_engine.model import Bigram
@@ -24,25 +26,22 @@ class ToyGenerator:
     """A base model with at most one adapter."""
 
     def __init__(self, model: BaseModel, adapter: Path | None, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        arrays: Arrays = {}
-        scale, dora = 1.0, False
-        if adapter is not None:
-            arrays, scale, dora = read_adapter(adapter, model)
-        self.model = Bigram(model.folder, arrays, scale, dora)
+        self.base, self.tokenizer = model, tokenizer
+        self.use_adapter(adapter)
 
-    def generate(self, prompts: Sequence[Sequence[int]], how: Decoding) -> Iterator[Completion]:
-        stops = set(how.stop_ids or self.tokenizer.eos_ids)
-        for row, prompt in enumerate(prompts):
-            rng = np.random.default_rng([how.seed, row])
-            answer: list[int] = []
-            token = prompt[-1]
-            while len(answer) < how.max_tokens:
-                token = choose(self.model.logits(np.array([token]))[0][0], how, rng)
-                if token in stops:
-                    break
-                answer.append(token)
-            yield Completion(row, tuple(answer), token in stops)
+    def batcher(self, batch_size: int) -> Batcher:
+        return Batcher(ToySteps(self.model), self.tokenizer, batch_size)
+
+    def use_adapter(self, adapter: Path | None) -> None:
+        self.model = Bigram(self.base.folder, {}, 1.0, False)
+        if adapter is not None:
+            check_base(self.base, adapter)
+            self.model = Bigram(self.base.folder, *read_adapter(adapter, self.base))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], how: Decoding, on_text: OnText | None = None
+    ) -> Iterator[Completion]:
+        yield from run_all(self.batcher(how.batch_size), prompts, how, on_text)
 
     def score(self, batches: Iterable[Batch]) -> Iterator[Score]:
         for batch in batches:
@@ -72,13 +71,27 @@ def read_adapter(folder: Path, model: BaseModel) -> tuple[Arrays, float, bool]:
     return arrays, config["lora_alpha"] / rank, bool(config["use_dora"])
 
 
-def choose(logits: FloatArray, how: Decoding, rng: np.random.Generator) -> int:
-    """Return the next token: logits [V]."""
-    if how.temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / how.temperature
-    probabilities = np.exp(scaled - scaled.max())
-    order = np.argsort(-probabilities)
-    kept = probabilities[order] / probabilities.sum()
-    kept[np.cumsum(kept) - kept >= how.top_p] = 0
-    return int(rng.choice(order, p=kept / kept.sum()))
+class ToySteps:
+    """Steps of a model that looks at one token: there is nothing to keep."""
+
+    most = None
+
+    def __init__(self, model: Bigram) -> None:
+        self.model = model
+
+    @property
+    def num_words(self) -> int:
+        return (self.model.logits(np.array([0]))[0].shape[-1] + 31) // 32
+
+    def open(self, num_places: int, prefix: Sequence[int]) -> None: ...
+    def admit(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> None: ...
+    def release(self, place: int) -> None: ...
+    def grow(self, num_places: int) -> None: ...
+    def keep(self, places: Sequence[int]) -> None: ...
+
+    def step(self, feed: Feed, picks: Callable[[], Picks]) -> list[int]:
+        last = [tokens if isinstance(tokens, int) else (tokens[-1] if tokens else 0) for tokens in feed]
+        return [int(token) for token in choose(self.model.logits(np.array(last))[0], picks())]
+
+    def read(self, tokens: list[int]) -> list[int]:
+        return tokens

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from smolmlx import recipe as recipes
-from smolmlx.evals.bootstrap import bootstrap_difference, difference_sentence
 from smolmlx.evals.suites import METRICS
 from smolmlx.rundir import RunDir, write_text
-from smolmlx.sweep.definition import SEED, Cell, Sweep
-from smolmlx.sweep.record import read_outcome, state
+from smolmlx.sweeps.definition import SEED, Cell, Sweep
+from smolmlx.sweeps.findings import COMPARED, Best, Comparison, compare_with_first, find_best
+from smolmlx.sweeps.record import read_outcome, state
 
 ALWAYS = ("lora.r", "train.learning_rate", "train.epochs")
 """Keys every table shows, whether the sweep varies them or not."""
 SHOWN = ("train_loss", "val_loss", "test.compliance", "test.content_alignment", "eval.loss", "eval.perplexity")
 """Figures of the Markdown table and the terminal; csv and json hold all."""
-COMPARED = ("compliance", "content_alignment")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,14 @@ class Table:
     lines: Sequence[Line]
     settings: Mapping[str, Mapping[str, Spread]]
     """Setting -> figure -> spread, over finished runs."""
-    findings: Sequence[str]
+    comparisons: Sequence[Comparison]
+    """Every setting against the first."""
+    best: Sequence[Best]
+
+    @property
+    def findings(self) -> list[str]:
+        """What it shows: the best setting of each score, then every setting against the first."""
+        return [*(found.sentence for found in self.best), *(found.sentence for found in self.comparisons)]
 
 
 def read_table(sweep: Sweep, folder: Path) -> Table:
@@ -73,7 +79,13 @@ def read_table(sweep: Sweep, folder: Path) -> Table:
     varied = dict.fromkeys([*ALWAYS, *(key for cell in sweep.cells for key in cell.values)])
     lines = [_line(cell, folder, list(varied)) for cell in sweep.cells]
     settings = {name: _spreads([line for line in lines if line.setting == name]) for name in sweep.settings}
-    return Table(sweep, lines, settings, _findings(sweep, folder, lines, settings))
+    scores = _scores(sweep, folder, lines)
+    losses = {
+        name: [line.figures["val_loss"] for line in lines if line.setting == name and "val_loss" in line.figures]
+        for name in sweep.settings
+    }
+    compared = compare_with_first(sweep.settings, scores, losses)
+    return Table(sweep, lines, settings, compared, find_best(sweep.settings, scores))
 
 
 def _line(cell: Cell, folder: Path, keys: Sequence[str]) -> Line:
@@ -127,65 +139,17 @@ def _spreads(lines: Sequence[Line]) -> dict[str, Spread]:
     return found
 
 
-def _findings(sweep: Sweep, folder: Path, lines: Sequence[Line], settings: Mapping[str, Mapping[str, Spread]]) -> list[str]:  # fmt: skip
-    """Compare each setting with the first, in sentences that claim nothing the seeds do not agree on."""
-    first, *others = sweep.settings
-    scores = {name: _scores(sweep, folder, name, lines) for name in sweep.settings}
-    found = []
-    for other in others:
-        mine, base = settings[other].get("val_loss"), settings[first].get("val_loss")
-        if mine and base:
-            found.append(_loss_sentence(other, mine, first, base))
-        found += [
-            _score_sentence(metric, other, scores[other][metric], first, scores[first][metric])
-            for metric in COMPARED
-            if metric in scores[other] and metric in scores[first]
-        ]
-    return [sentence for sentence in found if sentence]
-
-
-def _loss_sentence(name: str, mine: Spread, first: str, base: Spread) -> str:
-    spans = f"{mine.low:.4f} to {mine.high:.4f} against {base.low:.4f} to {base.high:.4f}"
-    seeds = f"{mine.num_seeds} and {base.num_seeds} seed{'s' if base.num_seeds > 1 else ''}"
-    if min(mine.num_seeds, base.num_seeds) < 2:
-        return (
-            f"validation loss: {mine.mean:.4f} with {name}, {base.mean:.4f} with {first}; one seed shows no difference."
-        )
-    if mine.high < base.low or mine.low > base.high:
-        word = "lower" if mine.high < base.low else "higher"
-        return f"validation loss: {name} is {word} than {first} with every seed ({spans}; {seeds})."
-    return f"validation loss: no difference shown between {name} and {first} ({spans}; {seeds})."
-
-
-def _scores(sweep: Sweep, folder: Path, setting: str, lines: Sequence[Line]) -> dict[str, dict[int, list[float]]]:
-    """Return metric -> seed -> one score per test row, of the setting's finished runs."""
-    found: dict[str, dict[int, list[float]]] = {}
+def _scores(sweep: Sweep, folder: Path, lines: Sequence[Line]) -> dict[str, dict[str, dict[int, list[float]]]]:
+    """Return setting -> metric -> seed -> one score per test row, of finished runs."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
     for cell, line in zip(sweep.cells, lines, strict=True):
         tree = _results(RunDir(folder / cell.folder)).get("sets", {}).get("test") if line.figures else None
-        if cell.setting == setting and tree is not None:
-            for metric in COMPARED:
-                rows = [float(row[metric]) for row in tree["rows"][cell.loaded.recipe.stage]]
-                found.setdefault(metric, {})[cell.seed] = rows
+        if tree is None:
+            continue
+        for metric in COMPARED:
+            rows = [float(row[metric]) for row in tree["rows"][cell.loaded.recipe.stage]]
+            found.setdefault(cell.setting, {}).setdefault(metric, {})[cell.seed] = rows
     return found
-
-
-def _score_sentence(
-    metric: str, name: str, mine: Mapping[int, list[float]], first: str, base: Mapping[int, list[float]]
-) -> str:
-    """Compare row by row, each row's score averaged over the seeds that both settings have.
-
-    A bootstrap over rows knows nothing of seeds, so a difference also needs every seed to point the same way.
-    """
-    shared = sorted(set(mine) & set(base))
-    if not shared or len({len(rows) for rows in (*mine.values(), *base.values())}) != 1:
-        return ""
-    means = [[statistics.fmean(row) for row in zip(*(side[seed] for seed in shared), strict=True)] for side in (mine, base)]  # fmt: skip
-    difference = bootstrap_difference(*means)
-    gaps = [statistics.fmean(mine[seed]) - statistics.fmean(base[seed]) for seed in shared]
-    label = f"{metric.replace('_', ' ')}, mean of {len(shared)} seed{'s' if len(shared) > 1 else ''}"
-    if difference.shows_difference and not all(gap * difference.mean > 0 for gap in gaps):
-        return f"{label}: no difference shown between {name} and {first}: the seeds disagree ({min(gaps):+.3g} to {max(gaps):+.3g})."  # fmt: skip
-    return difference_sentence(difference, label, name, first)
 
 
 def write_table(table: Table, folder: Path) -> None:
@@ -204,7 +168,9 @@ def to_json(table: Table) -> dict[str, Any]:
         "seeds": list(sweep.seeds),
         "runs": [asdict(line) for line in table.lines],
         "settings": {name: {key: asdict(s) for key, s in found.items()} for name, found in table.settings.items()},
-        "findings": list(table.findings),
+        "comparisons": [asdict(found) for found in table.comparisons],
+        "best": [asdict(found) for found in table.best],
+        "findings": table.findings,
     }
 
 

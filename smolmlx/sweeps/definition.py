@@ -77,18 +77,18 @@ def open_sweep(
     name: str,
     find: Callable[[str], Path],
     *,
-    grid: Sequence[str] = (),
+    grid: Mapping[str, Sequence[Any]] | None = None,
     seeds: Sequence[int] | int | None = None,
-    sets: Sequence[str] = (),
+    sets: Mapping[str, Any] | None = None,
 ) -> Sweep:
     """Read a sweep file, or make a sweep of a plain recipe from `--grid` and `--seeds`.
 
     Args:
         name: what the sweep is called; its folder is named so.
         find: turns the name of a recipe into its file.
-        grid: `key=v1,v2` arguments, laid over the file's grid.
+        grid: dotted recipe key -> values, laid over the file's grid.
         seeds: in place of the file's: how many from 0, or which.
-        sets: `key=value` arguments for every run.
+        sets: dotted recipe key -> value for every run.
 
     Raises:
         RecipeError: with everything that is wrong, in the file and in every recipe it leads to.
@@ -98,13 +98,13 @@ def open_sweep(
         tree = {"recipe": str(path)}
     file = _check(tree, path)
     base = path if file.recipe == str(path) else _base(file.recipe, path.parent, find)
-    axes = {**file.grid, **dict(parse_axis(text) for text in grid)}
+    axes = {**file.grid, **(grid or {})}
     chosen = file.seeds if seeds is None else seeds
     numbers = tuple(range(chosen)) if isinstance(chosen, int) else tuple(dict.fromkeys(chosen))
     settings = list(_settings(file.entries, axes))
     common = recipes.flatten_tree(file.common)
     _refuse_bad_settings(path, settings, common)
-    cells = _build(base, settings, common, numbers, sets)
+    cells = _build(base, settings, common, numbers, sets or {})
     return Sweep(name, file.description, file.recipe, numbers, cells)
 
 
@@ -188,21 +188,21 @@ def folder_name(setting: str) -> str:
 
 
 def _build(
-    base: Path, settings: Sequence[tuple[str, Mapping[str, Any]]], common: Mapping[str, Any], seeds: Sequence[int], sets: Sequence[str]
+    base: Path, settings: Sequence[tuple[str, Mapping[str, Any]]], common: Mapping[str, Any], seeds: Sequence[int], sets: Mapping[str, Any]
 ) -> tuple[Cell, ...]:  # fmt: skip
     tree = recipes.read(base)
-    given = {recipes.parse_override(text)[0] for text in sets}
     cells: list[Cell] = []
     problems = [
         f"--set {key}: the sweep varies it, so every run would be the same there. Change the sweep's values instead."
-        for key in sorted(given & {SEED, *(key for _, values in settings for key in values)})
+        for key in sorted(set(sets) & {SEED, *(key for _, values in settings for key in values)})
     ]
     for name, values in settings:
-        wanted = {key: ("sweep", value) for key, value in {**common, **values}.items() if key not in given}
+        wanted = {key: ("--set", value) for key, value in sets.items()}
+        wanted |= {key: ("sweep", value) for key, value in {**common, **values}.items() if key not in sets}
         for seed in seeds:
             flags = {**wanted, SEED: ("seeds", seed)}
             try:
-                loaded = recipes.build(tree, source=f"{base} ({name})", folder=base.resolve().parent, overrides=sets, flags=flags)  # fmt: skip
+                loaded = recipes.build(tree, source=f"{base} ({name})", folder=base.resolve().parent, flags=flags)
             except RecipeError as error:
                 problems += error.problems or [str(error)]
                 break  # every seed says the same

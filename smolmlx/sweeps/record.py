@@ -7,17 +7,18 @@ no other state, so a sweep that was killed anywhere goes on where it stood.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from smolmlx import recipe as recipes
 from smolmlx.errors import RecipeError, RunError, SmolError
 from smolmlx.recipe import Recipe
 from smolmlx.rundir import RunDir, writing
-from smolmlx.sweep.definition import Cell, Sweep
+from smolmlx.sweeps.definition import Cell, Sweep
 
 State = Literal["finished", "interrupted", "failed", "to do"]
 OUTCOME = "outcome.json"
@@ -72,13 +73,15 @@ def lock(folder: Path) -> Iterator[None]:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    with file:
+        held = FileLock(folder / ".lock", blocking=False)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            held.acquire()
+        except Timeout as error:
             raise RunError(f"{folder}: another process is running this sweep. Wait for it, or choose another --out.") from error  # fmt: skip
+    try:
         yield
+    finally:
+        held.release()
 
 
 def run_cells(

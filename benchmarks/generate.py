@@ -1,0 +1,181 @@
+"""How fast answers come: smolmlx beside mlx-lm's and transformers' own batched generation.
+
+    python benchmarks/generate.py                             # stories260k, every engine, batch 1, 8, 32
+    python benchmarks/generate.py --model smollm2-135m        # that shape, random weights
+    python benchmarks/generate.py --engines mlx --tokens 32
+
+Greedy, every row to its full length, the same prompts for all: lengths from --prompt / 2 to --prompt tokens, and a second
+round in which all begin with the same --shared tokens. Prompt processing is inside the time. Then answers that keep to
+a schema beside free ones, with the same number of model steps at most. The best of --repeat runs counts, after one to warm up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smolmlx.backend import Decoding, Generator, Loading, load
+from smolmlx.data.chat import Tokenizer
+from smolmlx.models import BaseModel, make_model, open_model
+from smolmlx.tasks.schemas import Triplets
+
+ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+SMOLLM2_135M = {
+    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "max_position_embeddings": 8192, "rope_theta": 100_000.0, "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5, "initializer_range": 0.02,
+}  # fmt: skip
+FIXED = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
+for _name in ("the_first_property", "the_second_property", "the_third_property", "the_fourth_property"):
+    FIXED["properties"][_name] = {"enum": ["yes", "no"]}  # type: ignore[index]
+    FIXED["required"].append(_name)  # type: ignore[attr-defined]
+Answers = Callable[[], int]
+"""Answers all prompts and returns how many tokens were generated."""
+
+
+def open_base(name: str, folder: Path) -> tuple[BaseModel, Tokenizer]:
+    """Return the model to measure; SmolLM2's shape gets random weights in `folder`."""
+    if name == "stories260k":
+        source = ASSETS / "models" / "stories260k"
+        return open_model(source), Tokenizer(source)
+    if name == "smollm2-135m":
+        make_model(SMOLLM2_135M, folder, 0)
+        return open_model(folder), Tokenizer(ASSETS / "tokenizers" / "smollm2-135m-instruct")
+    base = open_model(Path(name))
+    return base, Tokenizer(base.folder)
+
+
+def make_prompts(count: int, longest: int, shared: int, vocabulary: int) -> list[list[int]]:
+    """Return random prompts of different lengths that all begin with the same `shared` tokens."""
+    dice = np.random.default_rng(0)
+    head = dice.integers(10, vocabulary, shared).tolist()
+    return [
+        [*head, *dice.integers(10, vocabulary, longest - i * longest // (2 * count)).tolist()] for i in range(count)
+    ]
+
+
+def best(answers: Answers, repeat: int) -> float:
+    """Return tokens per second of the fastest run."""
+    answers()
+    rates = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        rates.append(answers() / (time.perf_counter() - began))
+    return max(rates)
+
+
+def ours(generator: Generator, prompts: list[list[int]], how: Decoding) -> Answers:
+    return lambda: sum(len(done.ids) for done in generator.generate(prompts, how))
+
+
+def mlx_lm(model: Any, prompts: list[list[int]], tokens: int) -> Answers:
+    """mlx-lm's continuous batching, without a stop token."""
+    import mlx.core as mx
+    from mlx_lm.generate import BatchGenerator
+
+    def answers() -> int:
+        stream = mx.default_stream(mx.default_device())
+        made = BatchGenerator(model, max_tokens=tokens, completion_batch_size=len(prompts), stream=stream)
+        made.insert([list(prompt) for prompt in prompts])
+        count = 0
+        while found := made.next_generated():
+            count += len(found)
+        made.close()
+        return count
+
+    return answers
+
+
+def transformers(model: Any, prompts: list[list[int]], tokens: int) -> Answers:
+    """transformers' `generate` on left-padded prompts, without a stop token."""
+    import torch
+
+    def answers() -> int:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        with torch.no_grad():
+            made = model.generate(
+                ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+            )
+        return int((made.shape[1] - width) * made.shape[0])
+
+    return answers
+
+
+PEERS = {"mlx": ("mlx-lm", mlx_lm), "cuda": ("transformers", transformers)}
+
+
+def measure(engine: str, base: BaseModel, tokenizer: Tokenizer, asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return one record for each batch size and kind of work."""
+    generator = load(engine).generator(base, None, tokenizer, Loading(asked.device, "float32"))
+    vocabulary = min(tokenizer.vocab_size, int(base.config["vocab_size"]))
+    never = (int(base.config["vocab_size"]) + 1,)
+    peer, theirs = PEERS[engine]
+    found = []
+    for batch in asked.batch:
+        for shared in (0, asked.shared):
+            prompts = make_prompts(batch, asked.prompt, shared, vocabulary)
+            free = Decoding(max_tokens=asked.tokens, stop_ids=never, batch_size=batch)
+            rates = {
+                "smolmlx": best(ours(generator, prompts, free), asked.repeat),
+                peer: best(theirs(generator.model, prompts, asked.tokens), asked.repeat),  # type: ignore[attr-defined]
+            }
+            found.append({"engine": engine, "work": f"free, {shared} shared", "batch": batch, **rates})
+        prompts = make_prompts(batch, asked.prompt, 0, vocabulary)
+        free = Decoding(max_tokens=asked.tokens, stop_ids=never, batch_size=batch)
+        unbound = best(ours(generator, prompts, free), asked.repeat)
+        for name, schema in (("triplets", Triplets), ("mostly forced", FIXED)):
+            bound = Decoding(max_tokens=max(asked.tokens, 160), batch_size=batch, schema=schema)
+            rate = best(ours(generator, prompts, bound), asked.repeat)
+            found.append(
+                {"engine": engine, "work": f"schema: {name}", "batch": batch, "smolmlx": rate, "unconstrained": unbound}
+            )
+    return found
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    print("| engine | work | batch | smolmlx, tokens/s | beside | tokens/s | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for one in records:
+        (other,) = set(one) - {"engine", "work", "batch", "smolmlx"}
+        print(
+            f"| {one['engine']} | {one['work']} | {one['batch']} | {one['smolmlx']:,.0f} | {other} | {one[other]:,.0f} "
+            f"| {one['smolmlx'] / one[other]:.2f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="stories260k", help="stories260k, smollm2-135m, or a model folder")
+    parser.add_argument("--engines", nargs="+", default=["mlx", "cuda"], choices=["mlx", "cuda"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--shared", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        base, tokenizer = open_base(asked.model, Path(folder))
+        records = [record for engine in asked.engines for record in measure(engine, base, tokenizer, asked)]
+    print(
+        f"{asked.model}, {asked.tokens} tokens, {platform.processor() or platform.machine()}, {datetime.date.today()}\n"
+    )
+    show(records)
+    if asked.json:
+        asked.json.write_text(json.dumps(records, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""The research suite: rows that `data augment` made are answered again, and answers compared with what the rows hold.
+
+Beside every model stand the base and a control that takes the answer of another row of the same task (for retrieval, any
+passage or none), so that a figure can be told from luck.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from smolmlx.backend import Constraint, Decoding, Generator
+from smolmlx.data.chat import Tokenizer
+from smolmlx.data.formats import Source
+from smolmlx.errors import DataError
+from smolmlx.evals.bootstrap import Interval, bootstrap_difference, bootstrap_mean, difference_sentence
+from smolmlx.evals.metrics import rouge_l, set_f1
+from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
+from smolmlx.evals.suites import Difference
+from smolmlx.tasks.registry import Registry
+from smolmlx.tasks.replies import Rejected, read, read_freely, render
+from smolmlx.tasks.schemas import ANSWERS, Text, Value, plain, retrieval_schema
+
+RANDOM = "random control"
+METRICS = ("valid", "index_accuracy", "set_f1", "rouge_l")
+"""valid: the answer keeps to its schema (for texts: it ended by itself, and is not empty), over all rows.
+index_accuracy: the passage chosen is the one that answers, or None where none does, over retrieval rows.
+set_f1: F1 of the sets of points, pairs or triplets, compared in lower case with single spaces, over rows of lists.
+rouge_l: ROUGE-L F1 of the whole answer as text, over rows of lists and texts."""
+
+_LISTS = ("bullets", "qa", "triplets")
+_FIELDS = ("task", "style", "gold")
+
+
+@dataclass(frozen=True, slots=True)
+class ResearchRow:
+    """One row to answer again."""
+
+    id: str
+    task: str
+    style: str
+    messages: tuple[Mapping[str, Any], ...]
+    gold: Value
+
+    @property
+    def num_passages(self) -> int:
+        return sum(f"Passage {n}:\n" in str(self.messages[-1]["content"]) for n in range(1, 21))
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What a system made of one row."""
+
+    text: str
+    value: Value
+    valid: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResearchReport:
+    """All systems over the same rows."""
+
+    ids: tuple[str, ...]
+    tasks: tuple[str, ...]
+    """Task of each row."""
+    scores: Mapping[str, Mapping[str, tuple[float | None, ...]]]
+    """System -> metric -> value per row; None where the metric does not apply."""
+    summary: Mapping[str, Mapping[str, Interval]]
+    differences: tuple[Difference, ...]
+
+
+def read_rows(path: str, source: Source, limit: int | None) -> list[ResearchRow]:
+    """Read rows that `data augment` wrote.
+
+    Raises:
+        DataError: rows without task, style and gold.
+    """
+    with Path(path).open(encoding="utf-8") as file:
+        trees = [json.loads(line) for line in file if line.strip()]
+    found = []
+    for number, (tree, example) in enumerate(zip(trees, source, strict=False), 1):
+        missing = [name for name in _FIELDS if name not in tree]
+        if missing or tree["task"] not in ANSWERS:
+            what = f"no {', '.join(missing)}" if missing else f"task '{tree['task']}', known: {', '.join(ANSWERS)}"
+            raise DataError(f"{path}:{number}: {what}. Suite research scores rows that `smolmlx data augment` wrote.")
+        messages = tuple(message for message in example.messages if message["role"] != "assistant")
+        gold = to_value(tree["task"], tree["gold"])
+        found.append(ResearchRow(str(tree.get("id", number)), tree["task"], tree["style"], messages, gold))
+        if limit and len(found) >= limit:
+            break
+    if not found:
+        raise DataError(f"{path}: no rows.")
+    return found
+
+
+def to_value(task: str, gold: Any) -> Value:
+    """Return the answer that a row holds as data; the reverse of what `data augment` writes."""
+    if task == "qa":
+        return tuple(QAPair(**pair) for pair in gold)
+    if task == "triplets":
+        return tuple(Triplet(**triplet) for triplet in gold)
+    if task == "retrieval":
+        return RetrievalResult(**gold)
+    return tuple(gold) if task == "bullets" else str(gold)
+
+
+def answer(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    registry: Registry,
+    rows: Sequence[ResearchRow],
+    how: Decoding,
+    *,
+    constrained: bool,
+    on_done: Callable[[int], None],
+) -> list[Answered]:
+    """Answer rows, each within the tokens of its task and of `how`.
+
+    Args:
+        constrained: ask for lists and retrieval in JSON and keep the answer to its schema, as PaperResearcher does;
+            without it the row's own style is asked for, and the answer is free.
+    """
+    batcher = generator.batcher(how.batch_size)
+    asked = []
+    for index, row in enumerate(rows):
+        schema = _schema(row) if constrained else None
+        messages = _in_json(registry, row) if schema is not None else row.messages
+        most = min(how.max_tokens, registry.task(row.task).max_tokens)
+        prompt = tokenizer.encode(tokenizer.prompt(messages))
+        asked.append(batcher.make_row(index, prompt, replace(how, max_tokens=most, schema=schema)))
+    found: dict[int, Answered] = {}
+    for done in batcher.run(asked):
+        made = done.completion()
+        found[made.index] = _read(rows[made.index], made.text.strip(), made.finished)
+        on_done(len(found))
+    return [found[index] for index in range(len(rows))]
+
+
+def _schema(row: ResearchRow) -> Constraint | None:
+    if ANSWERS[row.task] is Text:
+        return None
+    return retrieval_schema(row.num_passages) if row.task == "retrieval" else ANSWERS[row.task]
+
+
+def _in_json(registry: Registry, row: ResearchRow) -> tuple[Mapping[str, Any], ...]:
+    """Return the row's messages with the hint about its form replaced by the one that asks for JSON."""
+    hints = registry.task(row.task).hints
+    own, wanted = hints.get(row.style, ""), hints.get("json", "")
+    *before, last = row.messages
+    text = str(last["content"])
+    return (*before, {**last, "content": text.replace(own, wanted, 1) if own in text else text})
+
+
+def _read(row: ResearchRow, text: str, finished: bool) -> Answered:
+    value = read(ANSWERS[row.task], text, max(1, row.num_passages))
+    valid = finished and not isinstance(value, Rejected)
+    if isinstance(value, Rejected):
+        # A repeated or blank item keeps to the schema, though data generation would not take it.
+        valid = finished and _keeps_to_schema(row, text)
+        value = read_freely(row.task, text, max(1, row.num_passages))
+    return Answered(text, value, valid)
+
+
+def _keeps_to_schema(row: ResearchRow, text: str) -> bool:
+    if ANSWERS[row.task] is Text:
+        return bool(text)
+    try:
+        ANSWERS[row.task].model_validate_json(text)
+    except ValueError:
+        return False
+    return True
+
+
+def random_answers(rows: Sequence[ResearchRow], seed: int = 0) -> list[Answered]:
+    """Answer each row with what another row of its task holds; retrieval with any passage or none."""
+    dice = np.random.default_rng(seed)
+    found = []
+    for index, row in enumerate(rows):
+        others = [i for i, other in enumerate(rows) if other.task == row.task and i != index]
+        value = rows[others[int(dice.integers(len(others)))]].gold if others else row.gold
+        if isinstance(row.gold, RetrievalResult):
+            place = int(dice.integers(row.num_passages + 1))
+            value = RetrievalResult(place if place < row.num_passages else None, cast(RetrievalResult, value).reasoning)
+        found.append(Answered(render(row.task, value, row.style), value, True))
+    return found
+
+
+def compare(rows: Sequence[ResearchRow], answers: Mapping[str, Sequence[Answered]]) -> ResearchReport:
+    """Score systems on the same rows, each but the first compared with the first (the base) and with the control."""
+    scores = {
+        system: {name: tuple(_score(name, row, one) for row, one in zip(rows, made, strict=True)) for name in METRICS}
+        for system, made in answers.items()
+    }
+    summary = {
+        system: {name: bootstrap_mean(_known(column)) for name, column in columns.items() if _known(column)}
+        for system, columns in scores.items()
+    }
+    base, *others = [name for name in answers if name != RANDOM]
+    pairs = [(system, control) for system in (others or [base]) for control in (base, RANDOM) if control != system]
+    differences = []
+    for system, control in pairs:
+        for name in summary[system]:
+            interval = bootstrap_difference(_known(scores[system][name]), _known(scores[control][name]))
+            differences.append(
+                Difference(system, control, name, interval, difference_sentence(interval, name, system, control))
+            )
+    ids, tasks = tuple(row.id for row in rows), tuple(row.task for row in rows)
+    return ResearchReport(ids, tasks, scores, summary, tuple(differences))
+
+
+def _known(column: Sequence[float | None]) -> list[float]:
+    return [value for value in column if value is not None]
+
+
+def _score(name: str, row: ResearchRow, made: Answered) -> float | None:
+    if name == "valid":
+        return float(made.valid)
+    if name == "index_accuracy":
+        if not isinstance(row.gold, RetrievalResult):
+            return None
+        return float(isinstance(made.value, RetrievalResult) and made.value.index == row.gold.index)
+    if name == "set_f1":
+        return set_f1(_items(made.value), _items(row.gold)) if row.task in _LISTS else None
+    return None if row.task == "retrieval" else rouge_l(_text(made.value), _text(row.gold))
+
+
+def _items(value: Value) -> list[tuple[str, ...]]:
+    """Return the items of a list, comparable: lower case, single spaces."""
+    items = value if isinstance(value, tuple) else (value,)
+    parts = ((item,) if isinstance(item, str) else tuple(asdict(item).values()) for item in items)
+    return [tuple(plain(str(part)).lower() for part in one) for one in parts]
+
+
+def _text(value: Value) -> str:
+    return " ".join(" ".join(item) for item in _items(value))
+
+
+def to_dict(report: ResearchReport) -> dict[str, Any]:
+    """Return the whole report ready for json.dumps."""
+    return {
+        "n": len(report.ids),
+        "tasks": {task: report.tasks.count(task) for task in dict.fromkeys(report.tasks)},
+        "systems": {
+            system: {name: asdict(interval) for name, interval in metrics.items()}
+            for system, metrics in report.summary.items()
+        },
+        "differences": [asdict(difference) for difference in report.differences],
+    }
+
+
+def table(report: ResearchReport) -> list[list[str]]:
+    """Return lines of (metric, n, each system's mean and interval), the first the head."""
+    systems = list(report.summary)
+    lines = [["metric", "n", *systems]]
+    for name in METRICS:
+        found = [report.summary[system].get(name) for system in systems]
+        if found[0] is not None:
+            cells = [f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in found if one is not None]
+            lines.append([name.replace("_", " "), str(found[0].num_rows), *cells])
+    return lines
+
+
+def markdown(report: ResearchReport) -> str:
+    """Return the table and the differences as sentences."""
+    head, *body = ([cell.replace("|", "\\|") for cell in line] for line in table(report))
+    lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+    return "\n".join([*lines, "", *(f"- {difference.sentence}" for difference in report.differences)]) + "\n"
+
+
+def csv(report: ResearchReport) -> str:
+    """Return one line per system and metric."""
+    lines = ["system,metric,n,mean,low,high"]
+    for system, metrics in report.summary.items():
+        lines += [f'"{system}",{name},{i.num_rows},{i.mean},{i.low},{i.high}' for name, i in metrics.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,65 @@
+"""From what a user types or sends to a constraint: a schema's file or class, a regular expression, a choice."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from smolmlx.backend import Constraint, OneOf, Regex
+from smolmlx.errors import RecipeError
+from smolmlx.generation.grammar import check
+
+
+def read_constraint(schema: str | None, regex: str | None, choices: Sequence[str]) -> Constraint | None:
+    """Return the one constraint that is asked for, or None.
+
+    Args:
+        schema: a file with a JSON schema, or `module:Class` of a Pydantic model.
+
+    Raises:
+        RecipeError: more than one is asked for, it cannot be read, or it cannot be kept to, by name.
+    """
+    given = [name for name, value in (("--schema", schema), ("--regex", regex), ("--choice", choices)) if value]
+    if len(given) > 1:
+        raise RecipeError(f"{' and '.join(given)}: an answer keeps to one of them. Leave the others out.")
+    if not given:
+        return None
+    found: Constraint
+    if schema:
+        found = _read_file(Path(schema)) if Path(schema).is_file() else _import(schema)
+    else:
+        found = Regex(regex) if regex else OneOf(tuple(choices))
+    check(found)
+    return found
+
+
+def _read_file(path: Path) -> Constraint:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"--schema {path}: not valid JSON ({error}).") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"--schema {path}: a JSON schema is an object, this is a {type(tree).__name__}.")
+    return tree
+
+
+def _import(name: str) -> Constraint:
+    module, _, kind = name.partition(":")
+    if not kind:
+        raise RecipeError(f"--schema {name}: no such file, and not a Pydantic model's module:Class.")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)  # as `python -m` does, for a model that lies in the user's folder
+    try:
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"--schema {name}: cannot be imported from {here} ({error}).") from error
+    finally:
+        sys.path.remove(here)
+    if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        raise RecipeError(f"--schema {name}: not a Pydantic model. Derive {kind} from pydantic.BaseModel.")
+    return found

@@ -1,0 +1,143 @@
+"""What a sweep shows, in sentences that claim no more than its rows and its seeds do.
+
+A setting differs from another in a score only where the paired bootstrap over rows (each row averaged over seeds) leaves
+out 0, and no seed of the one reaches any seed of the other: rows know nothing of seeds, and few seeds little of rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from smolmlx.evals.bootstrap import bootstrap_difference
+
+COMPARED = ("compliance", "content_alignment")
+"""Scores that settings are compared in."""
+MIN_SEEDS = 2
+"""One seed cannot tell a setting from a chance of its own."""
+
+Verdict = Literal["higher", "lower", "no difference shown"]
+Scores = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
+"""Setting -> metric -> seed -> one score per test row."""
+Losses = Mapping[str, Sequence[float]]
+"""Setting -> validation loss of each seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One setting against another in one figure: setting - against."""
+
+    setting: str
+    against: str
+    metric: str
+    difference: float
+    low: float | None
+    """Interval over rows; None for a loss, which is one number a seed."""
+    high: float | None
+    num_seeds: int
+    verdict: Verdict
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """Which setting has the highest mean, and whether that is more than chance."""
+
+    metric: str
+    leader: str
+    shown: bool
+    """The leader is higher than every other setting."""
+    sentence: str
+
+
+def compare_with_first(settings: Sequence[str], scores: Scores, losses: Losses) -> list[Comparison]:
+    """Compare every setting with the first in validation loss and in each score both have."""
+    found: list[Comparison | None] = []
+    first, *others = settings
+    for other in others:
+        found.append(compare_losses(other, losses.get(other, ()), first, losses.get(first, ())))
+        found += [compare_scores(metric, other, first, scores) for metric in COMPARED]
+    return [comparison for comparison in found if comparison is not None]
+
+
+def find_best(settings: Sequence[str], scores: Scores) -> list[Best]:
+    """Name the leader in each score, as the best only where it is shown to be higher than each of the others."""
+    found = []
+    for metric in COMPARED:
+        means = {name: _mean(scores[name][metric]) for name in settings if scores.get(name, {}).get(metric)}
+        if len(means) < 2:
+            continue
+        leader = max(means, key=lambda name: means[name])
+        against = [compare_scores(metric, leader, other, scores) for other in means if other != leader]
+        unclear = [c.against for c in against if c is not None and c.verdict != "higher"]
+        shown = not unclear and None not in against
+        label, mean = metric.replace("_", " "), f"mean {means[leader]:.3f}"
+        if shown:
+            said = f"{label}: {leader} is best ({mean}): higher than each of the other {len(against)} settings."
+        else:
+            said = f"{label}: no best setting is shown. {leader} has the highest {mean}, but no difference is shown to {_listed(unclear)}."
+        found.append(Best(metric, leader, shown, said))
+    return found
+
+
+def _mean(seeds: Mapping[int, Sequence[float]]) -> float:
+    return statistics.fmean(statistics.fmean(rows) for rows in seeds.values())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "the others"
+
+
+def compare_losses(setting: str, mine: Sequence[float], against: str, base: Sequence[float]) -> Comparison | None:
+    """Compare validation losses, one a seed; None where a setting has none."""
+    if not mine or not base:
+        return None
+    seeds = min(len(mine), len(base))
+    spans = (
+        f"{_span(mine, '.4f')} against {_span(base, '.4f')}; {len(mine)} and {len(base)} seed{'s' if seeds > 1 else ''}"
+    )
+    verdict = _apart(mine, base)
+    if verdict == "no difference shown":
+        said = f"no difference shown between {setting} and {against} ({spans})."
+    else:
+        said = f"{setting} is {verdict} than {against} with every seed ({spans})."
+    gap = statistics.fmean(mine) - statistics.fmean(base)
+    return Comparison(setting, against, "val_loss", gap, None, None, seeds, verdict, f"validation loss: {said}")
+
+
+def compare_scores(metric: str, setting: str, against: str, scores: Scores) -> Comparison | None:
+    """Compare row by row over the seeds that both settings have; None where they have no rows in common."""
+    mine, base = scores.get(setting, {}).get(metric, {}), scores.get(against, {}).get(metric, {})
+    shared = sorted(set(mine) & set(base))
+    if not shared or len({len(rows) for side in (mine, base) for rows in side.values()}) != 1:
+        return None
+    rows = [[statistics.fmean(row) for row in zip(*(side[seed] for seed in shared), strict=True)] for side in (mine, base)]  # fmt: skip
+    seeds = [[statistics.fmean(side[seed]) for seed in shared] for side in (mine, base)]
+    found = bootstrap_difference(*rows)
+    apart = _apart(*seeds)
+    verdict = apart if found.shows_difference else "no difference shown"
+    evidence = f"95 % interval over {found.num_rows} rows {found.low:+.3g} to {found.high:+.3g}"
+    spans = f"seeds {_span(seeds[0], '.3f')} against {_span(seeds[1], '.3f')}"
+    said = f"{metric.replace('_', ' ')}, mean of {len(shared)} seed{'s' if len(shared) > 1 else ''}: "
+    if verdict != "no difference shown":
+        said += f"{setting} is {verdict} than {against} by {abs(found.mean):.3g} ({evidence}; {spans})."
+    else:
+        why = "" if not found.shows_difference else ", since one seed is too few" if len(shared) < MIN_SEEDS else ", since seeds overlap"  # fmt: skip
+        said += f"no difference shown between {setting} and {against}{why} ({found.mean:+.3g}, {evidence}; {spans})."
+    return Comparison(setting, against, metric, found.mean, found.low, found.high, len(shared), verdict, said)
+
+
+def _apart(mine: Sequence[float], base: Sequence[float]) -> Verdict:
+    """Say on which side every seed of the one lies of every seed of the other."""
+    if min(len(mine), len(base)) >= MIN_SEEDS:
+        if min(mine) > max(base):
+            return "higher"
+        if max(mine) < min(base):
+            return "lower"
+    return "no difference shown"
+
+
+def _span(values: Sequence[float], style: str) -> str:
+    return f"{min(values):{style}} to {max(values):{style}}"

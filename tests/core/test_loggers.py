@@ -1,0 +1,100 @@
+"""Loggers by name: never imported unasked, refused with their pip line where missing, and fed every step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lab as labs
+from smolmlx import loggers
+from smolmlx.errors import BackendError, RecipeError
+from smolmlx.rundir import RunDir
+from smolmlx.session import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
+"""Name -> what pip installs for it."""
+
+
+def hide(patch: pytest.MonkeyPatch) -> None:
+    """Make every package of a logger look as if it were not installed."""
+    for module in (*NAMES, "tensorboardX", "torch.utils.tensorboard"):
+        patch.setitem(sys.modules, module, None)
+
+
+def test_none_is_imported_unasked() -> None:
+    code = "import sys, smolmlx.stages, smolmlx.loggers; print(' '.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert not set(loaded.split()) & {*NAMES, "tensorboardX", "torch"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_one_is_refused_with_its_pip_line(
+    name: str, tiny_model: Path, chat_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch)
+    with labs.toy_installed():
+        lab = labs.make_lab("toy", tiny_model, chat_rows, tmp_path)
+        with pytest.raises(RecipeError, match=f"'{name}' is not installed: pip install {NAMES[name]}"):
+            lab.plan(loggers=[name])
+    with pytest.raises(BackendError, match=f"'{name}' is not installed: pip install {NAMES[name]}"):
+        loggers.open_loggers([name], RunDir(tmp_path), {})
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_services_get_the_plan_and_every_step(
+    name: str, tiny_model: Path, chat_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have one interface, init, log and finish; a stand-in here, since neither may talk to a network."""
+    told: list[Any] = []
+
+    class Opened:
+        def log(self, values: Mapping[str, float], step: int) -> None:
+            told.append((step, values))
+
+        def finish(self) -> None:
+            told.append("finished")
+
+    def init(**given: Any) -> Opened:
+        told.append(given)
+        return Opened()
+
+    hide(monkeypatch)
+    module = types.ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    module.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    with labs.toy_installed():
+        lab = labs.make_lab("toy", tiny_model, chat_rows, tmp_path)
+        run = lab.train(lab.plan(loggers=[name], train__max_steps=3))
+    opened, *logged, last = told
+    assert (opened["project"], opened["name"]) == ("smolmlx", run.path.name) and opened["config"]["steps"] == 3
+    rows = [row for row in read_metrics(run) if row["kind"] == "step"]
+    steps = [(step, values["loss"]) for step, values in logged if "loss" in values]
+    assert steps == [(row["step"], row["loss"]) for row in rows] and len(steps) == 3 and last == "finished"
+    assert (run.path / "metrics.csv").is_file()
+
+
+def test_tensorboard_writes_what_tensorboard_reads(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")  # reads; tensorboardX or torch writes
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    ((log, close),) = loggers.open_loggers(["tensorboard"], RunDir(tmp_path), {})
+    for step in (1, 2):
+        log(step, {"loss": 3.0 - step})
+    close()
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def test_numbers_leave_out_what_no_chart_shows() -> None:
+    values = {"loss": 1.5, "step": 3, "best": True, "note": "x", "lost": None}
+    assert loggers.numbers(values) == {"loss": 1.5, "step": 3.0}

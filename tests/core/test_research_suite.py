@@ -1,0 +1,120 @@
+"""The research suite's figures on answers written here, and the whole of it on the numpy engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lab as labs
+from smolmlx.backend import Decoding, choose
+from smolmlx.data.chat import Tokenizer
+from smolmlx.errors import DataError
+from smolmlx.evals import research
+from smolmlx.evals.parsers import RetrievalResult, Triplet
+from smolmlx.evals.research import RANDOM, Answered, ResearchRow, compare, random_answers
+from smolmlx.evals.run import Settings, System, evaluate, write
+from smolmlx.models import open_model
+from smolmlx.tasks.registry import read_registry
+
+GOLD = {
+    "bullets": ["Adam keeps two moments.", "They decay."],
+    "qa": [{"question": "What decays?", "answer": "The moments."}],
+    "triplets": [{"subject": "Adam", "relation": "keeps", "object": "moments"}],
+    "retrieval": {"index": 1, "reasoning": "it says so"},
+    "rephrase": "Two moments are kept by Adam.",
+}
+FIELDS = {"retrieval": {"question": "What?", "passages": "Passage 1:\nred\n\nPassage 2:\nblue\n\nPassage 3:\ngreen"}}
+
+
+def write_rows(path: Path, count: int = 8) -> Path:
+    """Write rows as `data augment` does, of five tasks."""
+    registry = read_registry()
+    with path.open("w") as file:
+        for i in range(count):
+            for task, gold in GOLD.items():
+                style = next(iter(registry.task(task).styles))
+                prompt = registry.prompt(task, FIELDS.get(task, {"passage": labs.sentence(i)}), style)
+                turns = [{"role": "user", "content": prompt.text}, {"role": "assistant", "content": json.dumps(gold)}]
+                file.write(
+                    json.dumps({"messages": turns, "id": f"{task}-{i}", "task": task, "style": style, "gold": gold})
+                    + "\n"
+                )
+    return path
+
+
+def rows(path: Path) -> list[ResearchRow]:
+    settings = Settings(str(path), suite="research")
+    from smolmlx.evals.run import open_rows
+
+    return research.read_rows(str(path), open_rows(str(path), settings), None)
+
+
+def test_reads_what_augment_writes(tmp_path: Path) -> None:
+    found = rows(write_rows(tmp_path / "rows.jsonl", 1))
+    assert [row.task for row in found] == list(GOLD)
+    assert found[2].gold == (Triplet("Adam", "keeps", "moments"),)
+    assert found[3].gold == RetrievalResult(1, "it says so") and found[3].num_passages == 3
+
+
+def test_other_rows_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match="data augment"):
+        rows(tmp_path / "x.jsonl")
+
+
+def test_figures(tmp_path: Path) -> None:
+    found = rows(write_rows(tmp_path / "rows.jsonl", 6))
+    right = [Answered("", row.gold, True) for row in found]
+    wrong = [Answered("", RetrievalResult(0, "") if row.task == "retrieval" else (), False) for row in found]
+    half = [
+        Answered("", ("adam keeps  two moments.", "Other."), True) if row.task == "bullets" else one
+        for row, one in zip(found, wrong, strict=True)
+    ]
+    report = compare(found, {"base": wrong, "tuned": right, "half": half, RANDOM: random_answers(found)})
+    assert {name: i.mean for name, i in report.summary["tuned"].items()} == dict.fromkeys(research.METRICS, 1.0)
+    assert all(i.mean == 0 for i in report.summary["base"].values())
+    assert report.summary["tuned"]["index_accuracy"].num_rows == 6
+    assert report.summary["tuned"]["set_f1"].num_rows == 18 and report.summary["tuned"]["rouge_l"].num_rows == 24
+    # One of two points is right, in 6 of 18 rows of lists: F1 1/2 there, 0 in the others.
+    assert report.summary["half"]["set_f1"].mean == pytest.approx(0.5 * 6 / 18)
+    assert report.summary[RANDOM]["valid"].mean == 1
+    named = {(d.system, d.control, d.metric) for d in report.differences}
+    assert ("tuned", "base", "index_accuracy") in named and ("half", RANDOM, "set_f1") in named
+
+
+def test_random_control_chooses_any_passage_or_none(tmp_path: Path) -> None:
+    found = [row for row in rows(write_rows(tmp_path / "rows.jsonl", 200)) if row.task == "retrieval"]
+    places = [one.value.index for one in random_answers(found) if isinstance(one.value, RetrievalResult)]
+    assert set(places) == {0, 1, 2, None} and 0.15 < places.count(1) / len(places) < 0.35
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_on_an_engine(tiny_model: Path, tmp_path: Path, constrained: bool) -> None:
+    """An untrained model: with constraints every list and choice keeps to its schema, freely almost none does."""
+    path = write_rows(tmp_path / "rows.jsonl", 3)
+    tokenizer, base = Tokenizer(tiny_model), open_model(tiny_model)
+    settings = Settings(str(path), suite="research", decoding=Decoding(max_tokens=70), constrained=constrained)
+    with labs.toy_installed():
+        made = evaluate(choose("toy", "cpu").backend, [System("base", base)], tokenizer, settings, meter)
+    write(made, tmp_path / "out")
+    tree = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert tree["suite"] == "research" and tree["sets"]["test"]["n"] == 15
+    assert tree["systems"]["base"]["perplexity"] > 1
+    report = made.research["test"]
+    valid = [v for v, task in zip(report.scores["base"]["valid"], report.tasks, strict=True) if task != "rephrase"]
+    assert (sum(v or 0 for v in valid) == len(valid)) == constrained
+    assert "random control" in (tmp_path / "out" / "results.md").read_text()
+    assert len((tmp_path / "out" / "test-answers.jsonl").read_text().splitlines()) == 15
+
+
+class meter:
+    """Counts in silence."""
+
+    def __init__(self, title: str, total: int) -> None: ...
+    def __enter__(self) -> meter:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+    def __call__(self, done: int) -> None: ...
