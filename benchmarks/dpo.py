@@ -54,7 +54,7 @@ def main() -> None:
     model = make_folder(options.shape, options.assets, work / "model")
     rows = make_pairs(options.pairs, model, work / f"pairs-{options.pairs}")
     report: Tree = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "benchmarks/dpo.py", *sys.argv[1:]]),
         "commit": commit(),
         "machine": machine(),

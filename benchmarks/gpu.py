@@ -46,7 +46,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     page = [
         f"# CUDA engine on {place['gpu']}",
-        f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC, commit {sft.commit()}, {place['cores']} cores, {versions()}.",
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, commit {sft.commit()}, {place['cores']} cores, {versions()}.",
         "`python benchmarks/gpu.py`",
     ]
     failed = []

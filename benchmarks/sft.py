@@ -120,7 +120,7 @@ def main() -> None:
     print(f"{options.rows} rows of {rows.tokens:.0f} tokens, {rows.supervised:.0f} of them supervised", file=sys.stderr)
     chosen, skipped = find_contestants(options.engines.split(","), options.peers_python)
     report: Tree = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "benchmarks/sft.py", *sys.argv[1:]]),
         "commit": commit(),
         "machine": machine(),

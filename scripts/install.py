@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LEAST_PYTHON = (3, 11)
 OPENBLAS = Path(f"/usr/lib/{platform.machine()}-linux-gnu/openblas-pthread/libblas.so.3")
 
 
@@ -22,9 +23,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", default=".venv")
     venv = Path(parser.parse_args().venv)
-    if sys.version_info < (3, 10):  # noqa: UP036 - the interpreter is the user's
+    if sys.version_info < LEAST_PYTHON:
+        least = ".".join(map(str, LEAST_PYTHON))
         sys.exit(
-            f"smolmlx needs Python 3.10 or newer; {sys.executable} is {platform.python_version()}. Pass make PYTHON=python3.11 ..."
+            f"smolmlx needs Python {least} or newer (mlx-lm does); {sys.executable} is {platform.python_version()}. "
+            f"Name a newer one: make PYTHON=python{least} ..."
         )
     run(sys.executable, "-m", "venv", str(venv))
     python = str(venv / "bin" / "python")

@@ -16,11 +16,11 @@ from smolmlx.adapters.convert import convert
 from smolmlx.backend import Backend, Decoding, Generator, Loading, OnText
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
-from smolmlx.errors import RecipeError
+from smolmlx.errors import BackendError, RecipeError
 from smolmlx.evals.bases import Bases, System
 from smolmlx.evals.run import Evaluation, Settings
 from smolmlx.evals.run import evaluate as run_suite
-from smolmlx.models import BaseModel, find_model, open_model
+from smolmlx.models import BaseModel, files_root, find_model, open_model
 from smolmlx.plan import resolve
 from smolmlx.rundir import RunDir
 from smolmlx.session import Event
@@ -42,6 +42,9 @@ class Run:
     """What the adapter stands on, or the trained model's folder."""
     backend: str
     device: str
+    dtype: str
+    quantize: str
+    """How the base was loaded: an adapter answers as it was trained on the same base alone."""
     evaluation: Evaluation | None
 
 
@@ -119,7 +122,10 @@ def train(
     report = stages.train(plan, choice, folder, on_event)
     found = stages.evaluate_run(plan, choice.backend, folder, _silent) if plan.recipe.evaluate else None
     model, adapter = stages.trained_model(plan, folder)
-    return Run(folder.path, report, adapter, str(model.folder), choice.backend.name, plan.capabilities.device, found)
+    return Run(
+        folder.path, report, adapter, str(model.folder), choice.backend.name, plan.capabilities.device, plan.dtype,
+        plan.recipe.model.quantize, found,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -133,22 +139,55 @@ def load(
     backend: str = "auto",
     device: str | None = None,
     dtype: str = "auto",
-    quantize: str = "none",
+    quantize: str = "auto",
 ) -> Model:
     """Load a run, a run's folder, a model (id or folder), or a (model, adapter) pair.
+
+    Left out, engine, device, dtype and quantization are those a run was trained with, where they are to be had.
 
     Raises:
         RecipeError: the folder is neither a model nor a finished run.
         BackendError: no engine.
     """
     base, adapter = _locate(source)
-    if isinstance(source, Run) and backend == "auto" and device is None:
-        backend, device = source.backend, source.device
-    choice = backends.choose(backend, device)
+    trained = _trained(source)
+    choice = _choose(backend, device, trained)
+    if quantize == "auto":
+        quantize = trained.quantize if trained else "none"
+    if dtype == "auto" and trained and (choice.backend.name, choice.device) == (trained.backend, trained.device):
+        dtype = trained.dtype
     has_own = adapter is not None and (adapter / "tokenizer.json").is_file()
     tokenizer = Tokenizer(adapter if has_own and adapter else base.folder)
     how = Loading(choice.device, dtype, quantize)
     return Model(base, adapter, tokenizer, choice.backend, how, choice.backend.generator(base, adapter, tokenizer, how))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """How a run's base was loaded."""
+
+    backend: str
+    device: str
+    dtype: str
+    quantize: str
+
+
+def _trained(source: Run | str | Path | tuple[str | Path, str | Path]) -> _Trained | None:
+    if isinstance(source, Run):
+        return _Trained(source.backend, source.device, source.dtype, source.quantize)
+    if isinstance(source, tuple) or not RunDir(Path(source)).done:
+        return None
+    plan = RunDir(Path(source)).read_json("plan.json")
+    model = recipes.read(Path(source) / "recipe.yaml").get("model", {})
+    return _Trained(plan["backend"], plan["device"], plan["dtype"], model.get("quantize", "none"))
+
+
+def _choose(backend: str, device: str | None, trained: _Trained | None) -> backends.Choice:
+    """Take the engine and device a run was trained on, unless others are asked for or these are not here."""
+    if trained is not None and backend == "auto" and device is None:
+        with contextlib.suppress(BackendError):
+            return backends.choose(trained.backend, trained.device)
+    return backends.choose(backend, device)
 
 
 def _locate(source: Run | str | Path | tuple[str | Path, str | Path]) -> tuple[BaseModel, Path | None]:
@@ -184,7 +223,7 @@ def evaluate(
         systems.append(System("adapter", model.base, model.adapter))
     settings = Settings(
         data=data, suite=suite, train=train, ood=ood, limit=limit, decoding=Decoding(**decoding), loading=model.loading,
-        encoding=Encoding(max_length=max_length),
+        encoding=Encoding(max_length=max_length), folders=(files_root(),),
     )  # fmt: skip
     return run_suite(model.backend, systems, model.tokenizer, settings, _silent)
 

@@ -196,14 +196,11 @@ class Plan:
         }
 
 
-def resolve(
-    loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | None = None, start: Path | None = None
-) -> Plan:
+def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | None = None) -> Plan:
     """Turn a recipe into a plan for one engine on this machine.
 
     Args:
         on_rows: told how many rows have been tokenized, for a progress display.
-        start: folder of an earlier stage's merged model that takes the place of `model.id`.
 
     Raises:
         RecipeError: values that cannot be honoured, all at once.
@@ -221,7 +218,7 @@ def resolve(
     model = (
         _from_config(recipe)
         if recipe.model.config is not None
-        else find_model(str(start or recipe.model.id), recipe.model.revision)
+        else find_model(str(recipe.model.id), recipe.model.revision)
     )
     adapter = find_adapter(recipe.model.adapter, loaded.folder) if recipe.model.adapter else None
     if adapter is not None:

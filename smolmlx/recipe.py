@@ -207,7 +207,7 @@ class Evaluate(Section):
 
 
 class Recipe(Section):
-    """One stage of training, or a pipeline of stages."""
+    """One stage of training."""
 
     stage: Stage = "sft"
     """`pretrain` trains on text, every token; `sft` trains on conversations, the answers only; `dpo` trains on pairs of answers,

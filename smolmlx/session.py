@@ -190,6 +190,7 @@ class Session:
             "epoch": (self.state.step + 1) / self.plan.train.steps_per_epoch,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
+            "samples_per_second": len(self.plan.train.step_documents(self.state.step)) / seconds,
             "peak_bytes": result.peak_bytes,
         }
         if result.num_correct is not None:

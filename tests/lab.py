@@ -43,7 +43,7 @@ TINY = {
 }
 """A Llama-type model with grouped-query attention and tied embeddings."""
 
-TIMING = ("seconds", "tokens_per_second", "peak_bytes")
+TIMING = ("seconds", "tokens_per_second", "samples_per_second", "peak_bytes")
 """Fields of a metrics row that no two runs share."""
 
 WORDS = [

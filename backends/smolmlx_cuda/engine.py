@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +37,9 @@ def quiet() -> None:
 def _prepare() -> None:
     """Do what must happen before transformers, trl and peft are imported."""
     quiet()
+    # bitsandbytes asks for a package nothing here needs; PEFT reads a property that transformers renamed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     import torch
 
     from smolmlx_cuda import unsloth
@@ -74,6 +79,7 @@ class CudaBackend:
         )  # fmt: skip
 
     def check(self, knobs: Mapping[str, Any]) -> Sequence[str]:
+        refuse_processes()
         problems = []
         for key, value in knobs.items():
             if key not in KNOBS:
@@ -102,6 +108,20 @@ class CudaBackend:
             except PackageNotFoundError:
                 continue
         return found
+
+
+def refuse_processes() -> None:
+    """Each process of torchrun or accelerate would train the whole plan by itself.
+
+    Raises:
+        BackendError: there is more than one.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        raise BackendError(
+            f"--backend cuda: launched as {count} processes (WORLD_SIZE), but a run is one process on one GPU so far. "
+            "Start it without torchrun or accelerate launch; CUDA_VISIBLE_DEVICES chooses the GPU."
+        )
 
 
 def pick_device(device: str | None) -> str:

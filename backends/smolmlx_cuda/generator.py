@@ -7,16 +7,20 @@ The decoding loop is ours: rows come and go as they finish, and a sampled row de
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from smolmlx import memory
 from smolmlx.backend import Completion, Decoding, FloatArray, Loading, OnText, Score
 from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
 from smolmlx.generation.batching import Batcher, run_all
 from smolmlx.models import BaseModel, check_base
 from smolmlx_cuda.engine import pick_device
+from smolmlx_cuda.memory import ran_out
 from smolmlx_cuda.model import Adapters, Losses, load_base, to_inputs
 from smolmlx_cuda.steps import TorchSteps
 
@@ -32,9 +36,12 @@ class TorchGenerator:
         dtype = how.dtype if how.dtype != "auto" else ("bfloat16" if self.device == "cuda" else "float32")
         self.tokenizer = tokenizer
         attention = "eager" if model.config.get("model_type") in EAGER_ONLY else "sdpa"
+        # On a CPU there is no quantized base to advise.
+        self.quantize = self.device == "cuda" and how.quantize != "4bit"
         self.base = model
-        self._adapters = Adapters(load_base(model.folder, dtype, self.device, how.quantize, attention))
-        self.use_adapter(adapter)
+        with memory.guard(ran_out, lambda: memory.loading(model.name, self.quantize)):
+            self._adapters = Adapters(load_base(model.folder, dtype, self.device, how.quantize, attention))
+            self.use_adapter(adapter)
 
     def use_adapter(self, adapter: Path | None) -> None:
         if adapter is not None:
@@ -45,7 +52,10 @@ class TorchGenerator:
 
     def batcher(self, batch_size: int) -> Batcher:
         self._steps = self._steps or TorchSteps(self.model)
-        return Batcher(self._steps, self.tokenizer, batch_size)
+        return Batcher(self._steps, self.tokenizer, batch_size, self._guard)
+
+    def _guard(self, prompts: Sequence[Sequence[int]], how: Decoding) -> AbstractContextManager[None]:
+        return memory.guard(ran_out, lambda: memory.answering(prompts, how, self.quantize))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], how: Decoding, on_text: OnText | None = None
@@ -57,7 +67,8 @@ class TorchGenerator:
     def score(self, batches: Iterable[Batch]) -> Iterator[Score]:
         losses = Losses(self.model)
         for batch in batches:
-            with torch.no_grad():
+            advice = partial(memory.scoring, len(batch.ids), batch.ids.shape[1], self.quantize)
+            with memory.guard(ran_out, advice), torch.no_grad():
                 nats, correct = losses.positions({k: v.to(self.device) for k, v in to_inputs(batch).items()})
             yield Score(-nats.cpu().numpy(), correct.cpu().numpy())
 

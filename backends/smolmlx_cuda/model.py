@@ -22,6 +22,7 @@ from smolmlx.errors import BackendError, RecipeError
 from smolmlx.models import read_header
 from smolmlx.plan import PEFT_PREFIX, Plan
 from smolmlx.session import Arrays
+from smolmlx_cuda.memory import ran_out
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Logits beyond this are made in pieces, each recomputed in the backward pass.
@@ -56,6 +57,8 @@ def load_base(folder: Path, dtype: str, device: str, quantize: str = "none", att
     except (ValueError, KeyError) as error:
         raise BackendError(f"{folder}: transformers cannot load this model: {str(error).splitlines()[0]}") from error
     except RuntimeError as error:
+        if ran_out(error):
+            raise
         raise RecipeError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -114,6 +117,8 @@ def load_adapter(model: Any, folder: Path, name: str = "default") -> Any:
         else:
             found = PeftModel.from_pretrained(model, str(folder), name)
     except (RuntimeError, ValueError) as error:
+        if ran_out(error):
+            raise
         raise RecipeError(f"{folder}: made for another base model: {str(error).splitlines()[0]}") from error
     # PEFT leaves out, without a word, tensors of layers that the base lacks.
     adapted = {canonical(path).partition(".lora_")[0] for path, _ in found.named_parameters() if f".{name}." in path}

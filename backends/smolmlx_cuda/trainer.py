@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+from smolmlx import memory
 from smolmlx.data.pair_batches import PairBatch
-from smolmlx.errors import RunError
 from smolmlx.plan import Plan
 from smolmlx.session import Arrays, Session
 from smolmlx_cuda import unsloth
+from smolmlx_cuda.memory import ran_out
 from smolmlx_cuda.model import Losses, add_lora, load_base, read_weights, to_numpy, trainable, write_weights
 from smolmlx_cuda.optimizer import make_optimizer
 from smolmlx_cuda.work import Extras, Inputs, PairWork, open_work
@@ -34,25 +35,12 @@ class TrlTrainer:
 
     def fit(self, plan: Plan, session: Session) -> None:
         """Train until the session wants no more; see `backend.Trainer`."""
-        try:
+        with memory.guard(ran_out, lambda: memory.training(plan)):
             engine = Engine(plan, session)
             session.attach(engine, engine.score)
             if session.wants_step:
                 with tempfile.TemporaryDirectory(prefix="smolmlx-trl-") as scratch:
                     engine.run(scratch)
-        except torch.OutOfMemoryError as error:
-            raise RunError(_out_of_memory(plan)) from error
-
-
-def _out_of_memory(plan: Plan) -> str:
-    train = plan.recipe.train
-    half = max(1, train.batch_size // 2)
-    return (
-        f"out of GPU memory at {train.batch_size} {'pairs' if plan.pairs else 'rows'} of {max(plan.train.widths)} tokens. Turn one of these, first the first: "
-        f"--set train.batch_size={half} --set train.accumulation={train.accumulation * train.batch_size // half} (same result); "
-        "--set train.gradient_checkpointing=true; --set model.quantize=4bit; "
-        f"--set data.max_length={max(plan.train.widths) // 2}."
-    )
 
 
 class Engine:
@@ -85,7 +73,7 @@ class Engine:
         trainer = PlannedTrainer(
             self, watch,
             model=self.model,
-            args=self._arguments(scratch, plan.steps - start),
+            args=one_gpu(self._arguments(scratch, plan.steps - start)),
             train_dataset=Dataset.from_list(work),
             data_collator=self.collate,
             processing_class=PreTrainedTokenizerFast(tokenizer_file=str(plan.tokenizer.folder / "tokenizer.json"), **special_tokens(plan)),
@@ -238,6 +226,15 @@ def peak_bytes(device: str) -> int:
     import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def one_gpu(args: SFTConfig) -> SFTConfig:
+    """Keep Trainer from copying the model to every GPU it sees (DataParallel): a plan's micro-batch is not split.
+
+    Not run on a machine with more than one GPU by this project.
+    """
+    args._n_gpu = min(1, args.n_gpu)
+    return args
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from smolmlx import memory
 from smolmlx.backend import Completion, Decoding, FloatArray, Loading, OnText, Score
 from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
@@ -15,6 +18,7 @@ from smolmlx.models import BaseModel, check_base
 from smolmlx_mlx import device as devices
 from smolmlx_mlx.device import mx as mx
 from smolmlx_mlx.losses import Losses, to_inputs
+from smolmlx_mlx.memory import ran_out
 from smolmlx_mlx.model import Adapters, load_base
 from smolmlx_mlx.steps import MlxSteps
 
@@ -26,10 +30,12 @@ class MlxGenerator:
         device = devices.use(how.device)
         dtype = how.dtype if how.dtype != "auto" else ("bfloat16" if device == "gpu" else "float32")
         self.tokenizer = tokenizer
-        self.model = load_base(model.folder, model.config, dtype, how.quantize)
+        self.quantize = how.quantize != "4bit"
         self.base = model
-        self._adapters = Adapters(self.model)
-        self.use_adapter(adapter)
+        with memory.guard(ran_out, lambda: memory.loading(model.name, self.quantize)):
+            self.model = load_base(model.folder, model.config, dtype, how.quantize)
+            self._adapters = Adapters(self.model)
+            self.use_adapter(adapter)
 
     def use_adapter(self, adapter: Path | None) -> None:
         if adapter is not None:
@@ -40,7 +46,10 @@ class MlxGenerator:
 
     def batcher(self, batch_size: int) -> Batcher:
         self._steps = self._steps or MlxSteps(self.model)
-        return Batcher(self._steps, self.tokenizer, batch_size)
+        return Batcher(self._steps, self.tokenizer, batch_size, self._guard)
+
+    def _guard(self, prompts: Sequence[Sequence[int]], how: Decoding) -> AbstractContextManager[None]:
+        return memory.guard(ran_out, lambda: memory.answering(prompts, how, self.quantize))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], how: Decoding, on_text: OnText | None = None
@@ -52,8 +61,9 @@ class MlxGenerator:
         losses = Losses(self.model)
         for batch in batches:
             ids, segments, index, labels, _ = to_inputs(batch)
-            nats, correct = losses.positions(ids, segments, index, labels)
-            yield Score(-np.array(nats), np.array(correct))
+            with memory.guard(ran_out, partial(memory.scoring, len(batch.ids), batch.ids.shape[1], self.quantize)):
+                nats, correct = (np.array(found) for found in losses.positions(ids, segments, index, labels))
+            yield Score(-nats, correct)
 
     def logits(self, ids: Sequence[int]) -> FloatArray:
         return np.array(self.model(mx.array([list(ids)]))[0].astype(mx.float32))

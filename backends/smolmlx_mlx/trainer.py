@@ -6,13 +6,14 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
+from smolmlx import memory
 from smolmlx.data.pair_batches import PairBatch
-from smolmlx.errors import RunError
 from smolmlx.plan import Plan
 from smolmlx.session import Arrays, Session
 from smolmlx_mlx import device as devices
 from smolmlx_mlx.device import mx as mx
 from smolmlx_mlx.lanes import open_lanes
+from smolmlx_mlx.memory import ran_out
 from smolmlx_mlx.model import add_lora, checkpoint_layers, from_mlx, load_base, read_arrays, to_tree, write_weights
 from smolmlx_mlx.optimizer import Optimizer
 from smolmlx_mlx.step import Stepper
@@ -28,13 +29,8 @@ class MlxTrainer:
     def fit(self, plan: Plan, session: Session) -> None:
         """Train until the session wants no more; see `backend.Trainer`."""
         devices.use(plan.capabilities.device)
-        try:
-            with devices.limits():
-                self._fit(plan, session)
-        except (RuntimeError, MemoryError) as error:
-            if "memory" in str(error).lower() or "alloc" in str(error).lower():
-                raise RunError(_out_of_memory(plan)) from error
-            raise
+        with memory.guard(ran_out, lambda: memory.training(plan)), devices.limits():
+            self._fit(plan, session)
 
     def _fit(self, plan: Plan, session: Session) -> None:
         engine = Engine(plan, session)
@@ -60,24 +56,6 @@ class MlxTrainer:
 
 def _step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
-
-
-def _out_of_memory(plan: Plan) -> str:
-    train = plan.recipe.train
-    knobs = []
-    if train.batch_size > 1:
-        half = max(1, train.batch_size // 2)
-        knobs.append(
-            f"--set train.batch_size={half} --set train.accumulation={train.accumulation * train.batch_size // half} (same result)"
-        )
-    if not train.gradient_checkpointing:
-        knobs.append("--set train.gradient_checkpointing=true")
-    knobs += [f"--set data.max_length={max(plan.train.widths) // 2}", "--set model.quantize=4bit"]
-    return (
-        f"out of memory at {train.batch_size} {'pairs' if plan.pairs else 'rows'} of {max(plan.train.widths)} tokens. Turn one of these, first the first: "
-        + "; ".join(knobs)
-        + "."
-    )
 
 
 class Engine:

@@ -94,7 +94,7 @@ def command(
             }
         )
     else:
-        _show(plan, run, report, evaluation)
+        _show(plan, run, report, evaluation, _next(plan, run, choice))
 
 
 def _find_run(recipe: str | None, out: Path, resume: str) -> RunDir:
@@ -212,7 +212,7 @@ def _write_report(run: RunDir) -> None:
         card.write_run_report(read_run(run.path))
 
 
-def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None) -> None:
+def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None, following: str) -> None:
     from smolmlx import console
 
     rows = [
@@ -246,9 +246,20 @@ def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None
     console.result(
         f"\nRun: {run.path}  ({left}/, samples.md, metrics.csv, report.json{', eval/' if evaluation else ''})"
     )
-    model = run.model if plan.full else plan.model.name
-    adapter = "" if plan.full else f" --adapter {run.adapter}"
-    console.result(f'Next: smolmlx generate --model {model}{adapter} --prompt "..."')
+    console.result(f'Next: {following} --prompt "..."')
+
+
+def _next(plan: Plan, run: RunDir, choice: Choice) -> str:
+    """Return the command that answers with what was trained, on the same base, engine and device."""
+    words = ["smolmlx generate --model", str(run.model if plan.full else plan.model.name)]
+    if not plan.full:
+        words += ["--adapter", str(run.adapter)]
+    if plan.recipe.model.quantize != "none":
+        words += ["--quantize", plan.recipe.model.quantize]
+    words += ["--backend", choice.backend.name]
+    if choice.device is not None:
+        words += ["--device", choice.device]
+    return " ".join(words)
 
 
 def _show_samples(run: RunDir, prompts: list[str]) -> None:

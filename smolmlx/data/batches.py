@@ -100,10 +100,14 @@ class BatchPlan:
 
     def step_tokens(self, step: int) -> tuple[int, int]:
         """Return (supervised tokens, tokens) of a step without building its arrays."""
+        documents = self.step_documents(step)
+        return int(self.store.supervised[documents].sum()), int(self.store.lengths[documents].sum())
+
+    def step_documents(self, step: int) -> LongArray:
+        """Return the documents of a step, packed or not."""
         epoch, within = divmod(step, self.steps_per_epoch)
         chosen = self.epoch_order(epoch)[within * self.accumulation : (within + 1) * self.accumulation]
-        documents = np.concatenate([self._documents(row) for rows in chosen for row in rows])
-        return int(self.store.supervised[documents].sum()), int(self.store.lengths[documents].sum())
+        return np.concatenate([self._documents(row) for rows in chosen for row in rows])
 
     def epoch_order(self, epoch: int) -> list[LongArray]:
         """Return the micro-batches of an epoch as arrays of row indices."""

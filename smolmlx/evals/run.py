@@ -295,7 +295,8 @@ def _batches(tokenizer: Tokenizer, settings: Settings) -> list[Batch]:
     store = encode_source(source, tokenizer, settings.encoding, limit=settings.limit)
     if not len(store):
         raise DataError(f"{settings.data}: no row has a supervised token within {settings.encoding.max_length} tokens.")
-    return list(plan_batches(store, batch_size=8, shuffle=False, pad_id=tokenizer.pad_id).evaluation())
+    size = min(8, settings.decoding.batch_size)
+    return list(plan_batches(store, batch_size=size, shuffle=False, pad_id=tokenizer.pad_id).evaluation())
 
 
 def _row_losses(generator: Generator, batches: Sequence[Batch]) -> list[tuple[float, int, int]]:

@@ -7,6 +7,8 @@ tokens depend neither on its place nor on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,11 +64,19 @@ class Steps(Protocol):
         """Words of 32 tokens that a mask over the model's vocabulary has."""
 
 
+Guard = Callable[[Sequence[Sequence[int]], Decoding], AbstractContextManager[None]]
+"""(prompts, how) -> what an engine puts around a batch, to say what its own errors mean."""
+
+
+def no_guard(prompts: Sequence[Sequence[int]], how: Decoding) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class Batcher:
     """Runs rows through an engine's steps."""
 
-    def __init__(self, steps: Steps, tokenizer: Tokenizer, batch_size: int) -> None:
-        self.steps, self.tokenizer = steps, tokenizer
+    def __init__(self, steps: Steps, tokenizer: Tokenizer, batch_size: int, guard: Guard = no_guard) -> None:
+        self.steps, self.tokenizer, self.guard = steps, tokenizer, guard
         self.batch_size = min(batch_size, steps.most or batch_size)
         self._rows: list[Row | None] = []
         self._fed: list[list[int]] = []
@@ -83,6 +93,11 @@ class Batcher:
 
     def run(self, rows: Sequence[Row], more: Callable[[], Sequence[Row]] | None = None) -> Iterator[Row]:
         """Yield rows as they are over, in any order; `more` is asked at each step for rows that have come since."""
+        how = replace(rows[0].how if rows else Decoding(), batch_size=self.batch_size)
+        with self.guard([row.prompt for row in rows], how):
+            yield from self._run(rows, more)
+
+    def _run(self, rows: Sequence[Row], more: Callable[[], Sequence[Row]] | None) -> Iterator[Row]:
         # Long prompts first: rows of like length are prefilled together, and what is too much for the memory fails at once.
         waiting = sorted(rows, key=lambda row: -len(row.prompt))
         size = max(1, min(self.batch_size, len(rows)))

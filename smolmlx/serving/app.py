@@ -163,7 +163,7 @@ async def _next(call: _Call, request: Request) -> tuple[int, Event]:
     while True:
         try:
             return await asyncio.wait_for(call.events.get(), timeout=1.0)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             if await request.is_disconnected():
                 raise asyncio.CancelledError from None
 

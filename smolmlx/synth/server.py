@@ -144,7 +144,7 @@ class ServerRuntime:
 
             try:
                 found = await asyncio.wait_for(self._client.get(f"{self.url}/models"), self.limits.timeout)
-            except (httpx2.HTTPError, httpx2.InvalidURL, asyncio.TimeoutError) as error:
+            except (TimeoutError, httpx2.HTTPError, httpx2.InvalidURL) as error:
                 raise BackendError(
                     f"--server {self.url}: cannot be reached ({error or 'time-out'}). Start one, e.g.: "
                     "mlx_lm.server --model MODEL --port 8080, and pass --server http://127.0.0.1:8080/v1."
@@ -203,7 +203,7 @@ class ServerRuntime:
         try:
             posting = self._client.post(f"{self.url}/chat/completions", json=chat_body(request, self.model, form))
             response = await asyncio.wait_for(posting, self.limits.timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return _Outcome(reason="time-out")
         except httpx2.HTTPError as error:
             return _Outcome(reason=f"connection: {type(error).__name__}")

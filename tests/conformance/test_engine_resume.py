@@ -65,7 +65,7 @@ def test_interrupted_and_resumed(lab: Lab, kind: str) -> None:
     assert numbers(cut) == numbers(whole)
     assert result(cut) == result(whole)
     reports = [run.read_json("report.json") for run in (cut, whole)]
-    timed = ("seconds", "tokens_per_second", "peak_bytes")
+    timed = ("seconds", "tokens_per_second", "samples_per_second", "peak_bytes")
     assert {k: v for k, v in reports[0].items() if k not in timed} == {
         k: v for k, v in reports[1].items() if k not in timed
     }

@@ -145,7 +145,7 @@ class TestFiles:
             if row["kind"] == "step":
                 assert set(row) - {"accuracy"} == {
                     "step", "kind", "loss", "learning_rate", "grad_norm", "num_tokens", "num_supervised", "epoch",
-                    "seconds", "tokens_per_second", "peak_bytes",
+                    "seconds", "tokens_per_second", "samples_per_second", "peak_bytes",
                 }  # fmt: skip
             else:
                 assert set(row) == {"step", "kind", "val_loss", "val_perplexity", "val_accuracy", "best"}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -121,8 +122,18 @@ def test_recipe_is_a_claim(name: str) -> None:
     header = shelf.header(path)
     assert made.description and "\n" not in made.description
     assert f"smolmlx train {name}" in header, "the header must hold the command"
-    for word in ("Hardware:", "Time", "esult"):
+    for word in ("Hardware:", "Time", "esult", "Source:"):
         assert word in header, f"the header must say: {word}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe_names_its_source(path: Path) -> None:
+    """A public page, this project's own runs, or another recipe; and what was not run says so."""
+    header = " ".join(shelf.header(path).split())
+    source = header.partition("Source: ")[2].strip()
+    assert source.startswith(("the ", "that of ", "https://", "this project's own runs"))
+    assert re.search(r"not run (here|to its end)|20\d\d-\d\d-\d\d|that of|those of|names the run", header)
+    assert "/work/" not in header and "shared/" not in header
 
 
 def test_the_notes_stage_is_the_quickstart() -> None:

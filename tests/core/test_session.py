@@ -110,7 +110,9 @@ def test_rows_of_metrics(make: Make) -> None:
     assert step["learning_rate"] == plan.learning_rates[1]
     assert step["accuracy"] == 3 / counts[1][0]
     assert step["epoch"] == 2 / plan.train.steps_per_epoch
-    assert {"loss", "grad_norm", "seconds", "tokens_per_second", "peak_bytes"} <= set(step)
+    assert {"loss", "grad_norm", "seconds", "tokens_per_second", "samples_per_second", "peak_bytes"} <= set(step)
+    assert rows[0]["samples_per_second"] * rows[0]["seconds"] == pytest.approx(4)
+    assert sum(len(plan.train.step_documents(k)) for k in range(plan.train.steps_per_epoch)) == len(plan.train.store)
     assert scored["val_loss"] == 1.0 and scored["val_perplexity"] == math.e and scored["val_accuracy"] == 0.5
 
 

@@ -131,6 +131,38 @@ def test_python_api(recipe: Path, chat_rows: Path, tmp_path: Path) -> None:
     assert len(model.generate(["red apple", "two plums"], max_tokens=4)) == 2
     assert len(smolmlx.evaluate(model, str(chat_rows)).loss) == 2
     assert len(smolmlx.load(run.path, backend=engine, device="cpu").generate(["red"], max_tokens=2)) == 1
+    if labs.why_missing("cuda") is None:
+        other = smolmlx.load(run.path, backend="cuda", device="cpu")
+        assert other.backend.name == "cuda", "what is asked for wins over what was trained with"
+
+
+def test_a_run_is_loaded_the_way_it_was_trained(call: Call, chat_rows: Path, tmp_path: Path) -> None:
+    """An adapter that was trained on a 4-bit base answers on the same base, engine and device."""
+    installed("mlx")
+    import smolmlx
+
+    model = labs.make_tiny(tmp_path / "wide", hidden_size=64, intermediate_size=128)
+    tree: dict[str, Any] = {
+        "model": {"id": str(model), "quantize": "4bit"},
+        "data": {"train": str(chat_rows), "max_length": 256},
+        "train": {"batch_size": 4, "max_steps": 1, "compile": False},
+        "lora": {"r": 2},
+    }
+    (tmp_path / "my.yaml").write_text(json.dumps(tree))
+    code, out, err = call("train", tmp_path / "my.yaml", "--backend", "mlx", "--device", "cpu")
+    assert code == 0, err
+    words = out.partition("Next: ")[2].split()
+    said = " ".join(words[:-2])
+    assert said.endswith("--quantize 4bit --backend mlx --device cpu") and words[-2] == "--prompt"
+    code, out, err = call(*words[1:-1], "red apple", "--max-tokens", 3, "--json")
+    assert code == 0 and json.loads(out)["answers"], err
+    folder = next((tmp_path / "runs").iterdir())
+    run = smolmlx.train(tree, backend="mlx", device="cpu", out=tmp_path / "api")
+    for source in (folder, run):
+        loaded = smolmlx.load(source)
+        assert (loaded.loading.quantize, loaded.loading.device, loaded.loading.dtype) == ("4bit", "cpu", "float32")
+        assert loaded.backend.name == "mlx"
+    assert smolmlx.load(folder, quantize="none").loading.quantize == "none"
 
 
 def test_an_interrupted_evaluation_goes_on_without_training(call: Call, recipe: Path, chat_rows: Path) -> None:

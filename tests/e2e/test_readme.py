@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -120,6 +121,63 @@ def test_python_names_exist() -> None:
             signature = inspect.signature(function)
             bound = signature.bind(*[None] * (len(call.args) + skip), **keywords)
             assert set(bound.arguments.get("decoding", {})) <= decoding, f"{call.func.attr}: not a field of Decoding"
+
+
+NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+
+
+def cells(kind: str) -> list[str]:
+    tree = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    return ["".join(cell["source"]) for cell in tree["cells"] if cell["cell_type"] == kind]
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Make the API's verbs do the least that shows that they work, in an empty folder."""
+    if not (embedded_folder() / "model.safetensors").is_file():
+        pytest.skip(f"the embedded model's weights are missing: {embedded_folder()}/model.safetensors")
+    train, evaluate = smolmlx.train, smolmlx.evaluate
+    least = {"train.max_steps": 2, "train.batch_size": 2, "eval.every": "end", "samples.max_tokens": 8}
+    scored = {"evaluate.limit": 2, "evaluate.max_tokens": 8}
+
+    def train_least(recipe: Any, set: Any = None, **options: Any) -> Any:
+        return train(recipe, set={**(set or {}), **least, **(scored if isinstance(recipe, str) else {})}, **options)
+
+    def evaluate_least(*arguments: Any, **options: Any) -> Any:
+        return evaluate(*arguments, **options, limit=2, max_tokens=8)
+
+    monkeypatch.setattr(smolmlx, "train", train_least)
+    monkeypatch.setattr(smolmlx, "evaluate", evaluate_least)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_python_runs(short: None) -> None:
+    (block,) = blocks("python")
+    found: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), found)
+    assert len(found["answers"]) == 1
+    assert found["scores"].notes["test"].num_rows == 2 and found["run"].report.steps == 2
+
+
+@pytest.mark.slow
+def test_notebook_runs(short: None, capsys: pytest.CaptureFixture[str]) -> None:
+    found: dict[str, Any] = {}
+    for number, cell in enumerate(cells("code"), 1):
+        exec(compile(cell, f"{NOTEBOOK.name}, code cell {number}", "exec"), found)
+    assert found["scores"].loss and found["run"].evaluation.notes
+    assert "validation loss" in capsys.readouterr().out
+
+
+def test_notebook_is_whole_and_clean() -> None:
+    tree = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (tree["nbformat"], tree["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in tree["cells"]}) == len(tree["cells"])
+    for cell in tree["cells"]:
+        assert cell["cell_type"] == "markdown" or (cell["outputs"] == [] and cell["execution_count"] is None)
+    named = [name for text in cells("markdown") for name in re.findall(r"`(docs/[\w.]+)`", text)]
+    assert named and all((ROOT / name).is_file() for name in named)
+    assert NOTEBOOK.name in README
 
 
 def test_links_lead_somewhere() -> None:

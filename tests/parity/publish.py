@@ -80,7 +80,7 @@ the CPU. Limits: {LIMITS["loss"]:.0e} for the loss of every step, {LIMITS["mean"
 
 Not compared: dropout. Each engine draws its own random numbers, reproducibly, from (seed, step).
 
-* Date: {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}
+* Date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d}
 * Machine: {processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}
 * Versions: {versions}
 * Time: {seconds:.0f} s

@@ -1,0 +1,52 @@
+"""Memory that really runs out: a PyTorch run in a process of limited size (MLX does not survive that on a Linux CPU)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lab as labs
+
+# The limit is set where training begins, some room above what the process has by then.
+PROGRAM = """
+import resource, sys
+from smolmlx_cuda import trainer
+
+def run(engine, scratch, real=trainer.Engine.run):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    most = pages * resource.getpagesize() + (64 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    real(engine, scratch)
+
+trainer.Engine.run = run
+from smolmlx.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux's")
+def test_a_run_that_outgrows_its_memory(tiny_model: Path, tmp_path: Path) -> None:
+    if (reason := labs.why_missing("cuda")) is not None:
+        pytest.skip(reason)
+    rows = labs.write_chat(tmp_path / "rows.jsonl", 2000)
+    (tmp_path / "my.yaml").write_text(
+        f"model: {{id: {tiny_model}}}\ndata: {{train: {rows}, max_length: 256, packing: 'on'}}\n"
+        "train: {batch_size: 300, max_steps: 2}\nlora: {r: 2}\n"
+    )
+    program = "from smolmlx_cuda import engine; engine._prepare()\n" + PROGRAM  # as an engine is opened
+    command = [sys.executable, "-c", program, "train", "my.yaml", "--backend", "cuda", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "RunError: out of memory while training, with " in done.stderr, done.stderr
+    assert "--set train.batch_size=150 --set train.accumulation=2 " in done.stderr
+    assert "Traceback" not in done.stderr and "Unexpected" not in done.stderr
+    # Two messages of libraries below that ask for nothing a user could do.
+    assert "gemm_4bit_forward" not in done.stderr and "is_gradient_checkpointing" not in done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    left = {path.name for path in run.iterdir()}
+    assert left <= {"recipe.yaml", "plan.json", "env.json", "start", "metrics.jsonl"}, "nothing half-written"
+    assert not list(tmp_path.rglob(".*")), "no temporary files"
