@@ -30,6 +30,7 @@ from smolmlx.models import BaseModel, files_root, find_model, llama_shapes
 from smolmlx.recipe import Loaded, Recipe, Train
 
 PEFT_PREFIX = "base_model.model."
+MAX_STEPS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -447,9 +448,16 @@ def epoch_cost(plan: BatchPlan, model: BaseModel) -> float:
 
 
 def count_steps(train: Train, steps_per_epoch: int) -> int:
-    """Return optimizer steps in all: whole epochs, a last partial one rounded up, or max_steps."""
+    """Return optimizer steps in all: whole epochs, a last partial one rounded up, or max_steps.
+
+    Raises:
+        RecipeError: more steps than a learning rate can be kept of for each.
+    """
     whole = math.ceil(train.epochs * steps_per_epoch - 1e-9)
-    return min(whole, train.max_steps) if train.max_steps else whole
+    steps = min(whole, train.max_steps) if train.max_steps else whole
+    if steps > MAX_STEPS:
+        raise RecipeError(f"train.epochs: {train.epochs:g} epochs are {steps:.3g} steps, more than {MAX_STEPS:,}.")
+    return steps
 
 
 def learning_rates(train: Train, steps: int) -> npt.NDArray[np.float64]:

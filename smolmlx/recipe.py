@@ -21,12 +21,20 @@ Stage = Literal["pretrain", "sft"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "4bit", "8bit"]
 Steps = Annotated[int, Field(ge=1)]
+Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
 class Section(BaseModel):
-    """A frozen block of a recipe that refuses keys it does not know."""
+    """A frozen block of a recipe that refuses keys it does not know, and values that it would have to convert."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
 
 
 class Model(Section):
@@ -104,8 +112,8 @@ class Train(Section):
     rest trains with AdamW."""
     muon_learning_rate: float | None = Field(None, gt=0)
     """Highest learning rate of the matrices that muon trains; left out, ten times learning_rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments."""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments, each from 0 to below 1."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(0.0, ge=0)
@@ -118,7 +126,7 @@ class Train(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = True
     """Compile the training step where the engine can and it pays."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Decides row order, held-out rows, first adapter weights and dropout."""
 
 
@@ -390,6 +398,9 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
+
+
 def _explain(error: dict[str, Any]) -> Iterator[str]:
     """Turn one pydantic error into lines in this project's words."""
     location = [
@@ -405,8 +416,12 @@ def _explain(error: dict[str, Any]) -> Iterator[str]:
         yield f"{dotted}: missing. Add it to the recipe or pass --set {dotted}=..."
     elif error["type"] == "value_error":
         yield from str(error["ctx"]["error"]).split("\n")
+    elif error["type"] == "bool_type":
+        yield f"{dotted}: expected true or false (got {error['input']!r})."
     else:
-        yield f"{dotted}: {error['msg'][0].lower()}{error['msg'][1:]} (got {error['input']!r})."
+        quoted = error["type"] in ("int_type", "float_type") and _NUMBER.fullmatch(str(error["input"]))
+        hint = " Write the number without quotes." if quoted and isinstance(error["input"], str) else ""
+        yield f"{dotted}: {error['msg'][0].lower()}{error['msg'][1:]} (got {error['input']!r}).{hint}"
 
 
 def _known_keys(parents: Sequence[str]) -> list[str]:

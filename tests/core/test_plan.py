@@ -107,6 +107,11 @@ def test_steps(train: dict[str, Any], per_epoch: int, steps: int) -> None:
     assert planning.count_steps(recipe.Train(**train), per_epoch) == steps
 
 
+def test_more_steps_than_can_be_planned() -> None:
+    with pytest.raises(RecipeError, match=r"train\.epochs: 1e\+15 epochs"):
+        planning.count_steps(recipe.Train(epochs=1e15), 25)
+
+
 class TestNumbers:
     def test_steps_evaluations_and_checkpoints(self, tree: dict[str, Any]) -> None:
         made = make(

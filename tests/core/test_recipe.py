@@ -61,6 +61,52 @@ def test_all_problems_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("lora.r", True, "valid integer (got True)"),
+        ("train.batch_size", "4", "Write the number without quotes."),
+        ("train.accumulation", 2.0, "valid integer (got 2.0)"),
+        ("train.learning_rate", "1e-4", "Write the number without quotes."),
+        ("train.epochs", True, "valid number (got True)"),
+        ("train.gradient_checkpointing", "yes", "expected true or false (got 'yes')"),
+        ("train.compile", 1, "expected true or false (got 1)"),
+        ("train.betas", ["0.9", 0.999], "without quotes"),
+        ("data.train", 5, "got 5"),
+    ],
+)
+def test_values_are_not_converted(key: str, value: object, said: str) -> None:
+    found, *rest = problems(GOOD, flags={key: ("set", value)})
+    assert len(rest) == (key == "data.train"), "one problem for each type that data.train can have"
+    assert found.startswith(key) and said in found
+
+
+def test_whole_numbers_and_lists_are_taken_where_yaml_means_them() -> None:
+    made = build(
+        GOOD, overrides=["train.epochs=3", "train.learning_rate=1e-4", "train.betas=[0, 0.95]", "lora.alpha=8"]
+    )
+    assert (made.recipe.train.epochs, made.recipe.train.betas, made.recipe.lora.alpha) == (3.0, (0.0, 0.95), 8.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train.epochs=.inf",
+        "train.epochs=.nan",
+        "train.learning_rate=.inf",
+        "train.max_grad_norm=.inf",
+        "train.betas=[1.5, 0.9]",
+        "train.betas=[0.9, 1]",
+        "train.betas=[-0.1, 0.9]",
+        "train.seed=9999999999",
+        "lora.alpha=.inf",
+    ],
+)
+def test_numbers_that_no_engine_can_train_with(text: str) -> None:
+    (found,) = problems(GOOD, overrides=[text])
+    assert found.startswith(text.partition("=")[0])
+
+
+@pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"model": {}}, "either `id`"),
