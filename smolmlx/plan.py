@@ -190,6 +190,7 @@ def resolve(
         if recipe.model.config is not None
         else find_model(str(start or recipe.model.id), recipe.model.revision)
     )
+    _check_blocks(model)
     targets = {} if recipe.train.method == "full" else select_targets(model, recipe)
     tokenizer = open_tokenizer(loaded, model)
     source, train_store, validation_store = _encode(loaded, tokenizer, on_rows)
@@ -209,6 +210,9 @@ def resolve(
         save_steps=_moments(recipe.save.every, steps, train.steps_per_epoch),
         targets=targets, notes=tuple(notes),
     )  # fmt: skip
+    refused = choice.backend.check_plan(plan)
+    if refused:
+        raise RecipeError(loaded.source, refused)
     _check_memory(plan)
     return plan
 
@@ -221,6 +225,16 @@ def _check_memory(plan: Plan) -> None:
         raise RecipeError(
             f"{plan.loaded.source}: weights, gradients and moments alone take {needed / 1e9:.1f} GB, the device has {limit / 1e9:.1f} GB. "
             "Take a smaller model, train.method: lora, or model.quantize: 4bit."
+        )
+
+
+def _check_blocks(model: BaseModel) -> None:
+    """Refuse a base whose blocks are not laid out like Llama's: neither an adapter nor an estimate has a place there."""
+    if "num_hidden_layers" not in model.config or not model.linear_shapes():
+        kind = model.config.get("model_type")
+        raise RecipeError(
+            f"{model.name}: no linear layers named `*.layers.N.*`, or no num_hidden_layers in its config.json (model "
+            f"type '{kind}'), so there is nothing to train. Take a Llama-type base."
         )
 
 

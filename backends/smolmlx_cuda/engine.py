@@ -13,6 +13,7 @@ from smolmlx.backend import Capabilities, Generator, Loading, Trainer
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, nearest
 from smolmlx.models import BaseModel
+from smolmlx.plan import Plan
 
 # Set before any of these libraries is imported; a user who set them keeps what was set.
 _QUIET = {
@@ -82,6 +83,17 @@ class CudaBackend:
                 problems.append(f"cuda.{key}: '{value}' is not one of {', '.join(KNOBS[key])}.")
         return problems
 
+    def check_plan(self, plan: Plan) -> Sequence[str]:
+        if plan.model.quantization:
+            raise BackendError(
+                f"{plan.model.name}: its weights are quantized in MLX's format. Use --backend mlx, or the original "
+                "model with model.quantize: 4bit."
+            )
+        kind = str(plan.model.config.get("model_type"))
+        if not has_architecture(kind):
+            raise BackendError(f"{plan.model.name}: transformers has no causal language model of type '{kind}'.")
+        return []
+
     def trainer(self) -> Trainer:
         _prepare()
         from smolmlx_cuda.trainer import TrlTrainer
@@ -127,3 +139,17 @@ def pick_device(device: str | None) -> str:
     if device == "cpu":
         return "cpu"
     raise BackendError(f"--device {device}: the PyTorch engine knows cuda, mps and cpu.")
+
+
+def has_architecture(kind: str) -> bool:
+    """Whether transformers has a causal language model of this type; it is imported only where its files do not say."""
+    found = importlib.util.find_spec("transformers")
+    if found is None or found.origin is None:
+        return False
+    file = Path(found.origin).parent / "models" / kind / f"modeling_{kind}.py"
+    if file.is_file() and "ForCausalLM(" in file.read_text(encoding="utf-8"):
+        return True
+    _prepare()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

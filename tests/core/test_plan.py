@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from smolmlx import plan as planning
 from smolmlx import recipe
@@ -34,6 +36,9 @@ class Paper:
 
     def check(self, knobs: Mapping[str, Any]) -> Sequence[str]:
         return [f"mlx.{key}: unknown key." for key in knobs]
+
+    def check_plan(self, plan: Plan) -> Sequence[str]:
+        return ["the engine's own reason"] if plan.recipe.description == "odd" else []
 
 
 def load(tree: Mapping[str, Any], folder: Path = Path()) -> recipe.Loaded:
@@ -292,6 +297,25 @@ class TestRefusals:
             "model.dtype: backend 'mlx' on cpu does not support 'bfloat16' (supports: auto, float32).",
             "mlx.zzz: unknown key.",
         )
+
+    def test_what_an_engine_finds_in_the_plan(self, tree: dict[str, Any]) -> None:
+        with pytest.raises(RecipeError, match="the engine's own reason"):
+            make(tree, description="odd")
+
+    def test_base_without_layers_to_adapt(self, tree: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+        """A GPT-2's blocks are `h.N`, and its matrices are stored the other way round."""
+        model = shutil.copytree(tiny_model, tmp_path / "gpt2")
+        config = {"model_type": "gpt2", "vocab_size": 512, "n_layer": 2, "n_embd": 8, "n_head": 2}
+        (model / "config.json").write_text(json.dumps(config))
+        save_file({"h.0.attn.c_attn.weight": np.zeros((8, 24), np.float32)}, model / "model.safetensors")
+        for lora, method in (
+            ({}, "lora"),
+            ({"targets": ["c_attn"]}, "lora"),
+            ({"last_layers": 1}, "lora"),
+            ({}, "full"),
+        ):
+            with pytest.raises(RecipeError, match="type 'gpt2'"):
+                make(tree, model__id=str(model), lora=lora, train__method=method)
 
     def test_knobs_of_another_engine_do_not_matter(self, tree: dict[str, Any]) -> None:
         assert make(tree, cuda={"zzz": 1}).steps
