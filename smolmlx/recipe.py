@@ -20,6 +20,8 @@ from smolmlx.errors import RecipeError, nearest
 Stage = Literal["pretrain", "sft"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "4bit", "8bit"]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], Field(min_length=1)]
 Steps = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
@@ -38,7 +40,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    id: str | None = None
+    id: Name | None = None
     """A hub id, a local folder, or `tiny` (the embedded model). Left out when `config` makes a model from scratch."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; the commit that was used is recorded in the run."""
@@ -47,7 +49,7 @@ class Model(Section):
     first_weights: Literal["normal", "induction"] = "normal"
     """First weights of a model made from `config`. induction: with heads that copy from the context, which training on few
     tokens does not find by itself."""
-    tokenizer: str | None = None
+    tokenizer: Name | None = None
     """Folder of the tokenizer, when it is not the model's own."""
     chat_template: str | None = None
     """`chatml`, `plain` or a path to a Jinja file, for a tokenizer that has none or has the wrong one."""
@@ -58,9 +60,9 @@ class Model(Section):
 
 
 class Data(Section):
-    train: str | list[str]
+    train: Name | Names
     """File, list of files, local dataset folder or hub id."""
-    validation: str | list[str] | None = None
+    validation: Name | Names | None = None
     """Like `train`; or a share of the train rows is held out with `validation_share`."""
     validation_share: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the train rows held out, chosen from the seed, when `validation` is not given."""
@@ -137,7 +139,7 @@ class Lora(Section):
     """The update is scaled by alpha/r (alpha/sqrt(r) with rslora)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of adapter inputs set to zero while training."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Literal["all-linear"] | Names = "all-linear"
     """Names as in PEFT: `q_proj`, or a full path."""
     rslora: bool = False
     """Rank-stabilized scaling, alpha/sqrt(r)."""
@@ -175,7 +177,7 @@ class Samples(Section):
 class Evaluate(Section):
     suite: Literal["notes", "loss"] = "notes"
     """notes: answers scored against references and controls; loss: nats per token."""
-    data: str
+    data: Name
     """Held-out rows the trained model is scored on."""
     train: str | None = None
     """Rows the copy and random controls take their answers from (notes)."""
@@ -299,7 +301,7 @@ def read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: no such recipe file. `smolmlx recipes ls` lists the shipped ones.")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also: not UTF-8, a date that is none
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(
@@ -383,7 +385,7 @@ def parse_override(text: str, option: str = "--set", example: str = "train.learn
         raise RecipeError(f"{option} {text}: expected key=value, for example {option} {example}.")
     try:
         return key.strip(), parse_yaml(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{option} {text}: the value is not valid YAML: {error}") from error
 
 

@@ -107,6 +107,14 @@ def test_numbers_that_no_engine_can_train_with(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["data.train=[]", "data.train=''", "data.validation=[]", "model.id=''", "lora.targets=[]"]
+)
+def test_names_of_nothing(text: str) -> None:
+    key = text.partition("=")[0]
+    assert any(line.startswith(key) and "at least 1" in line for line in problems(GOOD, overrides=[text]))
+
+
+@pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"model": {}}, "either `id`"),
@@ -201,8 +209,12 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="expected a mapping"):
         recipe.load(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [\n")
-    with pytest.raises(RecipeError, match="not valid YAML"):
-        recipe.load(tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"description: \xfc\n")
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 5000)
+    (tmp_path / "date.yaml").write_text("a: 2024-99-99\n")
+    for name in ("broken", "latin", "deep", "date"):
+        with pytest.raises(RecipeError, match="not valid YAML"):
+            recipe.load(tmp_path / f"{name}.yaml")
 
 
 def test_file_with_a_byte_order_mark(tmp_path: Path) -> None:
