@@ -23,7 +23,7 @@ from smolmlx.data.encode import Account, Encoding, encode_rows
 from smolmlx.data.formats import Source
 from smolmlx.errors import DataError, RunError
 
-_VERSION = 2  # raise when the layout or the meaning of a mask changes: old caches are then not read
+_VERSION = 3  # raise when the layout or the meaning of a mask changes: old caches are then not read
 
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
