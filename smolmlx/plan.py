@@ -26,7 +26,7 @@ from smolmlx.data.encode import NO_TARGET, TOO_LONG, Account, Encoding
 from smolmlx.data.formats import Source, open_source
 from smolmlx.data.store import TokenStore, encode_source
 from smolmlx.errors import DataError, RecipeError, nearest
-from smolmlx.models import BaseModel, files_root, find_model, llama_shapes
+from smolmlx.models import EMBEDDED, BaseModel, files_root, find_model, llama_shapes
 from smolmlx.recipe import Loaded, Recipe, Train
 
 PEFT_PREFIX = "base_model.model."
@@ -188,8 +188,10 @@ def resolve(
     model = (
         _from_config(recipe)
         if recipe.model.config is not None
-        else find_model(str(start or recipe.model.id), recipe.model.revision)
+        else find_model(_model_name(loaded, start), recipe.model.revision)
     )
+    if recipe.model.revision and model.revision is None:
+        raise RecipeError(f"model.revision: is for a hub id; '{recipe.model.id}' is a folder. Leave it out.")
     _check_blocks(model)
     targets = {} if recipe.train.method == "full" else select_targets(model, recipe)
     tokenizer = open_tokenizer(loaded, model)
@@ -272,6 +274,15 @@ def _from_config(recipe: Recipe) -> BaseModel:
     model = BaseModel("made from config", Path(), None, {"model_type": "llama", **config})
     model.__dict__["shapes"] = shapes  # fills the cached property, since no file holds them yet
     return model
+
+
+def _model_name(loaded: Loaded, start: Path | None) -> str:
+    """Return `model.id`, or the folder that it names from the recipe's folder or among the shipped files."""
+    name = str(start or loaded.recipe.model.id)
+    plain = Path(name).expanduser()
+    if name == EMBEDDED or plain.is_dir():
+        return name
+    return next((str(folder / plain) for folder in (loaded.folder, files_root()) if (folder / plain).is_dir()), name)
 
 
 def open_tokenizer(loaded: Loaded, model: BaseModel) -> Tokenizer:
@@ -403,7 +414,7 @@ def _check_account(store: TokenStore, loaded: Loaded, named: str | list[str]) ->
 def _advice(account: Account) -> str:
     if account.reasons[TOO_LONG] >= account.reasons[NO_TARGET]:
         return "Raise data.max_length, or choose another data.overlong (truncate_prompt, split)."
-    return "Each row needs an assistant turn within data.max_length; see `smolmlx data inspect`."
+    return "Each row needs an assistant turn that is not empty within data.max_length; see `smolmlx data inspect`."
 
 
 def _check_ids(tokenizer: Tokenizer, model: BaseModel, store: TokenStore) -> None:

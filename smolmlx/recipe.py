@@ -234,6 +234,8 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
         yield "model.tokenizer: a model made from scratch needs a tokenizer folder."
     if train.method == "full" and model.quantize != "none":
         yield f"model.quantize: '{model.quantize}' weights are frozen; full training needs quantize: none."
+    if model.config is not None and model.revision is not None:
+        yield "model.revision: is for a hub id; a model made from `config` has none."
     if model.first_weights != "normal" and model.config is None:
         yield f"model.first_weights: '{model.first_weights}' is for a model made from `config`; `id` has its own weights."
     if train.mixed_precision and train.method == "lora":

@@ -287,7 +287,21 @@ class TestFingerprint:
         assert make(tree, **changes).fingerprint() == make(tree).fingerprint()
 
 
+@pytest.mark.parametrize("name", ["./base", "base", "models/base"])
+def test_model_beside_its_recipe(tree: dict[str, Any], tiny_model: Path, tmp_path: Path, name: str) -> None:
+    """One slash would make it a hub id."""
+    shutil.copytree(tiny_model, tmp_path / name)
+    found = resolve(load({**tree, "model": {"id": name}}, tmp_path), Choice(Paper(), None, "asked for"))  # type: ignore[arg-type]
+    assert found.model.folder == tmp_path / name
+    assert Path(found.model.name).is_dir(), "the name must work from the working folder, where `generate` is typed"
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("name", ["tiny", "folder"])
+    def test_revision_of_a_folder(self, tree: dict[str, Any], tiny_model: Path, name: str) -> None:
+        with pytest.raises(RecipeError, match=r"model\.revision: is for a hub id"):
+            make(tree, model={"id": "tiny" if name == "tiny" else str(tiny_model), "revision": "main"})
+
     def test_everything_an_engine_cannot_do_at_once(self, tree: dict[str, Any]) -> None:
         with pytest.raises(RecipeError) as caught:
             make(tree, model__quantize="8bit", model__dtype="bfloat16", train__optimizer="adamw_8bit", mlx={"zzz": 1})

@@ -128,6 +128,7 @@ def test_names_of_nothing(text: str) -> None:
         ({"eval": {"patience": 2}}, "early stopping needs"),
         ({"lora": {"dora": True, "dropout": 0.1}}, "dropout"),
         ({"model": {"id": "x", "first_weights": "induction"}}, "first_weights"),
+        ({"stage": "pretrain", "model": {"config": {}, "tokenizer": "t", "revision": "v1"}}, "model.revision"),
         ({"train": {"optimizer": "muon"}}, "method: full"),
         ({"train": {"muon_learning_rate": 0.1}}, "has no effect"),
         ({"train": {"mixed_precision": True}}, "method: full"),
