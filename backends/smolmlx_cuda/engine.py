@@ -14,6 +14,7 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, nearest
 from smolmlx.models import BaseModel
 from smolmlx.plan import Plan
+from smolmlx_cuda import unsloth
 
 # Set before any of these libraries is imported; a user who set them keeps what was set.
 _QUIET = {
@@ -37,8 +38,6 @@ def _prepare() -> None:
     """Do what must happen before transformers, trl and peft are imported."""
     quiet()
     import torch
-
-    from smolmlx_cuda import unsloth
 
     unsloth.prepare("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -92,7 +91,7 @@ class CudaBackend:
         kind = str(plan.model.config.get("model_type"))
         if not has_architecture(kind):
             raise BackendError(f"{plan.model.name}: transformers has no causal language model of type '{kind}'.")
-        return []
+        return [*unsloth.check(plan), *_check_attention(plan)]
 
     def trainer(self) -> Trainer:
         _prepare()
@@ -139,6 +138,19 @@ def pick_device(device: str | None) -> str:
     if device == "cpu":
         return "cpu"
     raise BackendError(f"--device {device}: the PyTorch engine knows cuda, mps and cpu.")
+
+
+def _check_attention(plan: Plan) -> Sequence[str]:
+    if plan.recipe.cuda.get("attention") != "flash_attention_2":
+        return []
+    device = plan.capabilities.device
+    if device != "cuda":
+        return [f"cuda.attention: 'flash_attention_2' is for NVIDIA, this is {device}. Take sdpa."]
+    if importlib.util.find_spec("flash_attn") is None:
+        return ["cuda.attention: 'flash_attention_2' needs pip install flash-attn. Or take sdpa."]
+    if plan.dtype == "float32":
+        return ["cuda.attention: 'flash_attention_2' computes in 16 bits, and the weights are float32. Take sdpa."]
+    return []
 
 
 def has_architecture(kind: str) -> bool:
