@@ -23,7 +23,7 @@ from smolmlx.backend import Capabilities, Choice
 from smolmlx.data.batches import BatchPlan, padded_tokens, plan_batches
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import NO_TARGET, TOO_LONG, Account, Encoding
-from smolmlx.data.formats import Source, open_source
+from smolmlx.data.formats import Source, find_files, open_source
 from smolmlx.data.store import TokenStore, encode_source
 from smolmlx.errors import DataError, RecipeError, nearest
 from smolmlx.models import EMBEDDED, BaseModel, files_root, find_model, llama_shapes
@@ -203,6 +203,10 @@ def resolve(
         validation_store, batch_size=recipe.train.batch_size, pack_to=None, shuffle=False, pad_id=tokenizer.pad_id
     )
     steps = count_steps(recipe.train, train.steps_per_epoch)
+    if recipe.train.warmup >= 1 and recipe.train.warmup > steps:
+        notes.append(
+            f"train.warmup: {recipe.train.warmup:g} steps, but the run has {steps}: the learning rate rises to its end."
+        )
     widest = "float32" if recipe.train.method == "full" else capabilities.dtype  # small updates would vanish in 16 bits
     dtype = widest if recipe.model.dtype == "auto" else recipe.model.dtype
     plan = Plan(
@@ -306,6 +310,8 @@ def select_targets(model: BaseModel, recipe: Recipe) -> dict[str, tuple[int, int
     """
     lora = recipe.lora
     linear = model.linear_shapes()
+    if lora.last_layers and lora.last_layers > model.num_layers:
+        raise RecipeError(f"lora.last_layers: {lora.last_layers}, but {model.name} has {model.num_layers} blocks.")
     if lora.last_layers:
         linear = {
             name: shape for name, shape in linear.items() if _layer_of(name) >= model.num_layers - lora.last_layers
@@ -349,6 +355,11 @@ def _encode(
         "folders": (loaded.folder, files_root()),
     }
     source = open_source(data.train, **options)
+    _check_columns(source)
+    if recipe.evaluate is not None:  # found missing after the training, it would be found late
+        for named in (recipe.evaluate.data, recipe.evaluate.train, recipe.evaluate.ood):
+            if named:
+                find_files(named, "test", options["folders"])
     share, seed = data.validation_share, recipe.train.seed
 
     def held_out(index: int) -> bool:
@@ -379,6 +390,20 @@ def _encode(
             f"{data.validation or data.train}: no validation row can be scored (see data.max_length and the share)."
         )
     return source, train, validation
+
+
+def _check_columns(source: Source) -> None:
+    """Refuse a mapping of columns of which a part would do nothing."""
+    fields, problems = source.fields(), []
+    for name in source.columns:
+        if name not in fields:
+            known = ", ".join(fields)
+            problems.append(
+                f"{name}: format '{source.form.name}' has no such field.{nearest(name, fields)} Known: {known}."
+            )
+    problems += [f"'{name}': no row of {source.files[0]} has this column." for name in source.absent_columns()]
+    if problems:
+        raise RecipeError("data.columns (field: column)", problems)
 
 
 def locate(path: str, loaded: Loaded) -> str:

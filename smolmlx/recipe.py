@@ -246,6 +246,23 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
         yield "train.optimizer: 'muon' is for whole matrices (method: full); LoRA's thin factors train with adamw."
     if train.muon_learning_rate and train.optimizer != "muon":
         yield f"train.muon_learning_rate: has no effect with optimizer: {train.optimizer}. Set optimizer: muon, or leave it out."
+    if train.method == "full" and (chosen := _chosen(recipe.lora)):
+        keys = ", ".join(f"lora.{key}" for key in chosen)
+        yield f"{keys}: no adapter is trained with train.method: full. Leave `lora` out (--set lora={{}})."
+    if train.method == "lora" and recipe.save.dtype != "float32":
+        yield "save.dtype: is for method: full; an adapter is saved in float32. Leave it out."
+    if train.schedule == "constant" and train.min_lr_ratio:
+        yield "train.min_lr_ratio: has no effect with schedule: constant. Leave it out, or take linear or cosine."
+    if recipe.stage == "pretrain":
+        unused = [key for key in _chosen(data) if key in ("system", "template_args", "history", "overlong")]
+        for name in [*unused, *(["packing"] if data.packing == "on" else [])]:
+            yield f"data.{name}: has no effect with stage pretrain, which joins all text and cuts rows of max_length. Leave it out."
+    if recipe.eval.every != "epoch" and data.validation is None and not data.validation_share:
+        yield "eval.every: needs data.validation or data.validation_share; without them nothing is evaluated while training."
+    if recipe.evaluate is not None and recipe.evaluate.suite == "loss":
+        for key in ("train", "ood", "max_tokens"):
+            if key in _chosen(recipe.evaluate):
+                yield f"evaluate.{key}: is for suite notes; suite loss answers nothing. Leave it out."
     if recipe.stage == "pretrain" and data.loss_on == "completion":
         yield "data.loss_on: 'completion' has no meaning for stage pretrain, which trains on every token."
     if data.validation is not None and data.validation_share:
@@ -254,6 +271,12 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
         yield "eval.patience: early stopping needs data.validation or data.validation_share."
     if recipe.lora.dora and recipe.lora.dropout > 0:
         yield "lora.dropout: the engines' DoRA formulas differ with dropout; set lora.dropout to 0."
+
+
+def _chosen(section: Section) -> list[str]:
+    """Return the keys of a section whose value is not the default."""
+    fields = type(section).model_fields
+    return [key for key, field in fields.items() if getattr(section, key) != field.get_default()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,10 +357,10 @@ def build(
     for text in overrides:
         key, value = parse_override(text)
         _put(merged, key, value)
-        origins[key] = "--set"
+        _replace(origins, key, value, "--set")
     for key, (flag, value) in (flags or {}).items():
         _put(merged, key, value)
-        origins[key] = flag
+        _replace(origins, key, value, flag)
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
@@ -400,6 +423,13 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise RecipeError(f"--set {dotted}: '{parent}' is a value, not a section.")
     tree[last] = value
+
+
+def _replace(origins: dict[str, str], dotted: str, value: Any, origin: str) -> None:
+    """Note where a value comes from; of a whole section, where each of its values does."""
+    for key in [key for key in origins if key == dotted or key.startswith(f"{dotted}.")]:
+        del origins[key]
+    origins.update(dict.fromkeys(_leaves({dotted: value}), origin))
 
 
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")

@@ -95,6 +95,9 @@ def _settings(
     chosen: dict[str, Any] = {name: fallback.get(name) if value is None else value for name, value in given.items()}
     if not chosen["data"]:
         raise RecipeError("eval: no rows to score. Pass --data rows.jsonl, or a recipe that has an `evaluate` block.")
+    idle = [f"--{key.replace('_', '-')}" for key in ("train", "ood", "max_tokens") if given[key] is not None]
+    if idle and (chosen["suite"] or "loss") == "loss":
+        raise RecipeError(f"{', '.join(idle)}: no effect with suite loss, which answers nothing. Add --suite notes.")
     settings = Settings(
         data=chosen["data"],
         suite=chosen["suite"] or "loss",

@@ -86,6 +86,20 @@ class Source:
     columns: Mapping[str, str]
     system: str | None = None
 
+    def fields(self) -> tuple[str, ...]:
+        """Return the fields that are read, which `columns` can map to."""
+        own = (*self.form.columns, *self.form.optional)
+        return own if self.form.kind == "text" or "system" in own else (*own, "system")
+
+    def absent_columns(self) -> list[str]:
+        """Return the columns that `columns` names and no row has."""
+        absent = set(self.columns.values())
+        for _, raw in read_rows(self.files, []):
+            absent -= set(raw)
+            if not absent:
+                break
+        return sorted(absent)
+
     def content_hash(self) -> str:
         """Hash of all bytes of all files and of how they are read."""
         digest = hashlib.sha256(repr((self.form.name, sorted(self.columns.items()), self.system)).encode())
@@ -135,10 +149,7 @@ def open_source(
         DataError: missing file, unknown suffix or schema (with the columns seen), or an unknown format name.
     """
     columns = dict(columns or {})
-    names = [paths] if isinstance(paths, str) else list(paths)
-    if not names:
-        raise DataError("data.train: an empty list. Name a file, a folder or a hub id.")
-    files = tuple(file for name in names for file in _expand(name, split, folders))
+    files = find_files(paths, split, folders)
     if form != "auto":
         if form not in BY_NAME:
             raise DataError(
@@ -152,6 +163,14 @@ def open_source(
             raise DataError(str(files[0]), problems[:20])
         raise DataError(f"{files[0]}: no rows. Check the path; an empty file cannot be trained on.")
     return Source(files, detect(first[1], columns, str(files[0])), columns, system)
+
+
+def find_files(paths: str | Sequence[str], split: str, folders: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """Return the files behind names of files, folders and hub ids; see `open_source`."""
+    names = [paths] if isinstance(paths, str) else list(paths)
+    if not names:
+        raise DataError("data.train: an empty list. Name a file, a folder or a hub id.")
+    return tuple(file for name in names for file in _expand(name, split, folders))
 
 
 def detect(raw: Raw, columns: Mapping[str, str], where: str) -> Format:

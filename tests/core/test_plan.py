@@ -64,6 +64,8 @@ def make(tree: Mapping[str, Any], **changes: Any) -> Plan:
             copy.setdefault(section, {})[key] = value
         else:
             copy[section] = value
+    if copy["train"].get("method") == "full" and "lora" not in changes:
+        copy.pop("lora", None)  # full training has no adapter
     return resolve(load(copy), Choice(Paper(), None, "asked for"))  # type: ignore[arg-type]
 
 
@@ -296,7 +298,48 @@ def test_model_beside_its_recipe(tree: dict[str, Any], tiny_model: Path, tmp_pat
     assert Path(found.model.name).is_dir(), "the name must work from the working folder, where `generate` is typed"
 
 
+class TestColumns:
+    def columns(self, tree: dict[str, Any], rows: Path, **columns: str) -> Plan:
+        rows.write_text(
+            '{"question": "red?", "completion": "blue"}\n{"question": "a", "completion": "b", "note": "c"}\n'
+        )
+        return make(tree, data={"train": str(rows), "columns": columns})
+
+    def test_mapping_that_does_what_it_says(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        assert (
+            self.columns(tree, tmp_path / "r.jsonl", prompt="question", system="note").format_name
+            == "prompt-completion"
+        )
+
+    def test_mapping_that_would_do_nothing(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        with pytest.raises(RecipeError) as caught:
+            self.columns(tree, tmp_path / "r.jsonl", prompt="question", sytem="note", completion="answr")
+        assert caught.value.problems == (
+            "sytem: format 'prompt-completion' has no such field. Did you mean 'system'? Known: prompt, completion, system.",
+            f"'answr': no row of {tmp_path / 'r.jsonl'} has this column.",
+        )
+
+
+@pytest.mark.parametrize("key", ["data", "train", "ood"])
+def test_evaluation_rows_that_are_not_there(tree: dict[str, Any], chat_rows: Path, key: str) -> None:
+    """Found after the training, they would be found late."""
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
+        make(tree, evaluate={"data": str(chat_rows), key: "nowhere.jsonl"})
+
+
+def test_warmup_longer_than_the_run_is_said(tree: dict[str, Any]) -> None:
+    assert any(
+        "train.warmup: 500 steps, but the run has 2" in note
+        for note in make(tree, train__warmup=500, train__max_steps=2).notes
+    )
+    assert not any("train.warmup" in note for note in make(tree, train__warmup=2, train__max_steps=2).notes)
+
+
 class TestRefusals:
+    def test_more_blocks_than_there_are(self, tree: dict[str, Any]) -> None:
+        with pytest.raises(RecipeError, match=r"lora\.last_layers: 100, but .* has 2 blocks"):
+            make(tree, lora__last_layers=100)
+
     @pytest.mark.parametrize("name", ["tiny", "folder"])
     def test_revision_of_a_folder(self, tree: dict[str, Any], tiny_model: Path, name: str) -> None:
         with pytest.raises(RecipeError, match=r"model\.revision: is for a hub id"):

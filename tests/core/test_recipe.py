@@ -127,6 +127,18 @@ def test_names_of_nothing(text: str) -> None:
         ({"data": {"train": "x", "validation": "y", "validation_share": 0.1}}, "not both"),
         ({"eval": {"patience": 2}}, "early stopping needs"),
         ({"lora": {"dora": True, "dropout": 0.1}}, "dropout"),
+        ({"lora": {"r": 8, "alpha": 4}, "train": {"method": "full"}}, "lora.r, lora.alpha: no adapter"),
+        ({"save": {"dtype": "float16"}}, "save.dtype: is for method: full"),
+        ({"eval": {"every": 10}}, "eval.every: needs data.validation"),
+        ({"eval": {"every": "end"}}, "eval.every: needs data.validation"),
+        ({"train": {"schedule": "constant", "min_lr_ratio": 0.1}}, "train.min_lr_ratio"),
+        ({"stage": "pretrain", "data": {"train": "x", "packing": "on"}}, "data.packing: has no effect"),
+        ({"stage": "pretrain", "data": {"train": "x", "overlong": "split"}}, "data.overlong: has no effect"),
+        ({"stage": "pretrain", "data": {"train": "x", "system": "S"}}, "data.system: has no effect"),
+        ({"stage": "pretrain", "data": {"train": "x", "template_args": {"a": 1}}}, "data.template_args: has no effect"),
+        ({"evaluate": {"suite": "loss", "data": "x", "ood": "y"}}, "evaluate.ood: is for suite notes"),
+        ({"evaluate": {"suite": "loss", "data": "x", "train": "y"}}, "evaluate.train: is for suite notes"),
+        ({"evaluate": {"suite": "loss", "data": "x", "max_tokens": 5}}, "evaluate.max_tokens: is for suite notes"),
         ({"model": {"id": "x", "first_weights": "induction"}}, "first_weights"),
         ({"stage": "pretrain", "model": {"config": {}, "tokenizer": "t", "revision": "v1"}}, "model.revision"),
         ({"train": {"optimizer": "muon"}}, "method: full"),
@@ -140,6 +152,27 @@ def test_names_of_nothing(text: str) -> None:
 )
 def test_impossible_combinations_are_refused(changes: dict[str, Any], word: str) -> None:
     assert any(word in line for line in problems({**GOOD, **changes}))
+
+
+def test_defaults_that_are_written_out_are_taken() -> None:
+    """What a recipe says of a part that is not used must not differ from saying nothing."""
+    tree = {
+        **GOOD,
+        "train": {"method": "full"},
+        "lora": {"r": 16},
+        "eval": {"every": "epoch"},
+        "save": {"dtype": "float32"},
+    }
+    assert build(tree).recipe.lora.r == 16
+    text = {"train": "x", "packing": "off", "overlong": "drop", "system": None}
+    assert build({**GOOD, "stage": "pretrain", "data": text}).recipe.stage == "pretrain"
+
+
+def test_a_section_can_be_taken_back() -> None:
+    made = build({**GOOD, "lora": {"r": 8}}, overrides=["train.method=full", "lora={}"])
+    assert made.recipe.lora.r == 16 and "lora.r" not in made.origins
+    made = build({**GOOD, "lora": {"r": 8, "alpha": 8}}, overrides=["lora={r: 4}"])
+    assert made.origins["lora.r"] == "--set" and "lora.alpha" not in made.origins
 
 
 def test_two_impossible_combinations_are_two_problems() -> None:
