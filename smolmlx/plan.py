@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -203,10 +203,8 @@ def resolve(
         validation_store, batch_size=recipe.train.batch_size, pack_to=None, shuffle=False, pad_id=tokenizer.pad_id
     )
     steps = count_steps(recipe.train, train.steps_per_epoch)
-    if recipe.train.warmup >= 1 and recipe.train.warmup > steps:
-        notes.append(
-            f"train.warmup: {recipe.train.warmup:g} steps, but the run has {steps}: the learning rate rises to its end."
-        )
+    if recipe.train.warmup > max(1, steps):
+        notes.append(f"train.warmup: {recipe.train.warmup:g} steps, but the run has {steps}: its rate only rises.")
     widest = "float32" if recipe.train.method == "full" else capabilities.dtype  # small updates would vanish in 16 bits
     dtype = widest if recipe.model.dtype == "auto" else recipe.model.dtype
     plan = Plan(
@@ -355,11 +353,9 @@ def _encode(
         "folders": (loaded.folder, files_root()),
     }
     source = open_source(data.train, **options)
-    _check_columns(source)
-    if recipe.evaluate is not None:  # found missing after the training, it would be found late
-        for named in (recipe.evaluate.data, recipe.evaluate.train, recipe.evaluate.ood):
-            if named:
-                find_files(named, "test", options["folders"])
+    if problems := source.idle_columns():
+        raise RecipeError("data.columns (field: column)", problems)
+    _find_evaluation_rows(recipe, options["folders"])
     share, seed = data.validation_share, recipe.train.seed
 
     def held_out(index: int) -> bool:
@@ -392,18 +388,14 @@ def _encode(
     return source, train, validation
 
 
-def _check_columns(source: Source) -> None:
-    """Refuse a mapping of columns of which a part would do nothing."""
-    fields, problems = source.fields(), []
-    for name in source.columns:
-        if name not in fields:
-            known = ", ".join(fields)
-            problems.append(
-                f"{name}: format '{source.form.name}' has no such field.{nearest(name, fields)} Known: {known}."
-            )
-    problems += [f"'{name}': no row of {source.files[0]} has this column." for name in source.absent_columns()]
-    if problems:
-        raise RecipeError("data.columns (field: column)", problems)
+def _find_evaluation_rows(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Look for the rows of `evaluate` now; found missing after the training, they would be found late."""
+    for key in ("data", "train", "ood"):
+        if recipe.evaluate is not None and (named := getattr(recipe.evaluate, key)):
+            try:
+                find_files(named, "test", folders)
+            except DataError as error:
+                raise DataError(f"evaluate.{key}: {error}") from error
 
 
 def locate(path: str, loaded: Loaded) -> str:

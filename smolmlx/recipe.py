@@ -254,7 +254,9 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
     if train.schedule == "constant" and train.min_lr_ratio:
         yield "train.min_lr_ratio: has no effect with schedule: constant. Leave it out, or take linear or cosine."
     if recipe.stage == "pretrain":
-        unused = [key for key in _chosen(data) if key in ("system", "template_args", "history", "overlong")]
+        answers = recipe.samples.prompts or recipe.evaluate is not None  # which take system and template_args
+        idle = ("history", "overlong", *(() if answers else ("system", "template_args")))
+        unused = [key for key in _chosen(data) if key in idle]
         for name in [*unused, *(["packing"] if data.packing == "on" else [])]:
             yield f"data.{name}: has no effect with stage pretrain, which joins all text and cuts rows of max_length. Leave it out."
     if recipe.eval.every != "epoch" and data.validation is None and not data.validation_share:

@@ -86,19 +86,22 @@ class Source:
     columns: Mapping[str, str]
     system: str | None = None
 
-    def fields(self) -> tuple[str, ...]:
-        """Return the fields that are read, which `columns` can map to."""
+    def idle_columns(self) -> list[str]:
+        """Return what is wrong with each part of `columns` that would do nothing: no such field, or in no row."""
         own = (*self.form.columns, *self.form.optional)
-        return own if self.form.kind == "text" or "system" in own else (*own, "system")
-
-    def absent_columns(self) -> list[str]:
-        """Return the columns that `columns` names and no row has."""
+        fields = own if self.form.kind == "text" or "system" in own else (*own, "system")
+        known = f"Known: {', '.join(fields)}."
+        problems = [
+            f"{field}: format '{self.form.name}' has no such field.{nearest(field, fields)} {known}"
+            for field in self.columns
+            if field not in fields
+        ]
         absent = set(self.columns.values())
         for _, raw in read_rows(self.files, []):
             absent -= set(raw)
             if not absent:
                 break
-        return sorted(absent)
+        return problems + [f"'{column}': no row of {self.files[0]} has this column." for column in sorted(absent)]
 
     def content_hash(self) -> str:
         """Hash of all bytes of all files and of how they are read."""

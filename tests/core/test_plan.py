@@ -323,7 +323,7 @@ class TestColumns:
 @pytest.mark.parametrize("key", ["data", "train", "ood"])
 def test_evaluation_rows_that_are_not_there(tree: dict[str, Any], chat_rows: Path, key: str) -> None:
     """Found after the training, they would be found late."""
-    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
+    with pytest.raises(DataError, match=rf"evaluate\.{key}: nowhere\.jsonl: no such file"):
         make(tree, evaluate={"data": str(chat_rows), key: "nowhere.jsonl"})
 
 

@@ -166,6 +166,8 @@ def test_defaults_that_are_written_out_are_taken() -> None:
     assert build(tree).recipe.lora.r == 16
     text = {"train": "x", "packing": "off", "overlong": "drop", "system": None}
     assert build({**GOOD, "stage": "pretrain", "data": text}).recipe.stage == "pretrain"
+    answered = {"samples": {"prompts": ["hi"]}, "data": {"train": "x", "system": "S"}}
+    assert build({**GOOD, "stage": "pretrain", **answered}).recipe.data.system == "S", "the samples take it"
 
 
 def test_a_section_can_be_taken_back() -> None:
