@@ -204,6 +204,13 @@ class Backend(Protocol):
     def check(self, knobs: Mapping[str, Any]) -> Sequence[str]:
         """Return what is wrong with the recipe's block of engine knobs."""
 
+    def check_plan(self, plan: Plan) -> Sequence[str]:
+        """Return what cannot be done of a plan, where capabilities could not say so: this base's layers, a knob here.
+
+        Raises:
+            BackendError: the engine has no such architecture.
+        """
+
     def trainer(self) -> Trainer: ...
     def generator(self, model: BaseModel, adapter: Path | None, tokenizer: Tokenizer, how: Loading) -> Generator: ...
     def versions(self) -> Mapping[str, str]: ...

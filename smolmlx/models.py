@@ -138,7 +138,7 @@ def find_model(name: str, revision: str | None = None) -> BaseModel:
     """Locate a model by local folder, `tiny`, or hub id (from the cache when offline).
 
     Raises:
-        RecipeError: a .gguf file, a folder without weights or config, an adapter folder.
+        RecipeError: a .gguf file, a folder without weights or config, an adapter folder, no such revision.
         BackendError: a hub id that is missing, gated or not reachable.
     """
     if name.lower().endswith(".gguf"):
@@ -296,6 +296,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
+            HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
@@ -311,9 +312,13 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
         raise BackendError(f"{name}: gated. Accept its terms on its hub page, then run `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise BackendError(f"{name}: no such model on the hub (or it is private: `hf auth login`).") from error
+    except HFValidationError as error:
+        raise RecipeError(
+            f"{name}: no such model folder, and not a hub id either (owner/name: letters, digits, '-', '_' and '.')."
+        ) from error
     except RevisionNotFoundError as error:
-        raise BackendError(
-            f"{name}: the hub has no revision {revision!r} of it: no such branch, tag or commit."
+        raise RecipeError(
+            f"model.revision: {name} has no revision '{revision}' on the hub. Give a commit, tag or branch of it."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BackendError(

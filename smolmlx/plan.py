@@ -27,12 +27,14 @@ from smolmlx.data.formats import Source, open_source
 from smolmlx.data.pair_batches import PairPlan, plan_pairs
 from smolmlx.data.store import TokenStore, encode_source
 from smolmlx.errors import DataError, RecipeError, nearest
+from smolmlx.held_out import check_held_out, locate
 from smolmlx.layout import choose_packing, choose_sharing
-from smolmlx.models import BaseModel, files_root, find_model, llama_shapes
+from smolmlx.models import EMBEDDED, BaseModel, files_root, find_model, llama_shapes
 from smolmlx.recipe import Loaded, Recipe, Train
 from smolmlx.start_adapter import StartAdapter, find_adapter, with_adapter_lora
 
 PEFT_PREFIX = "base_model.model."
+MAX_STEPS = 100_000_000
 
 
 LOGGER_PACKAGES = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboardX", "tensorboard")}
@@ -218,15 +220,18 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
     model = (
         _from_config(recipe)
         if recipe.model.config is not None
-        else find_model(str(recipe.model.id), recipe.model.revision)
+        else find_model(_model_name(loaded), recipe.model.revision)
     )
+    if recipe.model.revision and model.revision is None:
+        raise RecipeError(f"model.revision: is for a hub id; '{recipe.model.id}' is a folder. Leave it out.")
+    _check_blocks(model)
     adapter = find_adapter(recipe.model.adapter, loaded.folder) if recipe.model.adapter else None
     if adapter is not None:
         loaded = with_adapter_lora(loaded, adapter)
         recipe = loaded.recipe
     targets = {} if recipe.train.method == "full" else select_targets(model, recipe)
     tokenizer = open_tokenizer(loaded, model)
-    _check_evaluation(loaded)
+    check_held_out(loaded)
     source, train_store, validation_store = _encode(loaded, tokenizer, on_rows)
     _check_ids(tokenizer, model, train_store)
     if adapter is not None:
@@ -245,6 +250,8 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
             validation_store, batch_size=recipe.train.batch_size, pack_to=None, shuffle=False, pad_id=tokenizer.pad_id
         )
     steps = count_steps(recipe.train, train.steps_per_epoch)
+    if recipe.train.warmup > max(1, steps):
+        notes.append(f"train.warmup: {recipe.train.warmup:g} steps, but the run has {steps}: its rate only rises.")
     widest = "float32" if recipe.train.method == "full" else capabilities.dtype  # small updates would vanish in 16 bits
     dtype = widest if recipe.model.dtype == "auto" else recipe.model.dtype
     plan = Plan(
@@ -254,6 +261,9 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
         save_steps=_moments(recipe.save.every, steps, train.steps_per_epoch),
         targets=targets, notes=tuple(notes), pairs=pairs, validation_pairs=validation_pairs or None, start=adapter,
     )  # fmt: skip
+    refused = choice.backend.check_plan(plan)
+    if refused:
+        raise RecipeError(loaded.source, refused)
     _check_memory(plan)
     return plan
 
@@ -266,6 +276,16 @@ def _check_memory(plan: Plan) -> None:
         raise RecipeError(
             f"{plan.loaded.source}: weights, gradients and moments alone take {needed / 1e9:.1f} GB, the device has {limit / 1e9:.1f} GB. "
             "Take a smaller model, train.method: lora, or model.quantize: 4bit."
+        )
+
+
+def _check_blocks(model: BaseModel) -> None:
+    """Refuse a base whose blocks are not laid out like Llama's: neither an adapter nor an estimate has a place there."""
+    if "num_hidden_layers" not in model.config or not model.linear_shapes():
+        kind = model.config.get("model_type")
+        raise RecipeError(
+            f"{model.name}: no linear layers named `*.layers.N.*`, or no num_hidden_layers in its config.json (model "
+            f"type '{kind}'), so there is nothing to train. Take a Llama-type base."
         )
 
 
@@ -306,6 +326,15 @@ def _from_config(recipe: Recipe) -> BaseModel:
     return model
 
 
+def _model_name(loaded: Loaded) -> str:
+    """Return `model.id`, or the folder that it names from the recipe's folder or among the shipped files."""
+    name = str(loaded.recipe.model.id)
+    plain = Path(name).expanduser()
+    if name == EMBEDDED or plain.is_dir():
+        return name
+    return next((str(folder / plain) for folder in (loaded.folder, files_root()) if (folder / plain).is_dir()), name)
+
+
 def open_tokenizer(loaded: Loaded, model: BaseModel) -> Tokenizer:
     """Open the tokenizer a recipe trains with."""
     named = loaded.recipe.model.tokenizer
@@ -327,6 +356,8 @@ def select_targets(model: BaseModel, recipe: Recipe) -> dict[str, tuple[int, int
     """
     lora = recipe.lora
     linear = model.linear_shapes()
+    if lora.last_layers and lora.last_layers > model.num_layers:
+        raise RecipeError(f"lora.last_layers: {lora.last_layers}, but {model.name} has {model.num_layers} blocks.")
     if lora.last_layers:
         linear = {
             name: shape for name, shape in linear.items() if _layer_of(name) >= model.num_layers - lora.last_layers
@@ -370,6 +401,8 @@ def _encode(
         "folders": (loaded.folder, files_root()),
     }
     source = open_source(data.train, **options)
+    if problems := source.idle_columns():
+        raise RecipeError("data.columns (field: column)", problems)
     if recipe.stage == "dpo":
         how = replace(how, loss_on="pair")
         if source.form.kind != "preference":
@@ -409,31 +442,6 @@ def _encode(
     return source, train, validation
 
 
-def locate(path: str, loaded: Loaded) -> str:
-    """Find a file named in a recipe: from the working folder, the recipe's folder, then the shipped files."""
-    for folder in (Path(), loaded.folder, files_root()):
-        if (folder / path).exists():
-            return str(folder / path)
-    return path
-
-
-def eval_format(recipe: Recipe) -> str:
-    """Return the format of a recipe's held-out rows: that of its own, unless those are pairs or documents."""
-    return recipe.data.format if recipe.stage == "sft" else "auto"
-
-
-def _check_evaluation(loaded: Loaded) -> None:
-    """Open what the recipe will be scored on, so that a missing file is found before the training and not after.
-
-    Raises:
-        DataError: no such file, or rows of an unknown layout.
-    """
-    recipe = loaded.recipe
-    for path in (recipe.evaluate.data, recipe.evaluate.train, recipe.evaluate.ood) if recipe.evaluate else ():
-        if path:
-            open_source(locate(path, loaded), form=eval_format(recipe), columns=recipe.data.columns, split="test")
-
-
 def encoding(recipe: Recipe) -> Encoding:
     """Return how a recipe turns rows into tokens."""
     data = recipe.data
@@ -459,7 +467,7 @@ def _check_account(store: TokenStore, loaded: Loaded, named: str | list[str]) ->
 def _advice(account: Account) -> str:
     if account.reasons[TOO_LONG] >= account.reasons[NO_TARGET]:
         return "Raise data.max_length, or choose another data.overlong (truncate_prompt, split)."
-    return "Each row needs an assistant turn within data.max_length; see `smolmlx data inspect`."
+    return "Each row needs an assistant turn that is not empty within data.max_length; see `smolmlx data inspect`."
 
 
 def _check_ids(tokenizer: Tokenizer, model: BaseModel, store: TokenStore) -> None:
@@ -472,9 +480,16 @@ def _check_ids(tokenizer: Tokenizer, model: BaseModel, store: TokenStore) -> Non
 
 
 def count_steps(train: Train, steps_per_epoch: int) -> int:
-    """Return optimizer steps in all: whole epochs, a last partial one rounded up, or max_steps."""
+    """Return optimizer steps in all: whole epochs, a last partial one rounded up, or max_steps.
+
+    Raises:
+        RecipeError: more steps than a learning rate can be kept of for each.
+    """
     whole = math.ceil(train.epochs * steps_per_epoch - 1e-9)
-    return min(whole, train.max_steps) if train.max_steps else whole
+    steps = min(whole, train.max_steps) if train.max_steps else whole
+    if steps > MAX_STEPS:
+        raise RecipeError(f"train.epochs: {train.epochs:g} epochs are {steps:.3g} steps, more than {MAX_STEPS:,}.")
+    return steps
 
 
 def learning_rates(train: Train, steps: int) -> npt.NDArray[np.float64]:

@@ -20,19 +20,29 @@ from smolmlx.errors import RecipeError, nearest
 Stage = Literal["pretrain", "sft", "dpo"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "4bit", "8bit"]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], Field(min_length=1)]
 Steps = Annotated[int, Field(ge=1)]
 DPO_LEARNING_RATE = 1e-6
 """Learning rate of stage dpo where a recipe gives none: preferences move a model that is already good (D1)."""
+Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
 class Section(BaseModel):
-    """A frozen block of a recipe that refuses keys it does not know."""
+    """A frozen block of a recipe that refuses keys it does not know, and values that it would have to convert."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
 
 
 class Model(Section):
-    id: str | None = None
+    id: Name | None = None
     """A hub id, a local folder, or `tiny` (the embedded model). Left out when `config` makes a model from scratch."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; the commit that was used is recorded in the run."""
@@ -44,7 +54,7 @@ class Model(Section):
     first_weights: Literal["normal", "induction"] = "normal"
     """First weights of a model made from `config`. induction: with heads that copy from the context, which training on few
     tokens does not find by itself."""
-    tokenizer: str | None = None
+    tokenizer: Name | None = None
     """Folder of the tokenizer, when it is not the model's own."""
     chat_template: str | None = None
     """`chatml`, `plain` or a path to a Jinja file, for a tokenizer that has none or has the wrong one."""
@@ -55,9 +65,9 @@ class Model(Section):
 
 
 class Data(Section):
-    train: str | list[str]
+    train: Name | Names
     """File, list of files, local dataset folder or hub id."""
-    validation: str | list[str] | None = None
+    validation: Name | Names | None = None
     """Like `train`; or a share of the train rows is held out with `validation_share`."""
     validation_share: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the train rows held out, chosen from the seed, when `validation` is not given."""
@@ -109,8 +119,8 @@ class Train(Section):
     rest trains with AdamW."""
     muon_learning_rate: float | None = Field(None, gt=0)
     """Highest learning rate of the matrices that muon trains; left out, ten times learning_rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments."""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments, each from 0 to below 1."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(0.0, ge=0)
@@ -123,7 +133,7 @@ class Train(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = True
     """Compile the training step where the engine can and it pays."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Decides row order, held-out rows, first adapter weights and dropout."""
 
 
@@ -134,7 +144,7 @@ class Lora(Section):
     """The update is scaled by alpha/r (alpha/sqrt(r) with rslora)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of adapter inputs set to zero while training."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Literal["all-linear"] | Names = "all-linear"
     """Names as in PEFT: `q_proj`, or a full path."""
     rslora: bool = False
     """Rank-stabilized scaling, alpha/sqrt(r)."""
@@ -190,7 +200,7 @@ class Samples(Section):
 class Evaluate(Section):
     suite: Literal["notes", "loss", "research"] = "notes"
     """notes: answers scored against references and controls; loss: nats per token; research: rows of `data augment` answered again."""
-    data: str
+    data: Name
     """Held-out rows the trained model is scored on."""
     train: str | None = None
     """Rows the copy and random controls take their answers from (notes)."""
@@ -259,6 +269,8 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
         yield "model.tokenizer: a model made from scratch needs a tokenizer folder."
     if train.method == "full" and model.quantize != "none":
         yield f"model.quantize: '{model.quantize}' weights are frozen; full training needs quantize: none."
+    if model.config is not None and model.revision is not None:
+        yield "model.revision: is for a hub id; a model made from `config` has none."
     if model.first_weights != "normal" and model.config is None:
         yield f"model.first_weights: '{model.first_weights}' is for a model made from `config`; `id` has its own weights."
     if train.mixed_precision and train.method == "lora":
@@ -269,6 +281,25 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
         yield "train.optimizer: 'muon' is for whole matrices (method: full); LoRA's thin factors train with adamw."
     if train.muon_learning_rate and train.optimizer != "muon":
         yield f"train.muon_learning_rate: has no effect with optimizer: {train.optimizer}. Set optimizer: muon, or leave it out."
+    if train.method == "full" and (chosen := _chosen(recipe.lora)):
+        keys = ", ".join(f"lora.{key}" for key in chosen)
+        yield f"{keys}: no adapter is trained with train.method: full. Leave `lora` out (--set lora={{}})."
+    if train.method == "lora" and recipe.save.dtype != "float32":
+        yield "save.dtype: is for method: full; an adapter is saved in float32. Leave it out."
+    if train.schedule == "constant" and train.min_lr_ratio:
+        yield "train.min_lr_ratio: has no effect with schedule: constant. Leave it out, or take linear or cosine."
+    if recipe.stage == "pretrain":
+        answers = recipe.samples.prompts or recipe.evaluate is not None  # which take system and template_args
+        idle = ("history", "overlong", *(() if answers else ("system", "template_args")))
+        unused = [key for key in _chosen(data) if key in idle]
+        for name in [*unused, *(["packing"] if data.packing == "on" else [])]:
+            yield f"data.{name}: has no effect with stage pretrain, which joins all text and cuts rows of max_length. Leave it out."
+    if recipe.eval.every != "epoch" and data.validation is None and not data.validation_share:
+        yield "eval.every: needs data.validation or data.validation_share; without them nothing is evaluated while training."
+    if recipe.evaluate is not None and recipe.evaluate.suite == "loss":
+        for key in ("train", "ood", "max_tokens"):
+            if key in _chosen(recipe.evaluate):
+                yield f"evaluate.{key}: is for suite notes; suite loss answers nothing. Leave it out."
     if recipe.stage == "pretrain" and data.loss_on == "completion":
         yield "data.loss_on: 'completion' has no meaning for stage pretrain, which trains on every token."
     if data.validation is not None and data.validation_share:
@@ -304,6 +335,12 @@ def _impossible_dpo(recipe: Recipe) -> Iterator[str]:
                 yield f"dpo.{key}: orpo has it built in. Leave it out."
     if dpo.shared_prompt is True and recipe.train.gradient_checkpointing:
         yield "dpo.shared_prompt: gradients do not reach a shared prompt through gradient checkpointing. Set one of the two to false."
+
+
+def _chosen(section: Section) -> list[str]:
+    """Return the keys of a section whose value is not the default."""
+    fields = type(section).model_fields
+    return [key for key, field in fields.items() if getattr(section, key) != field.get_default()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +399,7 @@ def read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: no such recipe file. `smolmlx recipes ls` lists the shipped ones.")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also: not UTF-8, a date that is none
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(
@@ -393,10 +430,10 @@ def build(
     for text in overrides:
         key, value = parse_override(text)
         _put(merged, key, value)
-        origins[key] = "--set"
+        _replace(origins, key, value, "--set")
     for key, (flag, value) in (flags or {}).items():
         _put(merged, key, value)
-        origins[key] = flag
+        _replace(origins, key, value, flag)
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
@@ -446,7 +483,7 @@ def parse_override(text: str, option: str = "--set", example: str = "train.learn
         raise RecipeError(f"{option} {text}: expected key=value, for example {option} {example}.")
     try:
         return key.strip(), parse_yaml(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{option} {text}: the value is not valid YAML: {error}") from error
 
 
@@ -459,6 +496,16 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise RecipeError(f"--set {dotted}: '{parent}' is a value, not a section.")
     tree[last] = value
+
+
+def _replace(origins: dict[str, str], dotted: str, value: Any, origin: str) -> None:
+    """Note where a value comes from; of a whole section, where each of its values does."""
+    for key in [key for key in origins if key == dotted or key.startswith(f"{dotted}.")]:
+        del origins[key]
+    origins.update(dict.fromkeys(_leaves({dotted: value}), origin))
+
+
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 
 
 def _explain(error: dict[str, Any]) -> Iterator[str]:
@@ -476,8 +523,12 @@ def _explain(error: dict[str, Any]) -> Iterator[str]:
         yield f"{dotted}: missing. Add it to the recipe or pass --set {dotted}=..."
     elif error["type"] == "value_error":
         yield from str(error["ctx"]["error"]).split("\n")
+    elif error["type"] == "bool_type":
+        yield f"{dotted}: expected true or false (got {error['input']!r})."
     else:
-        yield f"{dotted}: {error['msg'][0].lower()}{error['msg'][1:]} (got {error['input']!r})."
+        quoted = error["type"] in ("int_type", "float_type") and _NUMBER.fullmatch(str(error["input"]))
+        hint = " Write the number without quotes." if quoted and isinstance(error["input"], str) else ""
+        yield f"{dotted}: {error['msg'][0].lower()}{error['msg'][1:]} (got {error['input']!r}).{hint}"
 
 
 def _known_keys(parents: Sequence[str]) -> list[str]:

@@ -21,9 +21,10 @@ from smolmlx.backend import Backend, Choice, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
 from smolmlx.evals.bases import Bases, System
 from smolmlx.evals.run import Evaluation, Meter, Settings, answer, evaluate, write
+from smolmlx.held_out import eval_format, locate
 from smolmlx.loggers import numbers, open_loggers
 from smolmlx.models import BaseModel, make_model, open_model, write_base
-from smolmlx.plan import Plan, adapter_config, encoding, eval_format, initial_adapter, locate, resolve
+from smolmlx.plan import Plan, adapter_config, encoding, initial_adapter, resolve
 from smolmlx.recipe import Loaded
 from smolmlx.recipe import read as read_recipe
 from smolmlx.rundir import RunDir, publish, write_text

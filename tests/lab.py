@@ -157,6 +157,8 @@ class Lab:
                 tree.setdefault(section, {})[key] = value
             else:
                 tree[section] = value
+        if tree["train"].get("method") == "full" and "lora" not in changes:
+            tree.pop("lora", None)  # full training has no adapter
         return recipe.build(tree, source="test", folder=self.out)
 
     def plan(self, **changes: Any) -> plan.Plan:

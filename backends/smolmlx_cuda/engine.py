@@ -15,6 +15,8 @@ from smolmlx.backend import Capabilities, Generator, Loading, Trainer
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, nearest
 from smolmlx.models import BaseModel
+from smolmlx.plan import Plan
+from smolmlx_cuda import unsloth
 
 # Set before any of these libraries is imported; a user who set them keeps what was set.
 _QUIET = {
@@ -41,8 +43,6 @@ def _prepare() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     import torch
-
-    from smolmlx_cuda import unsloth
 
     unsloth.prepare("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -87,6 +87,17 @@ class CudaBackend:
             elif value not in KNOBS[key] and not (key == "unsloth" and isinstance(value, bool)):
                 problems.append(f"cuda.{key}: '{value}' is not one of {', '.join(KNOBS[key])}.")
         return problems
+
+    def check_plan(self, plan: Plan) -> Sequence[str]:
+        if plan.model.quantization:
+            raise BackendError(
+                f"{plan.model.name}: its weights are quantized in MLX's format. Use --backend mlx, or the original "
+                "model with model.quantize: 4bit."
+            )
+        kind = str(plan.model.config.get("model_type"))
+        if not has_architecture(kind):
+            raise BackendError(f"{plan.model.name}: transformers has no causal language model of type '{kind}'.")
+        return [*unsloth.check(plan), *_check_attention(plan)]
 
     def trainer(self) -> Trainer:
         _prepare()
@@ -147,3 +158,30 @@ def pick_device(device: str | None) -> str:
     if device == "cpu":
         return "cpu"
     raise BackendError(f"--device {device}: the PyTorch engine knows cuda, mps and cpu.")
+
+
+def _check_attention(plan: Plan) -> Sequence[str]:
+    if plan.recipe.cuda.get("attention") != "flash_attention_2":
+        return []
+    device = plan.capabilities.device
+    if device != "cuda":
+        return [f"cuda.attention: 'flash_attention_2' is for NVIDIA, this is {device}. Take sdpa."]
+    if importlib.util.find_spec("flash_attn") is None:
+        return ["cuda.attention: 'flash_attention_2' needs pip install flash-attn. Or take sdpa."]
+    if plan.dtype == "float32":
+        return ["cuda.attention: 'flash_attention_2' computes in 16 bits, and the weights are float32. Take sdpa."]
+    return []
+
+
+def has_architecture(kind: str) -> bool:
+    """Whether transformers has a causal language model of this type; it is imported only where its files do not say."""
+    found = importlib.util.find_spec("transformers")
+    if found is None or found.origin is None:
+        return False
+    file = Path(found.origin).parent / "models" / kind / f"modeling_{kind}.py"
+    if file.is_file() and "ForCausalLM(" in file.read_text(encoding="utf-8"):
+        return True
+    _prepare()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -14,14 +14,28 @@ from typing import Any
 
 from smolmlx.plan import Plan
 
+_switched_off = False
+"""The recipe at hand has `cuda.unsloth: off`; set when its plan is checked, before anything is imported."""
+
 
 def installed() -> bool:
     return importlib.util.find_spec("unsloth") is not None
 
 
+def check(plan: Plan) -> list[str]:
+    """Note whether a plan wants Unsloth imported, and return why it cannot have what it asks for."""
+    global _switched_off
+    wanted = plan.recipe.cuda.get("unsloth", "auto")
+    _switched_off = wanted in ("off", False)
+    fast, why = decide(plan)
+    if wanted in ("on", True) and not fast:
+        return [f"cuda.unsloth: 'on', but this runs on {why}. Change that, or set cuda.unsloth: auto."]
+    return []
+
+
 def prepare(device: str) -> None:
-    """Import Unsloth first where it may be used: on CUDA, unless SMOLMLX_UNSLOTH=off."""
-    if device == "cuda" and installed() and os.environ.get("SMOLMLX_UNSLOTH") != "off":
+    """Import Unsloth first where it may be used: on CUDA, unless the recipe or SMOLMLX_UNSLOTH says off."""
+    if device == "cuda" and installed() and not _switched_off and os.environ.get("SMOLMLX_UNSLOTH") != "off":
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
         import unsloth  # noqa: F401
 
@@ -31,6 +45,8 @@ def decide(plan: Plan) -> tuple[bool, str]:
     wanted = plan.recipe.cuda.get("unsloth", "auto")
     reasons = (
         (wanted in ("off", False), "cuda.unsloth is off"),
+        (os.environ.get("SMOLMLX_UNSLOTH") == "off", "SMOLMLX_UNSLOTH is off"),
+        (plan.recipe.cuda.get("attention", "sdpa") != "sdpa", "cuda.attention, which Unsloth chooses itself"),
         (plan.capabilities.device != "cuda", f"Unsloth's kernels are for NVIDIA, this is {plan.capabilities.device}"),
         (not installed(), "Unsloth is not installed (pip install 'smolmlx[unsloth]')"),
         (plan.full, "full-parameter training"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 from smolmlx.backend import Capabilities, Generator, Loading, Trainer
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import nearest
+from smolmlx.errors import BackendError, nearest
 from smolmlx.models import BaseModel
+from smolmlx.plan import Plan
 
 KNOBS: dict[str, type] = {}
+GROUP = 64
+"""Weights that share one scale of a quantized layer."""
 
 
 class MlxBackend:
@@ -57,6 +61,19 @@ class MlxBackend:
             if key not in KNOBS
         ]
 
+    def check_plan(self, plan: Plan) -> Sequence[str]:
+        kind = str(plan.model.config.get("model_type"))
+        if not has_architecture(kind, plan.model.config):
+            raise BackendError(f"{plan.model.name}: mlx-lm has no model of type '{kind}'. Try --backend cuda.")
+        stored, quantize = plan.model.quantization, plan.recipe.model.quantize
+        if stored and plan.full:
+            return ["train.method: full: this base is stored quantized, and such weights are frozen. Use lora."]
+        if stored and quantize != "none":
+            return [f"model.quantize: '{quantize}': this base is stored quantized already. Set model.quantize: none."]
+        layers = plan.model.linear_shapes().items()
+        odd = [name for name, (width, _) in layers if width % GROUP] if quantize != "none" else []
+        return [odd_layers(quantize, odd)] if odd else []
+
     def trainer(self) -> Trainer:
         from smolmlx_mlx.trainer import MlxTrainer
 
@@ -72,3 +89,27 @@ class MlxBackend:
 
         fast = blas.ensure()
         return {"mlx": version("mlx"), "mlx-lm": version("mlx-lm"), "blas": f"{fast.name} {fast.path or ''}".strip()}
+
+
+def has_architecture(kind: str, config: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm has a model of this type; it is imported only where its files do not say."""
+    found = importlib.util.find_spec("mlx_lm")
+    if found is None or found.origin is None:
+        return False
+    if (Path(found.origin).parent / "models" / f"{kind}.py").is_file():
+        return True
+    from mlx_lm.utils import _get_classes
+
+    try:
+        _get_classes({"model_type": kind, **config})  # knows types that go by another's name, such as mistral
+    except ValueError:
+        return False
+    return True
+
+
+def odd_layers(quantize: str, odd: Sequence[str]) -> str:
+    """Say which layers cannot be quantized."""
+    return (
+        f"model.quantize: '{quantize}' needs layers whose input width is a multiple of {GROUP}; {odd[0]} and "
+        f"{len(odd) - 1} more are not. Set model.quantize: none."
+    )

@@ -32,11 +32,11 @@ from smolmlx.models import with_rope_theta  # noqa: E402
 from smolmlx.plan import PEFT_PREFIX  # noqa: E402
 from smolmlx.session import Arrays, load_arrays  # noqa: E402
 from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
+from smolmlx_mlx.engine import GROUP, odd_layers  # noqa: E402
 from smolmlx_mlx.lanes import in_this_stream  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _BITS = {"4bit": 4, "8bit": 8}
-_GROUP = 64  # weights that share one scale
 _LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
 
 
@@ -59,13 +59,10 @@ def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str
     if quantize != "none":
         odd = [path for path, module in model.named_modules() if _in_block(path, module) and not _can_quantize(module)]
         if odd:
-            raise RecipeError(
-                f"model.quantize: '{quantize}' needs layers whose input width is a multiple of {_GROUP}; in {folder} "
-                f"{odd[0]} and {len(odd) - 1} more are not. Set model.quantize: none."
-            )
+            raise RecipeError(f"{folder}: {odd_layers(quantize, odd)}")
         nn.quantize(
             model,
-            group_size=_GROUP,
+            group_size=GROUP,
             bits=_BITS[quantize],
             class_predicate=_in_block,
         )
@@ -81,7 +78,7 @@ def _in_block(path: str, module: nn.Module) -> bool:
 
 
 def _can_quantize(module: nn.Module) -> bool:
-    return bool(module.weight.shape[-1] % _GROUP == 0)
+    return bool(module.weight.shape[-1] % GROUP == 0)
 
 
 def add_lora(

@@ -173,7 +173,8 @@ def _from_recipe(name: str | None) -> dict[str, Any]:
     """Return what a recipe says about evaluation; nothing without a recipe."""
     if name is None:
         return {}
-    from smolmlx.plan import encoding, eval_format, locate
+    from smolmlx.held_out import eval_format, locate
+    from smolmlx.plan import encoding
 
     loaded = options.load_recipe(name, ())
     data, wanted = loaded.recipe.data, loaded.recipe.evaluate

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from smolmlx.cli import options
+from smolmlx.errors import RecipeError
 
 if TYPE_CHECKING:
     from smolmlx.plan import Plan
@@ -35,6 +36,9 @@ def command(
 
     loaded = options.load_recipe(recipe or "quickstart", sets, max_steps)
     plan = options.resolve(loaded, options.choose(backend, device))
+    if row >= plan.num_rows:
+        last = plan.num_rows - 1
+        raise RecipeError(f"--row {row}: the last row that is trained is {last}.")
     if as_json:
         from smolmlx.recipe import flatten
 
@@ -46,7 +50,7 @@ def command(
         return
     _show_values(plan)
     _show_plan(plan)
-    _show_row(plan, min(row, plan.num_rows - 1))
+    _show_row(plan, row)
     _warn(plan)
     console.result(
         f"\nNext: smolmlx train {recipe or 'quickstart'} --backend {plan.backend}"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from smolmlx.errors import RecipeError
+from smolmlx.errors import BackendError, RecipeError
+
+if TYPE_CHECKING:
+    from smolmlx.recipe import Loaded
 
 
 @click.group("recipes")
@@ -54,6 +58,23 @@ def cp(name: str, target: str) -> None:
     )
 
 
+def _check_knobs(loaded: Loaded) -> None:
+    """Let each engine that is installed check its block, whichever would run the recipe."""
+    from smolmlx import backend
+    from smolmlx.plan import engine_knobs
+
+    problems: list[str] = []
+    for name in ("mlx", "cuda"):
+        knobs = engine_knobs(loaded.recipe, name)
+        if knobs:
+            try:
+                problems += backend.load(name).check(knobs)
+            except BackendError:  # not installed here
+                continue
+    if problems:
+        raise RecipeError(loaded.source, problems)
+
+
 @command.command("validate")
 @click.argument("names", nargs=-1, required=True)
 def validate(names: tuple[str, ...]) -> None:
@@ -68,7 +89,7 @@ def validate(names: tuple[str, ...]) -> None:
             if shelf.is_sweep_file(path):
                 open_sweep(path, name, shelf.find)
             else:
-                recipe.load(path)
+                _check_knobs(recipe.load(path))
             console.result(f"{name}: ok")
         except RecipeError as error:
             problems.append(str(error))

@@ -45,6 +45,17 @@ class HistoryRewritten(DataError):
     """The template renders an earlier turn differently once a later turn is there."""
 
 
+class BeginsWithAssistant(HistoryRewritten):
+    """The first turn is the assistant's, and the template does not render the nothing before it the same way."""
+
+    def __init__(self, only: bool) -> None:
+        other = "" if only else ", or set data.history: last_turn to train on the last answer only"
+        super().__init__(
+            "the conversation begins with the assistant, whose first turn this chat template cannot serve: it has no prompt. "
+            f"Put a user turn before it, or leave it out of the row{other}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A conversation as text, with the spans that are to be learned."""
@@ -298,6 +309,8 @@ def find_spans(
         before = tokenizer.render(messages[:turn], generation_prompt=True, **variables)
         through = tokenizer.render(messages[: turn + 1], **variables)
         if not text.startswith(through) or not through.startswith(before):
+            if all(message.get("role") == "system" for message in messages[:turn]):
+                raise BeginsWithAssistant(turn == turns[-1])
             raise HistoryRewritten(
                 f"the chat template renders turn {turn + 1} differently once later turns follow, so it would be trained "
                 "on text it is never served. Set data.history: last_turn to train on the last answer only"

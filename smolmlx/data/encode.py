@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from smolmlx.data.chat import Encoded, HistoryRewritten, Rendered, Tokenizer, encode_rendered, find_spans
-from smolmlx.data.formats import Example
+from smolmlx.data.formats import Example, Raw
 from smolmlx.errors import DataError
 
 TOO_LONG = "longer than max_length"
@@ -16,7 +16,9 @@ NO_TARGET = "no supervised token"
 CUT_PROMPT = "prompt cut from the left"
 SPLIT_ROWS = "answer continued in another row"
 LAST_TURN = "trained on the last turn only"
+EMPTY_TURN = "empty assistant turn, not trained"
 CONTROL = "control token inside a message"  # the model reads it as the real one, such as the end of a turn
+MAX_PROBLEMS = 20  # named at once; then the rest of the rows is not looked at
 LOST = (TOO_LONG, NO_TARGET)
 """Reasons for which a row is not trained at all."""
 
@@ -59,28 +61,35 @@ def encode_rows(
     """Yield token rows of at most `how.max_length` tokens; `account` is filled as they pass.
 
     Raises:
-        DataError: a row whose template rewrites history (with `history: refuse`), or that cannot be rendered.
+        DataError: rows whose template rewrites history (with `history: refuse`), or that cannot be rendered, the first
+            twenty of them named.
     """
     if how.chunks:
         yield from _chunks(examples, tokenizer, how.max_length, account)
         return
+    problems: list[str] = []
     for example in examples:
         account.rows += 1
-        for encoded in _encode_one(example, tokenizer, how, account):
-            if any(encoded.mask[1:]):
-                yield encoded
-            else:
-                account.note(NO_TARGET, example.where)
+        try:
+            for encoded in _encode_one(example, tokenizer, how, account):
+                if any(encoded.mask[1:]):
+                    yield encoded
+                else:
+                    account.note(NO_TARGET, example.where)
+        except DataError as error:
+            problems.append(f"{example.where}: {error}.")
+            if len(problems) == MAX_PROBLEMS:
+                raise DataError(f"rows and chat template do not fit, the first {MAX_PROBLEMS}", problems) from error
+    if problems:
+        raise DataError("rows and chat template do not fit", problems)
 
 
 def _encode_one(example: Example, tokenizer: Tokenizer, how: Encoding, account: Account) -> Iterator[Encoded]:
     try:
         encoded = encode_example(example, tokenizer, how, account)
-    except _NothingToLearn:
+    except NothingToLearn:
         account.note(NO_TARGET, example.where)
         return
-    except DataError as error:
-        raise DataError(f"{example.where}: {error}.") from error
     if len(encoded.ids) <= how.max_length:
         yield encoded
     elif how.overlong == "split":
@@ -93,8 +102,8 @@ def _encode_one(example: Example, tokenizer: Tokenizer, how: Encoding, account: 
             yield shorter
 
 
-class _NothingToLearn(DataError):
-    """The row has no assistant turn."""
+class NothingToLearn(DataError):
+    """The row has no assistant turn, or none that says anything."""
 
 
 def encode_example(example: Example, tokenizer: Tokenizer, how: Encoding, account: Account | None = None) -> Encoded:
@@ -108,23 +117,44 @@ def encode_example(example: Example, tokenizer: Tokenizer, how: Encoding, accoun
         return Encoded(ids, [True] * len(ids), (len(ids),))
     messages = (*example.messages, *example.chosen)  # a preference row is supervised by its chosen answer
     if not any(message["role"] == "assistant" for message in messages):
-        raise _NothingToLearn("no assistant turn")
+        raise NothingToLearn("no assistant turn")
+    last_only = how.loss_on == "completion"
     try:
-        rendered = find_spans(tokenizer, messages, last_only=how.loss_on == "completion", variables=how.template_args)
+        rendered = find_spans(tokenizer, messages, last_only=last_only, variables=how.template_args)
     except HistoryRewritten:
         if how.history == "refuse":
             raise
+        last_only = True
         rendered = find_spans(tokenizer, messages, last_only=True, variables=how.template_args)
-        if account is not None:
-            account.note(LAST_TURN, example.where)
-    if example.chosen:
-        rendered = Rendered(rendered.text, rendered.spans[-1:])
-    if account is not None and any(tokenizer.holds_control_token(message.get("content") or "") for message in messages):
-        account.note(CONTROL, example.where)
+    spans = rendered.spans[-1:] if example.chosen else rendered.spans
+    answers = [message for message in messages if message["role"] == "assistant"][-len(spans) :]
+    kept = tuple(span for span, answer in zip(spans, answers, strict=True) if _says_something(answer))
+    if not kept:  # trained, it would teach to answer with an end of turn
+        raise NothingToLearn("no answer")
+    rendered = Rendered(rendered.text, kept)
+    if account is not None:
+        found = (
+            (LAST_TURN, last_only and how.loss_on != "completion"),
+            (EMPTY_TURN, len(kept) < len(spans)),
+            (CONTROL, any(tokenizer.holds_control_token(message.get("content") or "") for message in messages)),
+        )
+        for reason, holds in found:
+            if holds:
+                account.note(reason, example.where)
     encoded = encode_rendered(tokenizer, rendered)
     if how.loss_on == "all":
         return Encoded(encoded.ids, [True] * len(encoded.ids), encoded.turn_ends)
     return encoded
+
+
+_ALSO_SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+
+def _says_something(answer: Raw) -> bool:
+    """Whether an assistant turn has text, or anything else (tool calls, reasoning), that can be learned."""
+    content = answer.get("content")
+    told = content.strip() if isinstance(content, str) else content
+    return bool(told) or any(answer.get(key) for key in _ALSO_SAID)
 
 
 def encode_document(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ _SHAREGPT_ROLES: Mapping[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool", "function": "tool",
 }  # fmt: skip
+_BROKEN_JSON = (ValueError, RecursionError)  # the second: nested deeper than Python reads
 _BROKEN_GZIP = (gzip.BadGzipFile, zlib.error, EOFError)
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".txt", ".md")
 
@@ -83,6 +85,23 @@ class Source:
     form: Format
     columns: Mapping[str, str]
     system: str | None = None
+
+    def idle_columns(self) -> list[str]:
+        """Return what is wrong with each part of `columns` that would do nothing: no such field, or in no row."""
+        own = (*self.form.columns, *self.form.optional)
+        fields = own if self.form.kind == "text" or "system" in own else (*own, "system")
+        known = f"Known: {', '.join(fields)}."
+        problems = [
+            f"{field}: format '{self.form.name}' has no such field.{nearest(field, fields)} {known}"
+            for field in self.columns
+            if field not in fields
+        ]
+        absent = set(self.columns.values())
+        for _, raw in read_rows(self.files, []):
+            absent -= set(raw)
+            if not absent:
+                break
+        return problems + [f"'{column}': no row of {self.files[0]} has this column." for column in sorted(absent)]
 
     def content_hash(self) -> str:
         """Hash of all bytes of all files and of how they are read."""
@@ -133,8 +152,7 @@ def open_source(
         DataError: missing file, unknown suffix or schema (with the columns seen), or an unknown format name.
     """
     columns = dict(columns or {})
-    names = [paths] if isinstance(paths, str) else list(paths)
-    files = tuple(file for name in names for file in _expand(name, split, folders))
+    files = find_files(paths, split, folders)
     if form != "auto":
         if form not in BY_NAME:
             raise DataError(
@@ -148,6 +166,14 @@ def open_source(
             raise DataError(str(files[0]), problems[:20])
         raise DataError(f"{files[0]}: no rows. Check the path; an empty file cannot be trained on.")
     return Source(files, detect(first[1], columns, str(files[0])), columns, system)
+
+
+def find_files(paths: str | Sequence[str], split: str, folders: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """Return the files behind names of files, folders and hub ids; see `open_source`."""
+    names = [paths] if isinstance(paths, str) else list(paths)
+    if not names:
+        raise DataError("data.train: an empty list. Name a file, a folder or a hub id.")
+    return tuple(file for name in names for file in _expand(name, split, folders))
 
 
 def detect(raw: Raw, columns: Mapping[str, str], where: str) -> Format:
@@ -223,7 +249,12 @@ def _is_metadata(path: Path) -> bool:
 def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
     except ImportError as error:
         raise DataError(
             f"{name}: not a local path, and huggingface_hub is not installed. pip install 'smolmlx[mlx]' or [cuda]."
@@ -234,6 +265,10 @@ def _download(name: str) -> Path:
     except RepositoryNotFoundError as error:
         raise DataError(
             f"{name}: no such file, and no such dataset on the hub (or it is gated: `hf auth login`)."
+        ) from error
+    except HFValidationError as error:
+        raise DataError(
+            f"{name}: no such file, and not a hub id either (owner/name: letters, digits, '-', '_' and '.')."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise DataError(f"{name}: no such file, not in the hub cache, and the hub cannot be reached.") from error
@@ -272,7 +307,7 @@ def _read_jsonl(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except _BROKEN_JSON as error:
                     problems.append(f"{path}:{number}: not valid JSON: {error}")
                     continue
                 if isinstance(row, dict):
@@ -287,7 +322,7 @@ def _read_json(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
     try:
         with _open_text(path) as file:
             tree = json.load(file)
-    except (ValueError, *_BROKEN_GZIP) as error:
+    except (*_BROKEN_JSON, *_BROKEN_GZIP) as error:
         problems.append(f"{path}: not valid JSON: {error}. (One object per line? Then name it .jsonl.)")
         return
     if isinstance(tree, dict):  # {"data": [...]} and its kind: the one list of objects inside
@@ -345,7 +380,7 @@ def to_example(raw: Raw, form: Format, where: str, columns: Mapping[str, str], s
         return Example(where, text=_text(row, "text", where))
     if form.kind == "preference":
         return _preference(row, where, system)
-    return Example(where, _with_system(_turns(row, form, where), row.get("system") or system))
+    return Example(where, _with_system(_turns(row, form, where), _own_system(row, where) or system))
 
 
 def _turns(row: Raw, form: Format, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -362,6 +397,10 @@ def _turns(row: Raw, form: Format, where: str) -> tuple[Mapping[str, Any], ...]:
     return ({"role": "user", "content": question}, {"role": "assistant", "content": _text(row, answer, where)})
 
 
+def _own_system(row: Raw, where: str) -> str | None:
+    return _text(row, "system", where) if row.get("system") is not None else None
+
+
 def _with_system(messages: tuple[Mapping[str, Any], ...], system: Any) -> tuple[Mapping[str, Any], ...]:
     if not system or (messages and messages[0]["role"] == "system"):
         return messages
@@ -370,6 +409,8 @@ def _with_system(messages: tuple[Mapping[str, Any], ...], system: Any) -> tuple[
 
 def _text(row: Raw, field: str, where: str) -> str:
     value = row[field]
+    if isinstance(value, float) and not math.isfinite(value):  # how pandas writes what is missing
+        raise DataError(f"{where}: field '{field}' should be text, got {value}. Leave the row out, or write its text")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # a CSV-like answer such as 42
     if not isinstance(value, str):
@@ -381,7 +422,7 @@ def _messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # a JSON list inside CSV or parquet
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except _BROKEN_JSON as error:
             raise DataError(f"{where}: messages are not valid JSON: {error}") from error
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: messages should be a list of {{role, content}} that is not empty")
@@ -423,7 +464,7 @@ def _preference(row: Raw, where: str, system: str | None) -> Example:
     if row.get("prompt") is not None:
         prompt = _side(row["prompt"], where, role="user")
         sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
-        return Example(where, _with_system(prompt, row.get("system") or system), None, *sides)
+        return Example(where, _with_system(prompt, _own_system(row, where) or system), None, *sides)
     shared = 0
     while shared < min(map(len, sides)) - 1 and sides[0][shared] == sides[1][shared]:
         shared += 1
@@ -431,7 +472,7 @@ def _preference(row: Raw, where: str, system: str | None) -> Example:
         raise DataError(
             f"{where}: chosen and rejected share no prompt; give a prompt column, or full conversations that begin alike"
         )
-    prompt = _with_system(sides[0][:shared], row.get("system") or system)
+    prompt = _with_system(sides[0][:shared], _own_system(row, where) or system)
     return Example(where, prompt, None, sides[0][shared:], sides[1][shared:])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from smolmlx.data.chat import Tokenizer
-from smolmlx.data.encode import TOO_LONG, Encoding, encode_example
+from smolmlx.data.encode import TOO_LONG, Encoding, NothingToLearn, encode_example
 from smolmlx.data.formats import Example, Source
 from smolmlx.data.store import encode_source
 
@@ -44,9 +44,10 @@ def measure(source: Source, tokenizer: Tokenizer, how: Encoding, on_rows: Callab
 
 def example_pieces(example: Example, tokenizer: Tokenizer, how: Encoding) -> Pieces:
     """Return the pieces of a row; nothing where it has nothing to learn."""
-    if example.text is None and not any(m["role"] == "assistant" for m in (*example.messages, *example.chosen)):
+    try:
+        encoded = encode_example(example, tokenizer, how)
+    except NothingToLearn:
         return []
-    encoded = encode_example(example, tokenizer, how)
     return pieces(encoded.ids, encoded.mask, tokenizer)
 
 

@@ -24,7 +24,7 @@ from smolmlx.data.formats import Source
 from smolmlx.data.pairs import encode_pairs
 from smolmlx.errors import DataError, RunError
 
-_VERSION = 2  # raise when the layout or the meaning of a mask changes: old caches are then not read
+_VERSION = 3  # raise when the layout or the meaning of a mask changes: old caches are then not read
 
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]

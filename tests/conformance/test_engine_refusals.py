@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from lab import ENGINES, Lab, toy_installed
+from lab import ENGINES, Lab, make_tiny, toy_installed
 from smolmlx import backend, recipe
 from smolmlx.errors import BackendError, RecipeError
 
@@ -26,13 +28,16 @@ KINDS = {
 
 
 @pytest.mark.parametrize("key", ASKED)
-def test_every_value_is_planned_or_refused_with_a_reason(lab: Lab, key: str) -> None:
+def test_every_value_is_planned_or_refused_with_a_reason(lab: Lab, key: str, tmp_path: Path) -> None:
     capabilities = lab.choice.backend.capabilities(lab.choice.device)
     supported = getattr(capabilities, KINDS[key])
+    wide = make_tiny(tmp_path / "wide", hidden_size=64, intermediate_size=128)
     for value in ASKED[key]:
         changes = {key.replace(".", "__"): value}
         if value == "muon":
             changes["train__method"] = "full"  # it is for nothing else
+        if key == "model.quantize":  # MLX's groups are 64 wide
+            changes["model__id"] = str(wide)
         if value in supported or (key, value) == ("model.dtype", "auto"):
             lab.plan(**changes)
             continue
@@ -76,6 +81,50 @@ def test_unknown_knobs_are_refused(lab: Lab) -> None:
 def test_block_for_an_unknown_engine_is_refused(lab: Lab) -> None:
     with pytest.raises(RecipeError, match="tpu: unknown key"):
         lab.plan(tpu={"zzz": 1})
+
+
+def changed(tiny_model: Path, folder: Path, **config: object) -> Path:
+    """Copy a model under a config that says something else."""
+    made = shutil.copytree(tiny_model, folder)
+    old = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**old, **config}))
+    return made
+
+
+def test_unknown_architecture_is_refused_while_planning(lab: Lab, tiny_model: Path, tmp_path: Path) -> None:
+    if lab.name == "toy":
+        pytest.skip("the toy engine has one model for all")
+    model = changed(tiny_model, tmp_path / "strange", model_type="zzz", architectures=["ZzzForCausalLM"])
+    with pytest.raises(BackendError, match="'zzz'") as caught:
+        lab.plan(model__id=str(model))
+    assert caught.value.exit_code == 3
+
+
+def test_known_architectures_are_planned(lab: Lab, tiny_model: Path, tmp_path: Path) -> None:
+    """mistral goes by Llama's name in mlx-lm."""
+    for kind in ("mistral", "qwen2"):
+        assert lab.plan(model__id=str(changed(tiny_model, tmp_path / kind, model_type=kind))).steps
+
+
+def test_base_that_is_stored_quantized(lab: Lab, tiny_model: Path, tmp_path: Path) -> None:
+    model = changed(tiny_model, tmp_path / "stored", quantization={"group_size": 64, "bits": 4})
+    if lab.name == "cuda":
+        with pytest.raises(BackendError, match="MLX's format"):
+            lab.plan(model__id=str(model))
+    elif lab.name == "mlx":
+        with pytest.raises(RecipeError, match="quantized already"):
+            lab.plan(model__id=str(model), model__quantize="8bit")
+        with pytest.raises(RecipeError, match="frozen"):
+            lab.plan(model__id=str(model), train__method="full")
+
+
+def test_layers_that_cannot_be_quantized(lab: Lab, assets: Path) -> None:
+    if lab.name != "mlx":
+        pytest.skip("MLX alone quantizes in groups of 64")
+    stories = assets / "models" / "stories260k"
+    with pytest.raises(RecipeError, match="multiple of 64") as caught:
+        lab.plan(model__id=str(stories), model__quantize="4bit", model__chat_template="plain")
+    assert caught.value.problems[0].startswith("model.quantize: '4bit'")
 
 
 def test_unknown_device_is_refused(lab: Lab) -> None:

@@ -125,6 +125,43 @@ class TestAccount:
             {encoding.NO_TARGET: "f:1"},
         )
 
+    def test_empty_answers_are_not_trained(self, tokenizer: Tokenizer) -> None:
+        """Trained, they would teach to end a turn at once."""
+        rows = [chat("q", ""), chat("q", " \n", where="f:2"), chat("q", "", "q", "b", where="f:3")]
+        found, account = run(tokenizer, rows)
+        assert learned(tokenizer, found) == f"b{END}"
+        assert account.reasons == {encoding.NO_TARGET: 2, encoding.EMPTY_TURN: 1} and account.lost == 2
+        assert account.first == {encoding.NO_TARGET: "f:1", encoding.EMPTY_TURN: "f:3"}
+        assert run(tokenizer, [chat("q", "a", "q", "")], loss_on="completion")[1].lost == 1
+        assert run(tokenizer, [chat("q", "")], loss_on="all")[1].lost == 1
+
+    def test_answer_of_tool_calls_alone_is_trained(self, tokenizer: Tokenizer) -> None:
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        row = Example("f:1", ({"role": "user", "content": "q"}, call))
+        assert run(tokenizer, [row])[1].lost == 0
+
+    def test_every_row_that_does_not_fit_the_template_is_named(self, assets: Path) -> None:
+        smollm2 = Tokenizer(assets / "tokenizers/smollm2-135m-instruct")
+
+        def begun(where: str) -> Example:
+            return Example(where, ({"role": "assistant", "content": "hello"}, *chat("q", "a").messages))
+
+        rows = [begun("f:1"), chat("q", "a", where="f:2"), begun("f:3")]
+        with pytest.raises(DataError) as caught:
+            run(smollm2, rows)
+        assert [problem.partition(": the conv")[0] for problem in caught.value.problems] == ["f:1", "f:3"]
+        assert all("begins with the assistant" in problem for problem in caught.value.problems)
+        with pytest.raises(DataError, match="the first 20: 20 problems"):
+            run(smollm2, [begun(f"f:{i}") for i in range(50)])
+        found, account = run(smollm2, rows, history="last_turn")
+        assert len(found) == 3 and account.reasons == {encoding.LAST_TURN: 2}
+
+    def test_only_turn_without_a_prompt(self, assets: Path) -> None:
+        smollm2 = Tokenizer(assets / "tokenizers/smollm2-135m-instruct")
+        with pytest.raises(DataError, match="begins with the assistant") as caught:
+            run(smollm2, [Example("f:1", ({"role": "assistant", "content": "hello"},))])
+        assert "last_turn" not in str(caught.value)
+
     def test_rewritten_history(self, assets: Path) -> None:
         qwen3 = Tokenizer(assets / "tokenizers/qwen3")
         talk = chat("q", "a", "q", "b")

@@ -309,3 +309,43 @@ def test_content_hash_follows_what_is_read(tmp_path: Path) -> None:
     assert open_source(path, system="S").content_hash() != first
     write_jsonl(tmp_path / "r.jsonl", [{"text": "y"}])
     assert open_source(path).content_hash() != first
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_json_that_is_nested_too_deep(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_text('{"messages": ' + "[" * 200_000 + "\n")
+    error = refusal(str(path))
+    assert "rows" in str(error) and "not valid JSON" in str(error)
+
+
+def test_messages_in_a_cell_that_are_nested_too_deep(tmp_path: Path) -> None:
+    assert ":1: messages are not valid JSON" in str(
+        refusal(write_jsonl(tmp_path / "rows.jsonl", [{"messages": "[" * 200_000}]))
+    )
+
+
+def test_neither_a_file_nor_a_hub_id() -> None:
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    assert "foo/bar baz: no such file, and not a hub id" in str(refusal("foo/bar baz"))
+    assert "empty list" in str(refusal([]))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": float("nan"), "completion": "A"},
+        {"prompt": "Q", "completion": float("inf")},
+        {"prompt": "Q", "completion": "A", "system": float("nan")},
+        {"instruction": "Q", "input": float("nan"), "output": "A"},
+        {"text": float("nan")},
+    ],
+)
+def test_numbers_that_stand_for_nothing_are_not_text(tmp_path: Path, row: dict[str, Any]) -> None:
+    error = refusal(write_jsonl(tmp_path / "rows.jsonl", [{**row, "score": float("nan")}]))
+    assert "rows.jsonl:1: field" in str(error) and "should be text" in str(error)
+
+
+def test_nan_in_a_column_that_is_not_read(tmp_path: Path) -> None:
+    row = {"prompt": "Q", "completion": "A", "score": float("nan"), "system": None}
+    assert len(read(write_jsonl(tmp_path / "rows.jsonl", [row]))) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -154,6 +155,22 @@ class TestRefusals:
         with pytest.raises(BackendError, match="not in the cache") as caught:
             models.find_model("nobody/no-such-model")
         assert caught.value.exit_code == 3
+
+    @pytest.mark.parametrize("name", ["foo/bar baz", "foo/..bar", "foo/bar:latest"])
+    def test_neither_folder_nor_hub_id(self, name: str) -> None:
+        pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+        with pytest.raises(RecipeError, match="not a hub id either"):
+            models.find_model(name)
+
+    def test_wrong_revision_is_not_a_missing_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+
+        def answer(name: str, **options: object) -> str:
+            raise hub.errors.RevisionNotFoundError("404", response=mock.MagicMock())
+
+        monkeypatch.setattr(hub, "snapshot_download", answer)
+        with pytest.raises(RecipeError, match=r"model\.revision: some/model has no revision 'v9'"):
+            models.find_model("some/model", "v9")
 
     def test_adapter_folder(self, tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text("{}")

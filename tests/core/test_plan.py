@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from smolmlx import plan as planning
 from smolmlx import recipe
@@ -35,6 +37,9 @@ class Paper:
     def check(self, knobs: Mapping[str, Any]) -> Sequence[str]:
         return [f"mlx.{key}: unknown key." for key in knobs]
 
+    def check_plan(self, plan: Plan) -> Sequence[str]:
+        return ["the engine's own reason"] if plan.recipe.description == "odd" else []
+
 
 def load(tree: Mapping[str, Any], folder: Path = Path()) -> recipe.Loaded:
     return recipe.build(tree, source="r.yaml", folder=folder)
@@ -59,6 +64,8 @@ def make(tree: Mapping[str, Any], **changes: Any) -> Plan:
             copy.setdefault(section, {})[key] = value
         else:
             copy[section] = value
+    if copy["train"].get("method") == "full" and "lora" not in changes:
+        copy.pop("lora", None)  # full training has no adapter
     return resolve(load(copy), Choice(Paper(), None, "asked for"))  # type: ignore[arg-type]
 
 
@@ -105,6 +112,11 @@ class TestLearningRates:
 )
 def test_steps(train: dict[str, Any], per_epoch: int, steps: int) -> None:
     assert planning.count_steps(recipe.Train(**train), per_epoch) == steps
+
+
+def test_more_steps_than_can_be_planned() -> None:
+    with pytest.raises(RecipeError, match=r"train\.epochs: 1e\+15 epochs"):
+        planning.count_steps(recipe.Train(epochs=1e15), 25)
 
 
 class TestNumbers:
@@ -277,7 +289,62 @@ class TestFingerprint:
         assert make(tree, **changes).fingerprint() == make(tree).fingerprint()
 
 
+@pytest.mark.parametrize("name", ["./base", "base", "models/base"])
+def test_model_beside_its_recipe(tree: dict[str, Any], tiny_model: Path, tmp_path: Path, name: str) -> None:
+    """One slash would make it a hub id."""
+    shutil.copytree(tiny_model, tmp_path / name)
+    found = resolve(load({**tree, "model": {"id": name}}, tmp_path), Choice(Paper(), None, "asked for"))  # type: ignore[arg-type]
+    assert found.model.folder == tmp_path / name
+    assert Path(found.model.name).is_dir(), "the name must work from the working folder, where `generate` is typed"
+
+
+class TestColumns:
+    def columns(self, tree: dict[str, Any], rows: Path, **columns: str) -> Plan:
+        rows.write_text(
+            '{"question": "red?", "completion": "blue"}\n{"question": "a", "completion": "b", "note": "c"}\n'
+        )
+        return make(tree, data={"train": str(rows), "columns": columns})
+
+    def test_mapping_that_does_what_it_says(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        assert (
+            self.columns(tree, tmp_path / "r.jsonl", prompt="question", system="note").format_name
+            == "prompt-completion"
+        )
+
+    def test_mapping_that_would_do_nothing(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        with pytest.raises(RecipeError) as caught:
+            self.columns(tree, tmp_path / "r.jsonl", prompt="question", sytem="note", completion="answr")
+        assert caught.value.problems == (
+            "sytem: format 'prompt-completion' has no such field. Did you mean 'system'? Known: prompt, completion, system.",
+            f"'answr': no row of {tmp_path / 'r.jsonl'} has this column.",
+        )
+
+
+@pytest.mark.parametrize("key", ["data", "train", "ood"])
+def test_evaluation_rows_that_are_not_there(tree: dict[str, Any], chat_rows: Path, key: str) -> None:
+    """Found after the training, they would be found late."""
+    with pytest.raises(DataError, match=rf"evaluate\.{key}: nowhere\.jsonl: no such file"):
+        make(tree, evaluate={"data": str(chat_rows), key: "nowhere.jsonl"})
+
+
+def test_warmup_longer_than_the_run_is_said(tree: dict[str, Any]) -> None:
+    assert any(
+        "train.warmup: 500 steps, but the run has 2" in note
+        for note in make(tree, train__warmup=500, train__max_steps=2).notes
+    )
+    assert not any("train.warmup" in note for note in make(tree, train__warmup=2, train__max_steps=2).notes)
+
+
 class TestRefusals:
+    def test_more_blocks_than_there_are(self, tree: dict[str, Any]) -> None:
+        with pytest.raises(RecipeError, match=r"lora\.last_layers: 100, but .* has 2 blocks"):
+            make(tree, lora__last_layers=100)
+
+    @pytest.mark.parametrize("name", ["tiny", "folder"])
+    def test_revision_of_a_folder(self, tree: dict[str, Any], tiny_model: Path, name: str) -> None:
+        with pytest.raises(RecipeError, match=r"model\.revision: is for a hub id"):
+            make(tree, model={"id": "tiny" if name == "tiny" else str(tiny_model), "revision": "main"})
+
     def test_everything_an_engine_cannot_do_at_once(self, tree: dict[str, Any]) -> None:
         with pytest.raises(RecipeError) as caught:
             make(tree, model__quantize="8bit", model__dtype="bfloat16", train__optimizer="adamw_8bit", mlx={"zzz": 1})
@@ -287,6 +354,25 @@ class TestRefusals:
             "model.dtype: backend 'mlx' on cpu does not support 'bfloat16' (supports: auto, float32).",
             "mlx.zzz: unknown key.",
         )
+
+    def test_what_an_engine_finds_in_the_plan(self, tree: dict[str, Any]) -> None:
+        with pytest.raises(RecipeError, match="the engine's own reason"):
+            make(tree, description="odd")
+
+    def test_base_without_layers_to_adapt(self, tree: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+        """A GPT-2's blocks are `h.N`, and its matrices are stored the other way round."""
+        model = shutil.copytree(tiny_model, tmp_path / "gpt2")
+        config = {"model_type": "gpt2", "vocab_size": 512, "n_layer": 2, "n_embd": 8, "n_head": 2}
+        (model / "config.json").write_text(json.dumps(config))
+        save_file({"h.0.attn.c_attn.weight": np.zeros((8, 24), np.float32)}, model / "model.safetensors")
+        for lora, method in (
+            ({}, "lora"),
+            ({"targets": ["c_attn"]}, "lora"),
+            ({"last_layers": 1}, "lora"),
+            ({}, "full"),
+        ):
+            with pytest.raises(RecipeError, match="type 'gpt2'"):
+                make(tree, model__id=str(model), lora=lora, train__method=method)
 
     def test_knobs_of_another_engine_do_not_matter(self, tree: dict[str, Any]) -> None:
         assert make(tree, cuda={"zzz": 1}).steps

@@ -61,6 +61,60 @@ def test_all_problems_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("lora.r", True, "valid integer (got True)"),
+        ("train.batch_size", "4", "Write the number without quotes."),
+        ("train.accumulation", 2.0, "valid integer (got 2.0)"),
+        ("train.learning_rate", "1e-4", "Write the number without quotes."),
+        ("train.epochs", True, "valid number (got True)"),
+        ("train.gradient_checkpointing", "yes", "expected true or false (got 'yes')"),
+        ("train.compile", 1, "expected true or false (got 1)"),
+        ("train.betas", ["0.9", 0.999], "without quotes"),
+        ("data.train", 5, "got 5"),
+    ],
+)
+def test_values_are_not_converted(key: str, value: object, said: str) -> None:
+    found, *rest = problems(GOOD, flags={key: ("set", value)})
+    assert len(rest) == (key == "data.train"), "one problem for each type that data.train can have"
+    assert found.startswith(key) and said in found
+
+
+def test_whole_numbers_and_lists_are_taken_where_yaml_means_them() -> None:
+    made = build(
+        GOOD, overrides=["train.epochs=3", "train.learning_rate=1e-4", "train.betas=[0, 0.95]", "lora.alpha=8"]
+    )
+    assert (made.recipe.train.epochs, made.recipe.train.betas, made.recipe.lora.alpha) == (3.0, (0.0, 0.95), 8.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train.epochs=.inf",
+        "train.epochs=.nan",
+        "train.learning_rate=.inf",
+        "train.max_grad_norm=.inf",
+        "train.betas=[1.5, 0.9]",
+        "train.betas=[0.9, 1]",
+        "train.betas=[-0.1, 0.9]",
+        "train.seed=9999999999",
+        "lora.alpha=.inf",
+    ],
+)
+def test_numbers_that_no_engine_can_train_with(text: str) -> None:
+    (found,) = problems(GOOD, overrides=[text])
+    assert found.startswith(text.partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    "text", ["data.train=[]", "data.train=''", "data.validation=[]", "model.id=''", "lora.targets=[]"]
+)
+def test_names_of_nothing(text: str) -> None:
+    key = text.partition("=")[0]
+    assert any(line.startswith(key) and "at least 1" in line for line in problems(GOOD, overrides=[text]))
+
+
+@pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"model": {}}, "either `id`"),
@@ -73,7 +127,20 @@ def test_all_problems_at_once() -> None:
         ({"data": {"train": "x", "validation": "y", "validation_share": 0.1}}, "not both"),
         ({"eval": {"patience": 2}}, "early stopping needs"),
         ({"lora": {"dora": True, "dropout": 0.1}}, "dropout"),
+        ({"lora": {"r": 8, "alpha": 4}, "train": {"method": "full"}}, "lora.r, lora.alpha: no adapter"),
+        ({"save": {"dtype": "float16"}}, "save.dtype: is for method: full"),
+        ({"eval": {"every": 10}}, "eval.every: needs data.validation"),
+        ({"eval": {"every": "end"}}, "eval.every: needs data.validation"),
+        ({"train": {"schedule": "constant", "min_lr_ratio": 0.1}}, "train.min_lr_ratio"),
+        ({"stage": "pretrain", "data": {"train": "x", "packing": "on"}}, "data.packing: has no effect"),
+        ({"stage": "pretrain", "data": {"train": "x", "overlong": "split"}}, "data.overlong: has no effect"),
+        ({"stage": "pretrain", "data": {"train": "x", "system": "S"}}, "data.system: has no effect"),
+        ({"stage": "pretrain", "data": {"train": "x", "template_args": {"a": 1}}}, "data.template_args: has no effect"),
+        ({"evaluate": {"suite": "loss", "data": "x", "ood": "y"}}, "evaluate.ood: is for suite notes"),
+        ({"evaluate": {"suite": "loss", "data": "x", "train": "y"}}, "evaluate.train: is for suite notes"),
+        ({"evaluate": {"suite": "loss", "data": "x", "max_tokens": 5}}, "evaluate.max_tokens: is for suite notes"),
         ({"model": {"id": "x", "first_weights": "induction"}}, "first_weights"),
+        ({"stage": "pretrain", "model": {"config": {}, "tokenizer": "t", "revision": "v1"}}, "model.revision"),
         ({"train": {"optimizer": "muon"}}, "method: full"),
         ({"train": {"muon_learning_rate": 0.1}}, "has no effect"),
         ({"train": {"mixed_precision": True}}, "method: full"),
@@ -85,6 +152,29 @@ def test_all_problems_at_once() -> None:
 )
 def test_impossible_combinations_are_refused(changes: dict[str, Any], word: str) -> None:
     assert any(word in line for line in problems({**GOOD, **changes}))
+
+
+def test_defaults_that_are_written_out_are_taken() -> None:
+    """What a recipe says of a part that is not used must not differ from saying nothing."""
+    tree = {
+        **GOOD,
+        "train": {"method": "full"},
+        "lora": {"r": 16},
+        "eval": {"every": "epoch"},
+        "save": {"dtype": "float32"},
+    }
+    assert build(tree).recipe.lora.r == 16
+    text = {"train": "x", "packing": "off", "overlong": "drop", "system": None}
+    assert build({**GOOD, "stage": "pretrain", "data": text}).recipe.stage == "pretrain"
+    answered = {"samples": {"prompts": ["hi"]}, "data": {"train": "x", "system": "S"}}
+    assert build({**GOOD, "stage": "pretrain", **answered}).recipe.data.system == "S", "the samples take it"
+
+
+def test_a_section_can_be_taken_back() -> None:
+    made = build({**GOOD, "lora": {"r": 8}}, overrides=["train.method=full", "lora={}"])
+    assert made.recipe.lora.r == 16 and "lora.r" not in made.origins
+    made = build({**GOOD, "lora": {"r": 8, "alpha": 8}}, overrides=["lora={r: 4}"])
+    assert made.origins["lora.r"] == "--set" and "lora.alpha" not in made.origins
 
 
 def test_two_impossible_combinations_are_two_problems() -> None:
@@ -158,8 +248,12 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'train' is given twice[^$]*line 3"):
         recipe.load(tmp_path / "twice.yaml")
     (tmp_path / "broken.yaml").write_text("a: [\n")
-    with pytest.raises(RecipeError, match="not valid YAML"):
-        recipe.load(tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"description: \xfc\n")
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 5000)
+    (tmp_path / "date.yaml").write_text("a: 2024-99-99\n")
+    for name in ("broken", "latin", "deep", "date"):
+        with pytest.raises(RecipeError, match="not valid YAML"):
+            recipe.load(tmp_path / f"{name}.yaml")
 
 
 def test_file_with_a_byte_order_mark(tmp_path: Path) -> None:

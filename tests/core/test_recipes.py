@@ -28,8 +28,8 @@ Made from the field docstrings of `smolmlx/recipe.py` by `python tests/core/test
 A recipe is a YAML file with these sections. Unknown keys, wrong types and impossible combinations are refused, all at
 once. `--set section.key=value` and flags win over the recipe, the recipe over the defaults; `smolmlx plan` shows where
 each value came from. `1e-4` is a number. Relative paths are tried from the working folder, then from the recipe's
-folder, then among the shipped files. Write `packing: "on"` and `packing: "off"` with quotes: YAML reads the bare words
-as true and false. Without an `evaluate` section nothing is scored after training.
+folder, then among the shipped files. `on`, `off`, `yes` and `no` are words, with quotes or without (`packing: off`); only
+`true` and `false` are true and false. Without an `evaluate` section nothing is scored after training.
 
 `smolmlx recipes ls` lists the shipped recipes, `smolmlx recipes cp NAME FILE` copies one to change.
 """

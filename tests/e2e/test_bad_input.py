@@ -240,3 +240,57 @@ def test_ctrl_c_leaves_a_checkpoint_and_exits_130(recipe: Path, tmp_path: Path) 
         assert process.wait(timeout=60) == 130
     assert "--resume" in err and "Traceback" not in err
     assert list(tmp_path.glob("runs/*/checkpoints/*/state.json"))
+
+
+def test_a_row_that_is_not_there_exits_2(call: Call, recipe: Path) -> None:
+    code, _, err = call("plan", recipe, "--row", "9999")
+    assert code == 2 and "--row 9999: the last row that is trained is 23" in err
+
+
+@pytest.mark.parametrize(("knob", "said"), [("cuda={atention: eager}", "attention"), ("mlx={zzz: 1}", "mlx.zzz")])
+def test_recipes_validate_asks_every_engine(call: Call, recipe: Path, tmp_path: Path, knob: str, said: str) -> None:
+    pytest.importorskip("torch" if knob.startswith("cuda") else "mlx", reason="that engine is not installed")
+    block = knob.replace("=", ": ")
+    path = write(tmp_path / "knobs.yaml", f"{recipe.read_text()}\n{block}\n")
+    code, out, err = call("recipes", "validate", path)
+    assert code == 2 and said in err and "ok" not in out
+
+
+@pytest.mark.parametrize("flag", [("--ood", "none.jsonl"), ("--train", "none.jsonl"), ("--max-tokens", "5")])
+def test_flags_that_suite_loss_does_not_use_exit_2(
+    call: Call, tiny_model: Path, chat_rows: Path, flag: tuple[str, str]
+) -> None:
+    code, _, err = call("eval", "--model", tiny_model, "--data", chat_rows, *flag)
+    assert code == 2 and f"{flag[0]}: no effect with suite loss" in err
+
+
+@pytest.mark.parametrize(
+    ("override", "expected", "said"),
+    [
+        ("train.epochs=.inf", 2, "train.epochs"),
+        ("train.seed=9999999999", 2, "train.seed"),
+        ("lora.r=true", 2, "lora.r"),
+        ("data.train=[]", 2, "data.train"),
+        ("data.train=foo/bar baz", 4, "not a hub id"),
+        ("model.id=foo/bar baz", 2, "not a hub id"),
+        ("evaluate.data=nowhere.jsonl", 4, "nowhere.jsonl"),
+    ],
+)
+def test_what_is_refused_leaves_no_run_behind(
+    call: Call, recipe: Path, tmp_path: Path, override: str, expected: int, said: str
+) -> None:
+    code, _, err = call("train", recipe, "--set", override)
+    assert code == expected and said in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("knob", "said"), [("cuda.attention=flash_attention_2", "is for NVIDIA"), ("cuda.unsloth=on", "plain TRL")]
+)
+def test_knobs_that_need_a_gpu_are_refused_on_a_cpu(
+    call: Call, recipe: Path, tmp_path: Path, knob: str, said: str
+) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    code, _, err = call("train", recipe, "--backend", "cuda", "--device", "cpu", "--set", knob)
+    assert code == 2 and knob.partition("=")[0] in err and said in err
+    assert not (tmp_path / "runs").exists()

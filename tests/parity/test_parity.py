@@ -52,7 +52,7 @@ class TestGradients:
 
     changes = {  # noqa: RUF012 - read only
         "train__max_steps": 1, "train__max_grad_norm": 1e9, "save__every": 1, "train__batch_size": 8, "data__limit": 8,
-        "eval__every": "end", "data__validation_share": 0.0,
+        "eval__every": "epoch", "data__validation_share": 0.0,
     }  # fmt: skip
 
     def gradient(self, bench: Bench, engine: str, **changes: Any) -> dict[str, np.ndarray[Any, Any]]:

@@ -12,6 +12,7 @@ from smolmlx.backend import Capabilities, Generator, Loading, Trainer
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError
 from smolmlx.models import BaseModel
+from smolmlx.plan import Plan
 
 
 class ToyBackend:
@@ -45,6 +46,9 @@ class ToyBackend:
 
     def check(self, knobs: Mapping[str, Any]) -> Sequence[str]:
         return [f"toy.{key}: unknown key. The toy engine has no knobs." for key in knobs]
+
+    def check_plan(self, plan: Plan) -> Sequence[str]:
+        return []
 
     def trainer(self) -> Trainer:
         from toy_engine.trainer import ToyTrainer
