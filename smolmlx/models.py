@@ -317,8 +317,8 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
             f"{name}: no such model folder, and not a hub id either (owner/name: letters, digits, '-', '_' and '.')."
         ) from error
     except RevisionNotFoundError as error:
-        raise RecipeError(
-            f"model.revision: {name} has no revision '{revision}' on the hub. Give a commit, tag or branch of it."
+        raise BackendError(
+            f"{name}: the hub has no revision '{revision}' of it. Give a commit, tag or branch of that model."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BackendError(

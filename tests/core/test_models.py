@@ -169,7 +169,7 @@ class TestRefusals:
             raise hub.errors.RevisionNotFoundError("404", response=mock.MagicMock())
 
         monkeypatch.setattr(hub, "snapshot_download", answer)
-        with pytest.raises(RecipeError, match=r"model\.revision: some/model has no revision 'v9'"):
+        with pytest.raises(BackendError, match="some/model: the hub has no revision 'v9'"):
             models.find_model("some/model", "v9")
 
     def test_adapter_folder(self, tmp_path: Path) -> None:
