@@ -6,6 +6,7 @@ The models are the JSON form; `value` turns one into what the library hands out 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -39,9 +40,9 @@ class Answer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @abstractmethod
     def value(self) -> Value:
         """Return what the library hands out."""
-        raise NotImplementedError
 
 
 class Bullets(Answer):

@@ -136,17 +136,21 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Make the API's verbs do the least that shows that they work, in an empty folder."""
     if not (embedded_folder() / "model.safetensors").is_file():
         pytest.skip(f"the embedded model's weights are missing: {embedded_folder()}/model.safetensors")
-    train, evaluate = smolmlx.train, smolmlx.evaluate
+    train, sweep, evaluate = smolmlx.train, smolmlx.sweep, smolmlx.evaluate
     least = {"train.max_steps": 2, "train.batch_size": 2, "eval.every": "end", "samples.max_tokens": 8}
     scored = {"evaluate.limit": 2, "evaluate.max_tokens": 8}
 
     def train_least(recipe: Any, set: Any = None, **options: Any) -> Any:
         return train(recipe, set={**(set or {}), **least, **(scored if isinstance(recipe, str) else {})}, **options)
 
+    def sweep_least(recipe: Any, **options: Any) -> Any:
+        return sweep(recipe, **{**options, "seeds": 1}, set={**least, **scored})
+
     def evaluate_least(*arguments: Any, **options: Any) -> Any:
         return evaluate(*arguments, **options, limit=2, max_tokens=8)
 
     monkeypatch.setattr(smolmlx, "train", train_least)
+    monkeypatch.setattr(smolmlx, "sweep", sweep_least)
     monkeypatch.setattr(smolmlx, "evaluate", evaluate_least)
     monkeypatch.chdir(tmp_path)
 
@@ -158,6 +162,7 @@ def test_python_runs(short: None) -> None:
     exec(compile(block, "README.md", "exec"), found)
     assert len(found["answers"]) == 1
     assert found["scores"].notes["test"].num_rows == 2 and found["run"].report.steps == 2
+    assert len(found["made"].table.settings) == 2
 
 
 @pytest.mark.slow
