@@ -9,12 +9,9 @@ base. Each contestant runs in a process of its own (benchmarks/peers/). See benc
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sft import HERE, WORDS, Contestant, commit, machine, make_folder, missing_modules, python_of
+from sft import HERE, WORDS, Contestant, commit, machine, make_folder, missing_modules, parse_common, run_contestant
 
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Account, Encoding
@@ -81,24 +78,13 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("smollm2-135m", "tiny"), default="smollm2-135m")
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each run")
     parser.add_argument("--warmup", type=int, default=2, help="first steps that are left out")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each, with other seeds; medians count")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--engines", default=",".join(CONTESTANTS), help="comma-separated, in the order of the table")
-    parser.add_argument(
-        "--peers-python", type=Path, default=Path(os.environ.get("SMOLMLX_PEERS_PYTHON", ".venv-peers/bin/python"))
-    )
-    shared = next((f for f in (HERE.parent, HERE.parent.parent) if (f / "shared").is_dir()), HERE.parent.parent)
-    parser.add_argument("--assets", type=Path, default=shared / "shared" / "assets")
-    parser.add_argument("--timeout", type=int, default=3600, help="seconds for one run")
-    parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/<date>-dpo-<shape>.json")
-    options = parser.parse_args()
-    unknown = [name for name in options.engines.split(",") if name not in CONTESTANTS]
-    if unknown:
-        parser.error(f"--engines {', '.join(unknown)}: not one of {', '.join(CONTESTANTS)}")
+    options = parse_common(parser, CONTESTANTS)
+    if options.device == "cuda":
+        options.engines = ",".join(name for name in options.engines.split(",") if CONTESTANTS[name].rival == "trl")
     return options
 
 
@@ -133,29 +119,11 @@ def measure(name: str, model: Path, rows: Path, repeat: int, options: argparse.N
             learning_rate=RATE, rank=RANK, alpha=ALPHA, max_length=MAX_LENGTH, seed=repeat, device=options.device, dtype="float32",
             options={"beta": BETA, **contestant.options},
         )  # fmt: skip
-        result = _run(contestant, job, options)
+        result = run_contestant(contestant, job, options)
     if "error" not in result:
         timed = result["seconds"][options.warmup :]
         result |= {"seconds_per_step": statistics.mean(timed), "pairs_per_second": BATCH * len(timed) / sum(timed)}
     return {"contestant": name, "repeat": repeat, **result}
-
-
-def _run(contestant: Contestant, job: Job, options: argparse.Namespace) -> Tree:
-    files = [Path(job.scratch) / "job.json", Path(job.scratch) / "result.json"]
-    files[0].write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-    command = [python_of(contestant, options.peers_python), str(HERE / "peers" / contestant.script), *map(str, files)]
-    place = {**os.environ, "SMOLMLX_CACHE": f"{job.scratch}/cache"}
-    try:
-        done = subprocess.run(command, env=place, capture_output=True, text=True, timeout=options.timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not finished after {options.timeout} s"}
-    if done.returncode or not files[1].is_file():
-        return {
-            "error": f"exit status {done.returncode}",
-            "output": (done.stdout + done.stderr).splitlines()[-15:],
-        }
-    result: Tree = json.loads(files[1].read_text(encoding="utf-8"))
-    return result
 
 
 def table(runs: Sequence[Mapping[str, Any]], report: Tree) -> str:

@@ -159,31 +159,37 @@ def describe_work(options: argparse.Namespace, rows: Rows) -> Tree:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("smollm2-135m", "tiny"), default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each run (64 are one epoch of 256 rows)")
     parser.add_argument("--warmup", type=int, default=3, help="first steps that are left out, at least 3")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, with other seeds; medians count")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the PyTorch contestants alone")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base's weights")
-    parser.add_argument("--engines", default=",".join(CONTESTANTS), help="comma-separated, in the order of the table")
-    parser.add_argument(
-        "--peers-python", type=Path, default=Path(os.environ.get("SMOLMLX_PEERS_PYTHON", ".venv-peers/bin/python"))
-    )
-    shared = next((f for f in (HERE.parent, HERE.parent.parent) if (f / "shared").is_dir()), HERE.parent.parent)
-    parser.add_argument("--assets", type=Path, default=shared / "shared" / "assets")
-    parser.add_argument("--timeout", type=int, default=3600, help="seconds for one run")
-    parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/<date>-sft-<shape>.json")
-    options = parser.parse_args()
-    unknown = [name for name in options.engines.split(",") if name not in CONTESTANTS]
-    if unknown:
-        parser.error(f"--engines {', '.join(unknown)}: not one of {', '.join(CONTESTANTS)}")
+    options = parse_common(parser, CONTESTANTS)
     if options.device == "cuda":
         options.engines = ",".join(name for name in options.engines.split(",") if CONTESTANTS[name].rival == "trl")
     elif options.dtype != "float32":
         parser.error(f"--dtype {options.dtype}: the CPU runs compare float32; use --device cuda.")
     if options.warmup < 3:
         parser.error("--warmup: the first steps compile and fill caches; leave at least 3 out")
+    return options
+
+
+def parse_common(parser: argparse.ArgumentParser, contestants: Mapping[str, Contestant]) -> argparse.Namespace:
+    """Add what every benchmark of contestants takes, and parse."""
+    parser.add_argument("--shape", choices=("smollm2-135m", "tiny"), default="smollm2-135m")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the PyTorch contestants alone")
+    parser.add_argument("--engines", default=",".join(contestants), help="comma-separated, in the order of the table")
+    parser.add_argument(
+        "--peers-python", type=Path, default=Path(os.environ.get("SMOLMLX_PEERS_PYTHON", ".venv-peers/bin/python"))
+    )
+    shared = next((f for f in (HERE.parent, HERE.parent.parent) if (f / "shared").is_dir()), HERE.parent.parent)
+    parser.add_argument("--assets", type=Path, default=shared / "shared" / "assets")
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds for one run")
+    parser.add_argument("--out", type=Path, help="JSON file; default: in benchmarks/results/, by date")
+    options = parser.parse_args()
+    unknown = [name for name in options.engines.split(",") if name not in contestants]
+    if unknown:
+        parser.error(f"--engines {', '.join(unknown)}: not one of {', '.join(contestants)}")
     return options
 
 
@@ -281,13 +287,14 @@ def measure(name: str, model: Path, rows: Rows, repeat: int, options: argparse.N
             dtype=options.dtype,
             options=dict(contestant.options),
         )
-        result = _run(contestant, job, options)
+        result = run_contestant(contestant, job, options)
     if "error" in result:
         return {"contestant": name, "repeat": repeat, **result}
     return {"contestant": name, "repeat": repeat, **rates(result, options.warmup, rows), **result}
 
 
-def _run(contestant: Contestant, job: Job, options: argparse.Namespace) -> Tree:
+def run_contestant(contestant: Contestant, job: Job, options: argparse.Namespace) -> Tree:
+    """Run a contestant's script in a process of its own and return what it wrote, or why it wrote nothing."""
     files = [Path(job.scratch) / "job.json", Path(job.scratch) / "result.json"]
     files[0].write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
     command = [python_of(contestant, options.peers_python), str(HERE / "peers" / contestant.script), *map(str, files)]

@@ -15,14 +15,9 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from smolmlx.generation.batching import Feed
+from smolmlx.generation.batching import GROWTH, PREFILL, Feed
 from smolmlx.generation.sampling import Picks
 from smolmlx_cuda.model import split_head
-
-_STEP = 256
-"""Columns by which the store of keys grows."""
-_PREFILL = 512
-"""Most tokens of each prompt in one forward pass."""
 
 
 class Layout:
@@ -80,7 +75,7 @@ class Shelf(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped h
         have = 0 if self.keys is None else self.keys.shape[2]
         if have >= width:
             return
-        missing = (width + _STEP - 1) // _STEP * _STEP - have
+        missing = (width + GROWTH - 1) // GROWTH * GROWTH - have
         rows = len(self.layout.lengths)
         fresh = [a.new_zeros(rows, a.shape[1], missing, a.shape[3]) for a in (keys, values)]
         self.keys = fresh[0] if self.keys is None else torch.cat([self.keys, fresh[0]], dim=2)
@@ -152,8 +147,8 @@ class TorchSteps:
         rests = [prompt[self._num_shared :] for prompt in prompts]
         width = max(map(len, rests))
         ids = torch.tensor([[*rest, *[0] * (width - len(rest))] for rest in rests], device=self.device)
-        for start in range(0, width, _PREFILL):
-            part = ids[:, start : start + _PREFILL]
+        for start in range(0, width, PREFILL):
+            part = ids[:, start : start + PREFILL]
             layout.prepare(part.shape[1])
             self._forward(part, layout, cache)
             layout.lengths += part.shape[1]

@@ -15,15 +15,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from smolmlx.generation.batching import Feed
+from smolmlx.generation.batching import GROWTH, PREFILL, Feed
 from smolmlx.generation.sampling import Picks
 from smolmlx_mlx.device import mx
 from smolmlx_mlx.model import split_head
-
-_STEP = 256
-"""Columns by which the store of keys grows."""
-_PREFILL = 512
-"""Most tokens of each prompt in one forward pass."""
 
 
 class Layout:
@@ -88,7 +83,7 @@ class Shelf:
         have = 0 if self.keys is None else self.keys.shape[2]
         if have >= width:
             return
-        missing = (width + _STEP - 1) // _STEP * _STEP - have
+        missing = (width + GROWTH - 1) // GROWTH * GROWTH - have
         rows = len(self.layout.lengths)
         fresh = [mx.zeros((rows, a.shape[1], missing, a.shape[3]), a.dtype) for a in (keys, values)]
         if self.keys is None:
@@ -145,8 +140,8 @@ class MlxSteps:
         ids = np.zeros((len(rests), width), np.int32)
         for row, rest in enumerate(rests):
             ids[row, : len(rest)] = rest
-        for start in range(0, width, _PREFILL):
-            part = mx.array(ids[:, start : start + _PREFILL])
+        for start in range(0, width, PREFILL):
+            part = mx.array(ids[:, start : start + PREFILL])
             layout.prepare(part.shape[1])
             self.body(part, cache=caches)
             mx.eval([shelf.state for shelf in caches])
@@ -157,8 +152,8 @@ class MlxSteps:
         heads = [prompt[:-1] for prompt in prompts]
         if self.most == 1:
             self._caches = make_prompt_cache(self.model)
-            for start in range(0, len(heads[0]), _PREFILL):
-                self.model(mx.array([list(heads[0][start : start + _PREFILL])]), cache=self._caches)
+            for start in range(0, len(heads[0]), PREFILL):
+                self.model(mx.array([list(heads[0][start : start + PREFILL])]), cache=self._caches)
                 mx.eval([cache.state for cache in self._caches])
         elif longest := max(map(len, heads)):
             for shelf, fresh in zip(self._caches, self._prefill(heads), strict=True):

@@ -15,18 +15,14 @@ import numpy as np  # noqa: E402
 from mlx_lm import load  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 from mlx_lm_lora.trainer.dpo_trainer import DPOTrainingArgs, train_dpo  # noqa: E402
-from mlx_watch import Watch  # noqa: E402
+from mlx_watch import Watch, stub_metal  # noqa: E402
 
 
 def main() -> None:
     job, recorder = read_job(), Recorder()
     np.random.seed(job.seed)
     mx.random.seed(job.seed)
-    if not mx.metal.is_available():
-        # It asks Metal for its limits unguarded (5.10.2); off Metal there are none.
-        mx.device_info = lambda *_: {"max_recommended_working_set_size": 0}
-        mx.metal.device_info = mx.device_info
-        mx.set_wired_limit = lambda limit: limit
+    stub_metal()
     model, _ = load(job.model)
     reference, _ = load(job.model)
     model.freeze()

@@ -16,17 +16,14 @@ from mlx_lm import load  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 from mlx_lm_lora.trainer.datasets import CacheDataset, load_dataset  # noqa: E402
 from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs, iterate_batches, train_sft  # noqa: E402
-from mlx_watch import Watch, counted, held_out_loss, mean_targets  # noqa: E402
+from mlx_watch import Watch, counted, held_out_loss, mean_targets, stub_metal  # noqa: E402
 
 
 def main() -> None:
     job, recorder = read_job(), Recorder()
     np.random.seed(job.seed)
     mx.random.seed(job.seed)
-    if not mx.metal.is_available():
-        # It asks Metal for its limits unguarded (5.10.2); off Metal there are none.
-        mx.device_info = lambda *_: {"max_recommended_working_set_size": 0}
-        mx.set_wired_limit = lambda limit: limit
+    stub_metal()
     model, tokenizer = load(job.model)
     model.freeze()
     lora = {"rank": job.rank, "scale": job.alpha / job.rank, "dropout": 0.0}

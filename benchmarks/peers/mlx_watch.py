@@ -13,6 +13,13 @@ import mlx.core as mx  # noqa: E402 - after the BLAS
 from mlx_lm.tuner.callbacks import TrainingCallback  # noqa: E402
 
 
+def stub_metal() -> None:
+    """Let mlx-lm-lora (5.10.2) ask for Metal's limits, which it does unguarded, where there is no Metal."""
+    if not mx.metal.is_available():
+        mx.device_info = mx.metal.device_info = lambda *_: {"max_recommended_working_set_size": 0}
+        mx.set_wired_limit = lambda limit: limit
+
+
 class Watch(TrainingCallback):  # type: ignore[misc]
     """Hands every reported step to the recorder."""
 

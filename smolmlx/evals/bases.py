@@ -62,7 +62,8 @@ class Bases:
             if system.adapter is not None:
                 return found
             self._answers[key] = found
-        on_done(len(prompts))
+        else:
+            on_done(len(prompts))
         return list(self._answers[key])
 
     def release(self) -> None:

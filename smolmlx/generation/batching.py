@@ -24,6 +24,11 @@ _SHORTEST_PREFIX = 16
 _TOGETHER = 8
 """Most prompts of one prefill, which bounds its padding and its memory."""
 
+GROWTH = 256
+"""Columns by which an engine's store of keys grows."""
+PREFILL = 512
+"""Most tokens of each prompt in one forward pass."""
+
 Feed = Sequence[Sequence[int]] | Any
 """Tokens for each place (none for one that is free), or what `step` returned: one token for each place."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import struct
+import subprocess
 import sys
 import types
 from collections.abc import Mapping
