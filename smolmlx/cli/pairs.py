@@ -44,6 +44,7 @@ def pairs(
     Writes one JSONL file per split, and manifest.json with counts, word gaps and hashes.
     """  # fmt: skip
     from smolmlx import console
+    from smolmlx.models import files_root
     from smolmlx.synth.pairs import Order, write_pairs
 
     unknown = [f"{i}: unknown.{nearest(i, ISSUES)} Known: {', '.join(ISSUES)}" for i in issues if i not in ISSUES]
@@ -51,8 +52,11 @@ def pairs(
         raise RecipeError("--issue", unknown)
     # In the order of ISSUES, so that the order of options changes nothing.
     order = Order(_counts(counts), tuple(i for i in ISSUES if i in (issues or ISSUES)), seed, allow_test)
+    # As in recipes: what is not in the working folder may be the project's own, e.g. data/notes.
+    shipped = {name: files_root() / name for name in names if not Path(name).exists()}
+    found = [str(shipped[name]) if name in shipped and shipped[name].exists() else name for name in names]
     with console.status("making pairs") as say:
-        made = write_pairs(names, out_dir, order, lambda count: say(f"making pairs: {count:,}"))
+        made = write_pairs(found, out_dir, order, lambda count: say(f"making pairs: {count:,}"))
     if as_json:
         console.print_json({"folder": str(out_dir), **made})
     else:

@@ -64,6 +64,7 @@ def command(
     with console.status("loading the model"):
         worker = Worker(lambda: choice.backend.generator(base, None, tokenizer, loading), batch_size)
     app = make_app(Service(worker, tokenizer, served, base.config.get("max_position_embeddings")))
+    listener.listen(2048)  # uvicorn's own backlog; from here on nobody who was told the address is refused
     at = f"http://{host}:{listener.getsockname()[1]}"
     console.note(f"Serving {', '.join(served)} at {at}/v1 (a page to try it: {at}/). Ctrl-C ends it.", style="bold")
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))

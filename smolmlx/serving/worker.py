@@ -54,9 +54,8 @@ class Worker:
         self._kept: list[Job] = []
         self._closing = False
         self._failed: BaseException | None = None
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="smolmlx-serve", daemon=True)
-        self._thread.start()
+        self._ready, self._ended = threading.Event(), threading.Event()
+        threading.Thread(target=self._live, name="smolmlx-serve", daemon=True).start()
         self._ready.wait()
         if self._failed is not None:
             raise self._failed
@@ -65,14 +64,23 @@ class Worker:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Finish what is in the batch, and end the thread."""
+        """Finish what is in the batch, and let go of the model."""
         self._closing = True
         self._jobs.put(None)
-        self._thread.join()
+        self._ended.wait()
+
+    def _live(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._ended.set()
+        # MLX frees what a thread has compiled when the thread ends, outside Python's join(), and needs the interpreter for it:
+        # where that is shutting down by then, the process aborts (one Ctrl-C in ten). A thread that sleeps never gets there.
+        threading.Event().wait()
 
     def _work(self) -> None:
         try:
-            self._generator = self._load()
+            generator = self._load()
         except SmolError as error:
             self._failed = error
             return
@@ -85,9 +93,9 @@ class Worker:
             if job is None:
                 return
             if fresh or job.adapter != adapter:
-                self._generator.use_adapter(job.adapter)
+                generator.use_adapter(job.adapter)
                 adapter, fresh = job.adapter, False
-            self._run(self._generator.batcher(self._batch_size), job)
+            self._run(generator.batcher(self._batch_size), job)
 
     def _run(self, batcher: Batcher, first: Job) -> None:
         """Answer a job, and whatever comes for the same adapter meanwhile."""

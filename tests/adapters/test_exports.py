@@ -196,6 +196,16 @@ def test_compare_finds_noise_and_nonsense() -> None:
     assert same.nats < 1e-12 and same.greedy == 1
     padded = np.pad(logits, ((0, 0), (0, 4)), constant_values=-99)
     assert verification.compare([sample], lambda ids: padded, ("a", "b"), "float32").nats < 1e-12
+    for gap, share in ((1e-3, 1.0), (1e-1, 0.0)):  # a tie of two tokens, and none
+        two = np.zeros((2, 20), dtype=np.float32)
+        two[:, 3], two[:, 4] = 1 + gap, 1
+        near = verification.Sample((1, 3), 1, two)
+        assert (
+            verification.compare(
+                [near], lambda ids, two=two: two[:, [0, 1, 2, 4, 3, *range(5, 20)]], ("a", "b"), "q4_k_m"
+            ).greedy
+            == share
+        )
     for wrong in (logits[:, ::-1], np.full_like(logits, np.nan), logits[:-1]):
         with pytest.raises(VerificationError):
             verification.compare([sample], lambda ids, wrong=wrong: wrong, ("a", "b"), "q4_k_m")  # type: ignore[misc]
