@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from smolmlx import backend as backends
+from smolmlx import pipelines, shelf, stages
 from smolmlx import recipe as recipes
-from smolmlx import shelf, stages
 from smolmlx.adapters.adapter import find_folder
 from smolmlx.adapters.convert import convert
 from smolmlx.backend import Backend, Decoding, Generator, Loading, OnText
@@ -21,7 +21,7 @@ from smolmlx.evals.bases import Bases, System
 from smolmlx.evals.run import Evaluation, Settings
 from smolmlx.evals.run import evaluate as run_suite
 from smolmlx.models import BaseModel, files_root, find_model, open_model
-from smolmlx.plan import resolve
+from smolmlx.plan import Plan, resolve
 from smolmlx.rundir import RunDir
 from smolmlx.session import Event
 from smolmlx.stages import Report
@@ -106,19 +106,35 @@ def train(
 ) -> Run:
     """Train a recipe (a shipped name, a path, or a mapping) and evaluate what it asks for. Silent unless `on_event` prints.
 
+    Of a pipeline all stages run, and the last one's run is returned; keys of `set` then begin with the stage's name.
+
     Raises:
         SmolError: one of the four families of `smolmlx.errors`.
     """
-    flags = {key: ("set", value) for key, value in (set or {}).items()}
     if isinstance(recipe, Mapping):
-        loaded = recipes.build(recipe, source="recipe", folder=Path.cwd(), flags=flags)
-        name = "run"
+        tree, source, beside, name = recipe, "recipe", Path.cwd(), "run"
     else:
-        loaded = recipes.load(shelf.find(str(recipe)), flags=flags)
-        name = stages.run_name(str(recipe))
+        path = shelf.find(str(recipe))
+        tree, source, beside, name = recipes.read(path), str(path), path.resolve().parent, stages.run_name(str(recipe))
+    if pipelines.is_pipeline(tree):
+        pipeline = pipelines.make_pipeline(tree, source, beside, name, shelf.find, set)
+        choice = backends.choose(backend, device)
+        folder = pipelines.start(pipeline, Path(out))
+        for stage in pipeline.stages:
+            if stage.pairs is not None:
+                pipelines.make_pairs(stage, folder)
+            else:
+                plan = resolve(pipelines.load_stage(pipeline, stage, folder), choice)
+                run = _finish(plan, choice, stages.begin(plan, folder / stage.name), on_event)
+        return run
+    flags = {key: ("set", value) for key, value in (set or {}).items()}
+    loaded = recipes.build(tree, source=source, folder=beside, flags=flags)
     choice = backends.choose(backend, device)
     plan = resolve(loaded, choice)
-    folder = stages.start_run(plan, Path(out), name)
+    return _finish(plan, choice, stages.start_run(plan, Path(out), name), on_event)
+
+
+def _finish(plan: Plan, choice: backends.Choice, folder: RunDir, on_event: Callable[[Event], None]) -> Run:
     report = stages.train(plan, choice, folder, on_event)
     found = stages.evaluate_run(plan, choice.backend, folder, _silent) if plan.recipe.evaluate else None
     model, adapter = stages.trained_model(plan, folder)

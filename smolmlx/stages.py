@@ -86,6 +86,17 @@ def _write_start(plan: Plan, run: RunDir) -> None:
             save_arrays(first_adapter(plan), run.start / plan.weights_name)
 
 
+def begin(plan: Plan, path: Path) -> RunDir:
+    """Make the run's folder at `path`, unless it is there.
+
+    It appears with its plan and first weights, or not at all, so a kill leaves nothing half-made in its place.
+    """
+    if not (path / "plan.json").is_file():
+        with publish(path) as folder:
+            _write_start(plan, RunDir(folder))
+    return RunDir(path)
+
+
 def first_adapter(plan: Plan) -> Arrays:
     """Return the adapter a run starts from, under PEFT's names: the one the recipe names, or a new one."""
     if plan.start is None:
@@ -104,17 +115,12 @@ def complete_run(
 ) -> Evaluation | None:
     """Bring the run at `path` to its end from wherever it stands: not begun, stopped while training, or not yet scored.
 
-    The folder appears with its plan and first weights, or not at all, so a kill leaves nothing half-made in its place.
-
     Args:
         on_plan: told the plan once it is resolved; returns what is told of each event of the training.
         bases: what earlier runs left loaded and answered, for the evaluation.
     """
     plan = resolve(loaded, choice)
-    run = RunDir(path)
-    if not (path / "plan.json").is_file():
-        with publish(path) as folder:
-            _write_start(plan, RunDir(folder))
+    run = begin(plan, path)
     if not run.done:
         if bases is not None and not _fits_beside_training(plan):
             bases.release()

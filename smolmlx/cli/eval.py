@@ -205,12 +205,13 @@ def show(evaluation: Evaluation) -> None:
         metrics = [metric for metric in SHOWN if metric in report.summary[systems[0]]]
         rows = []
         for metric in metrics:
-            cells = [f"{i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]" for i in (report.summary[s][metric] for s in systems)]
+            # On two lines, so that five systems fit into 80 columns.
+            cells = [f"{i.mean:.3f}\n{i.low:.3f}-{i.high:.3f}" for i in (report.summary[s][metric] for s in systems)]
             rows.append((LABELS.get(metric, metric.replace("_", " ")), *cells))
         console.result()
         console.table(
             rows,
-            ("mean [95 % interval]", *systems),
+            ("mean, 95 % interval", *systems),
             title=f"{name}: {report.num_rows} rows of {evaluation.files[name].path}",
         )
         for difference in report.differences:

@@ -64,13 +64,17 @@ def tokenizer_folder(base: Path, adapters: Sequence[str]) -> Path:
 
 
 def load_recipe(name: str, sets: Sequence[str], max_steps: int | None = None) -> Loaded:
-    from smolmlx import recipe, shelf
+    from smolmlx import pipelines, recipe, shelf
     from smolmlx.errors import RecipeError
 
     flags = {"train.max_steps": ("--max-steps", max_steps)} if max_steps else {}
     path = shelf.find(name)
     if shelf.is_sweep_file(path):
         raise RecipeError(f"{name}: a sweep, not a recipe. Run: smolmlx sweep {name}")
+    if pipelines.is_pipeline(recipe.read(path)):
+        raise RecipeError(
+            f"{name}: a pipeline of several recipes; name one of them. Run them all: smolmlx train {name}"
+        )
     return recipe.load(path, sets, flags)
 
 

@@ -79,7 +79,7 @@ def _check_knobs(loaded: Loaded) -> None:
 @click.argument("names", nargs=-1, required=True)
 def validate(names: tuple[str, ...]) -> None:
     """Check recipes and sweeps (names or paths) without touching data or models."""
-    from smolmlx import console, recipe, shelf
+    from smolmlx import console, pipelines, recipe, shelf
     from smolmlx.sweeps.definition import open_sweep
 
     problems = []
@@ -88,6 +88,8 @@ def validate(names: tuple[str, ...]) -> None:
             path = shelf.find(name)
             if shelf.is_sweep_file(path):
                 open_sweep(path, name, shelf.find)
+            elif pipelines.is_pipeline(recipe.read(path)):
+                pipelines.open_pipeline(path, name, shelf.find)
             else:
                 _check_knobs(recipe.load(path))
             console.result(f"{name}: ok")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from smolmlx.cli import options
-from smolmlx.errors import RunError
+from smolmlx.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from smolmlx.backend import Choice
     from smolmlx.evals.run import Evaluation
+    from smolmlx.pipelines import Pipeline
     from smolmlx.plan import Plan
     from smolmlx.rundir import RunDir
     from smolmlx.stages import Report
@@ -25,6 +27,7 @@ Examples:
   smolmlx train notes/sft --backend cuda               a shipped recipe on NVIDIA
   smolmlx train my.yaml --set train.learning_rate=1e-4 --out runs
   smolmlx train my.yaml --resume                       go on with its last unfinished run
+  smolmlx train notes/pipeline --set dpo.dpo.beta=0.2  several stages, in one folder
 """
 
 
@@ -60,56 +63,116 @@ def command(
     as_json: bool,
 ) -> None:
     """Train RECIPE, a shipped name or a path (default: quickstart), then evaluate what it asks for."""
-    from smolmlx import console, stages
+    from smolmlx import console, pipelines, shelf, stages
+    from smolmlx import recipe as recipes
 
     if resume not in (None, "auto") and not Path(str(resume)).exists() and recipe is None:
         recipe, resume = resume, "auto"  # `--resume my-recipe`: the word was meant as the recipe
     if resume:
         run = _find_run(recipe, Path(out), resume)
+        if (run.path / pipelines.FILE).is_file():
+            if sets or max_steps:
+                raise RecipeError("--resume: a pipeline goes on as it was begun. Leave --set and --max-steps out.")
+            pipeline = pipelines.reopen(run.path)
+            _run_pipeline(pipeline, run.path, _engine_of(_first_run(pipeline, run.path), backend, device), as_json)
+            return
         choice = _engine_of(run, backend, device)
         plan = _reopen(run, choice, sets, max_steps)
         console.note(f"resuming {run.path} {'at its evaluation' if run.done else f'after step {_position(run)}'}")
+    elif pipelines.is_pipeline(recipes.read(path := shelf.find(recipe or "quickstart"))):
+        values = dict(map(recipes.parse_override, sets))
+        name = stages.run_name(recipe or "quickstart")
+        pipeline = pipelines.open_pipeline(path, name, shelf.find, values, max_steps)
+        choice = options.choose(backend, device)
+        _run_pipeline(pipeline, pipelines.start(pipeline, Path(out)), choice, as_json)
+        return
     else:
         loaded = options.load_recipe(recipe or "quickstart", sets, max_steps)
         choice = options.choose(backend, device)
         plan = options.resolve(loaded, choice)
         run = stages.start_run(plan, Path(out), stages.run_name(recipe or "quickstart"))
-    try:
-        if run.done:
-            report = stages.read_report(run)
-        else:
-            _introduce(plan)
-            report = _train(plan, choice, run)
-        evaluation = _evaluate(plan, choice, run) if plan.recipe.evaluate else None
-    except (stages.Interrupted, KeyboardInterrupt) as stop:
-        console.note(f"{str(stop) or 'interrupted'}\nGo on with: smolmlx train --resume {run.path}", style="yellow")
-        raise click.exceptions.Exit(130) from stop
-    _write_report(run)
+    with _saying_how_to_go_on(run.path):
+        tree = _run_stage(plan, choice, run, show=not as_json)
     if as_json:
-        console.print_json(
-            {
-                "run": str(run.path),
-                **{n: getattr(report, n) for n in report.__slots__},
-                "evaluation": evaluation.to_json() if evaluation else None,
-            }
-        )
+        console.print_json(tree)
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
+    from smolmlx import console, stages
+
+    try:
+        yield
+    except (stages.Interrupted, KeyboardInterrupt) as stop:
+        console.note(f"{str(stop) or 'interrupted'}\nGo on with: smolmlx train --resume {folder}", style="yellow")
+        raise click.exceptions.Exit(130) from stop
+
+
+def _run_stage(plan: Plan, choice: Choice, run: RunDir, show: bool) -> dict[str, Any]:
+    """Train and evaluate what is left of a run; return what `--json` prints."""
+    from smolmlx import stages
+
+    if run.done:
+        report = stages.read_report(run)
     else:
+        _introduce(plan)
+        report = _train(plan, choice, run)
+    evaluation = _evaluate(plan, choice, run) if plan.recipe.evaluate else None
+    _write_report(run)
+    if show:
         _show(plan, run, report, evaluation, _next(plan, run, choice))
+    return {
+        "run": str(run.path),
+        **{n: getattr(report, n) for n in report.__slots__},
+        "evaluation": evaluation.to_json() if evaluation else None,
+    }
+
+
+def _run_pipeline(pipeline: Pipeline, folder: Path, choice: Choice, as_json: bool) -> None:
+    """Run the stages that are left, one after the other."""
+    from smolmlx import console, pipelines, stages
+
+    trees: dict[str, Any] = {}
+    with _saying_how_to_go_on(folder):
+        for number, stage in enumerate(pipeline.stages, 1):
+            title = f"stage {number}/{len(pipeline.stages)}, {stage.name}"
+            if pipelines.is_done(stage, folder):
+                console.note(f"{title}: done before", style="bold")
+            elif stage.pairs is not None:
+                made = pipelines.make_pairs(stage, folder)
+                counts = ", ".join(f"{file['pairs']:,} for {split}" for split, file in made["files"].items())
+                console.note(f"{title}: {counts} in {folder / stage.name}", style="bold")
+                trees[stage.name] = made
+            else:
+                console.note(title, style="bold")
+                plan = options.resolve(pipelines.load_stage(pipeline, stage, folder), choice)
+                run = stages.begin(plan, folder / stage.name)
+                trees[stage.name] = _run_stage(plan, choice, run, show=not as_json)
+    if as_json:
+        console.print_json({"folder": str(folder), "stages": trees})
+    else:
+        console.result(f"Pipeline: {folder}  (one report of all stages: smolmlx report {folder})")
+
+
+def _first_run(pipeline: Pipeline, folder: Path) -> RunDir:
+    from smolmlx.rundir import RunDir
+
+    return RunDir(folder / pipeline.training[0].name)
 
 
 def _find_run(recipe: str | None, out: Path, resume: str) -> RunDir:
     """Return the unfinished run that is meant."""
     from smolmlx.rundir import RunDir
-    from smolmlx.stages import is_complete, run_name
+    from smolmlx.stages import run_name
 
     if resume == "auto":
         return _latest(out, recipe)
     run = RunDir(Path(resume))
-    if not (run.path / "recipe.yaml").is_file():
+    if not _is_run(run):
         raise RunError(f"{run.path}: not a run folder (no recipe.yaml). Pass the folder that `smolmlx train` named.")
     if recipe and not run.path.resolve().name.startswith(f"{run_name(recipe)}-"):
         raise click.UsageError(f"{run.path} is not a run of '{recipe}'. Leave the recipe out: a run has its own.")
-    if is_complete(run):
+    if _is_complete(run):
         raise RunError(f"{run.path}: this run is finished. Leave --resume out to start a new one.")
     return run
 
@@ -120,7 +183,7 @@ def _engine_of(run: RunDir, backend: str, device: str | None) -> Choice:
     from smolmlx import console
     from smolmlx.errors import BackendError
 
-    begun = run.read_json("env.json")
+    begun = run.read_json("env.json") if (run.path / "env.json").is_file() else {}
     if backend == "auto" and device is None and "device_kind" in begun:
         try:
             backends.choose(begun["backend"], begun["device_kind"])
@@ -144,17 +207,31 @@ def _reopen(run: RunDir, choice: Choice, sets: tuple[str, ...], max_steps: int |
 def _latest(out: Path, recipe: str | None) -> RunDir:
     """Return the newest unfinished run, of one recipe where it is named."""
     from smolmlx.rundir import RunDir
-    from smolmlx.stages import is_complete, run_name
+    from smolmlx.stages import run_name
 
     name = re.escape(run_name(recipe)) if recipe else ".+"
     stamped = re.compile(rf"{name}-(\d{{8}}-\d{{6}})-[0-9a-f]{{4}}")
     found = [(match[1], path) for path in out.glob("*") if (match := stamped.fullmatch(path.name))]
-    runs = [RunDir(path) for _, path in sorted(found) if (path / "recipe.yaml").is_file()]
-    unfinished = [run for run in runs if not is_complete(run)]
+    runs = [run for run in (RunDir(path) for _, path in sorted(found)) if _is_run(run)]
+    unfinished = [run for run in runs if not _is_complete(run)]
     if not unfinished:
         of = f" of '{recipe}'" if recipe else ""
         raise RunError(f"{out}: no unfinished run{of} to resume. Leave --resume out to start a new one.")
     return unfinished[-1]
+
+
+def _is_run(run: RunDir) -> bool:
+    from smolmlx import pipelines
+
+    return (run.path / "recipe.yaml").is_file() or (run.path / pipelines.FILE).is_file()
+
+
+def _is_complete(run: RunDir) -> bool:
+    from smolmlx import pipelines, stages
+
+    if (run.path / pipelines.FILE).is_file():
+        return all(pipelines.is_done(stage, run.path) for stage in pipelines.reopen(run.path).stages)
+    return stages.is_complete(run)
 
 
 def _position(run: RunDir) -> int:

@@ -41,6 +41,7 @@ LAYERS = {
     "loggers": 3,  # reports metrics to services by name
     "tasks": 3,  # wording, schemas and reading of the research tasks: shared by synth, evals and research
     "stages": 4,
+    "pipelines": 4,  # several stages, and the data made between them: composes recipe, stages and synth for the verbs
     "shelf": 4,  # which recipes there are and which runs a name means: composes recipe, models and rundir for the verbs
     "doctor": 4,  # looks at every engine and the files: composes what lies below for one verb
     "serving": 4,  # a generator over HTTP: composes generation and the seam for one verb

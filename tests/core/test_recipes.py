@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from smolmlx import recipe, shelf
+from smolmlx import pipelines, recipe, shelf
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "recipes.md"
@@ -32,6 +32,22 @@ folder, then among the shipped files. `on`, `off`, `yes` and `no` are words, wit
 `true` and `false` are true and false. Without an `evaluate` section nothing is scored after training.
 
 `smolmlx recipes ls` lists the shipped recipes, `smolmlx recipes cp NAME FILE` copies one to change.
+
+## Several stages
+
+A file with `stages:` is a pipeline; `smolmlx train` runs its stages in order, in one folder (`notes/pipeline` is one):
+
+```yaml
+description: what it is for
+stages:
+  sft: {recipe: notes/sft}                       # a shipped name, or a file beside this one
+  pairs: {pairs: {rows: [data/notes], counts: [258, 42], seed: 0}}     # as `smolmlx data pairs` makes them
+  dpo: {recipe: notes/dpo, set: {data.train: "{pairs}/train.jsonl", data.validation: "{pairs}/validation.jsonl"}}
+```
+
+A training stage starts from the adapter (or, after full training, the model) that the training stage before it left, unless its `set`
+names `model.adapter` or `model.id`. `{name}` is the folder of an earlier stage. From the command line a stage's keys begin with its name
+(`--set dpo.dpo.beta=0.2`); `--max-steps` holds for each; `--resume` goes on at the first stage that is not finished.
 """
 
 # For fields that carry no docstring in smolmlx/recipe.py; an entry must go when its field gets one.
@@ -118,7 +134,9 @@ def make_page() -> str:
 @pytest.mark.parametrize("name", shelf.names())
 def test_recipe_is_a_claim(name: str) -> None:
     path = shelf.find(name)
-    made = recipe.load(path).recipe
+    tree = recipe.read(path)
+    is_pipeline = pipelines.is_pipeline(tree)
+    made = pipelines.open_pipeline(path, name, shelf.find) if is_pipeline else recipe.load(path).recipe
     header = shelf.header(path)
     assert made.description and "\n" not in made.description
     assert f"smolmlx train {name}" in header, "the header must hold the command"
