@@ -34,6 +34,8 @@ class Example:
     text: str | None = None
     chosen: tuple[Mapping[str, Any], ...] = ()
     rejected: tuple[Mapping[str, Any], ...] = ()
+    group: str = ""
+    """What a row shares with others that are not independent of it: its `concept`, where it has one."""
 
     def characters(self) -> str:
         """All text of the row, for hashes and duplicate counts."""
@@ -380,7 +382,8 @@ def to_example(raw: Raw, form: Format, where: str, columns: Mapping[str, str], s
         return Example(where, text=_text(row, "text", where))
     if form.kind == "preference":
         return _preference(row, where, system)
-    return Example(where, _with_system(_turns(row, form, where), _own_system(row, where) or system))
+    messages = _with_system(_turns(row, form, where), _own_system(row, where) or system)
+    return Example(where, messages, group=str(raw.get("concept") or ""))
 
 
 def _turns(row: Raw, form: Format, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -463,8 +466,8 @@ def _preference(row: Raw, where: str, system: str | None) -> Example:
     sides = [_side(row[name], where) for name in ("chosen", "rejected")]
     if row.get("prompt") is not None:
         prompt = _side(row["prompt"], where, role="user")
-        sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
-        return Example(where, _with_system(prompt, _own_system(row, where) or system), None, *sides)
+        chosen, rejected = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
+        return Example(where, _with_system(prompt, _own_system(row, where) or system), None, chosen, rejected)
     shared = 0
     while shared < min(map(len, sides)) - 1 and sides[0][shared] == sides[1][shared]:
         shared += 1

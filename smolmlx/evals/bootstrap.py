@@ -1,4 +1,8 @@
-"""How sure a mean or a difference is: seeded percentile bootstrap (Efron, 1979) over rows, paired for a difference."""
+"""How sure a mean or a difference is: seeded percentile bootstrap (Efron, 1979), paired for a difference.
+
+Rows are resampled; rows of one group (the rows of a concept, say) are not independent and are resampled together
+(cluster bootstrap: Davison and Hinkley, 1997, section 3.8).
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,13 @@ class Interval:
     high: float
     num_rows: int
     level: float = LEVEL
+    num_groups: int = 0
+    """Groups that were resampled whole; 0 where each row stands for itself."""
 
     @property
     def shows_difference(self) -> bool:
-        """The interval leaves out 0, and there are rows enough for that to mean something."""
-        return self.num_rows >= MIN_ROWS and (self.low > 0 or self.high < 0)
+        """The interval leaves out 0, and there are rows (or groups) enough for that to mean something."""
+        return (self.num_groups or self.num_rows) >= MIN_ROWS and (self.low > 0 or self.high < 0)
 
 
 def bootstrap_mean(
@@ -66,6 +72,7 @@ def bootstrap_means(
     columns: npt.NDArray[np.float64],
     weights: npt.NDArray[np.float64] | None = None,
     *,
+    groups: Sequence[str] = (),
     draws: int = DRAWS,
     seed: int = 0,
     level: float = LEVEL,
@@ -76,10 +83,18 @@ def bootstrap_means(
 
     Args:
         weights: [N] what each row counts in the denominator; left out, 1.
+        groups: [N] which rows belong together; left out, or with a row that belongs nowhere (''), rows are resampled.
     """
     if columns.ndim != 2 or not columns.shape[0] or not np.isfinite(columns).all():
         raise ValueError(f"bootstrap_mean: expected one or more finite numbers, got an array of shape {columns.shape}")
-    weights = np.ones(columns.shape[0]) if weights is None else weights
+    num_rows = columns.shape[0]
+    weights = np.ones(num_rows) if weights is None else weights
+    names = list(dict.fromkeys(groups)) if groups and all(groups) else []
+    if names:
+        places = {name: place for place, name in enumerate(names)}
+        member = np.zeros((len(names), num_rows))
+        member[[places[group] for group in groups], np.arange(num_rows)] = 1
+        columns, weights = member @ columns, member @ weights
     tail = (1 - level) / 2
     found: list[Interval] = []
     for start in range(0, columns.shape[1], _MAX_COLUMNS):
@@ -88,24 +103,34 @@ def bootstrap_means(
         means = part.sum(axis=0) / weights.sum()
         for mean, low, high in zip(means.tolist(), lows.tolist(), highs.tolist(), strict=True):
             # Rounding may put the mean of equal values just outside its own resamples.
-            found.append(Interval(mean, min(low, mean), max(high, mean), columns.shape[0], level))
+            found.append(Interval(mean, min(low, mean), max(high, mean), num_rows, level, len(names)))
     return found
 
 
 def bootstrap_difference(
-    first: Sequence[float], second: Sequence[float], *, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    groups: Sequence[str] = (),
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = LEVEL,
 ) -> Interval:
-    """Return the mean of first - second and its interval, resampling rows with both of their values."""
+    """Return the mean of first - second and its interval, resampling rows (or groups) with both of their values."""
     if len(first) != len(second):
         raise ValueError(f"bootstrap_difference: paired values differ in number: {len(first)} and {len(second)}")
     paired = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    return bootstrap_mean(paired, draws=draws, seed=seed, level=level)
+    if paired.ndim != 1:
+        raise ValueError(f"bootstrap_difference: expected numbers, got an array of shape {paired.shape}")
+    return bootstrap_means(paired[:, None], groups=groups, draws=draws, seed=seed, level=level)[0]
 
 
 def difference_sentence(difference: Interval, metric: str, first: str, second: str) -> str:
     """Say what an interval of first - second shows, without a claim where it contains 0 or has under MIN_ROWS rows."""
     spread = f"{difference.level * 100:g} % interval {difference.low:+.3g} to {difference.high:+.3g}"
-    evidence = f"{spread}, n={difference.num_rows}"
+    evidence = f"{spread}, n={difference.num_rows}" + (
+        f" in {difference.num_groups} groups" if difference.num_groups else ""
+    )
     if not difference.shows_difference:
         return f"{metric}: no difference shown between {first} and {second} ({difference.mean:+.3g}, {evidence})."
     direction = "higher" if difference.mean > 0 else "lower"

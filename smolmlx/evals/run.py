@@ -237,7 +237,7 @@ def read_rows(
             raise DataError(
                 f"{example.where}: an evaluation row needs a question and an assistant answer to compare with."
             )
-        row = EvalRow(f"row-{number:04d}", raw_input or str(messages[-1]["content"]), reference)
+        row = EvalRow(f"row-{number:04d}", raw_input or str(messages[-1]["content"]), reference, example.group)
         if not wanted or row.id in wanted:
             found.append((row, tuple(messages)))
         if limited and settings.limit and len(found) >= settings.limit:

@@ -48,6 +48,8 @@ class EvalRow:
     id: str
     input: str
     reference: str
+    group: str = ""
+    """Rows of one group (a concept) are not independent: intervals resample them together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class NotesScore:
     num_words: int
     num_bullets: int
     words_per_point: float
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +144,11 @@ def rows_from_records(records: Iterable[Mapping[str, object]]) -> tuple[EvalRow,
         if missing:
             problems.append(f"row {number}: no text in {', '.join(missing)} (fields: {', '.join(map(str, record))})")
         else:
-            rows.append(EvalRow(str(record["id"]), str(record["input"]), str(record["output"])))
+            rows.append(
+                EvalRow(
+                    str(record["id"]), str(record["input"]), str(record["output"]), str(record.get("concept") or "")
+                )
+            )
     if problems:
         raise DataError("notes records need 'id', 'input' and 'output' as text", problems)
     return tuple(rows)
@@ -200,6 +207,7 @@ def score_note(row: EvalRow, output: str, boilerplate: Sequence[str] = BOILERPLA
         num_words=made.num_words,
         num_bullets=made.num_bullets,
         words_per_point=made.words_per_point,
+        group=row.group,
     )
 
 
@@ -232,7 +240,7 @@ def compare_notes(
     paired = {(first, second): columns[first] - columns[second] for first, second in pairs}
     # One call for all: they are resampled alike, which costs little more than one.
     together = np.concatenate([*columns.values(), *paired.values()], axis=1)
-    intervals = iter(bootstrap_means(together, draws=draws, seed=seed))
+    intervals = iter(bootstrap_means(together, groups=[row.group for row in rows], draws=draws, seed=seed))
     summary = {system: {metric: next(intervals) for metric in METRICS} for system in columns}
     differences = tuple(
         Difference(*pair, metric, interval := next(intervals), difference_sentence(interval, metric, *pair))

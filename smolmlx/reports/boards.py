@@ -170,7 +170,8 @@ def _recorded(found: ScoredSet) -> Iterator[Comparison]:
     for tree in found.differences:
         metric, interval = _METRICS.get(tree["metric"]), tree["interval"]
         if metric is not None:
-            shown = interval["num_rows"] >= MIN_ROWS and (interval["low"] > 0 or interval["high"] < 0)
+            enough = (interval.get("num_groups") or interval["num_rows"]) >= MIN_ROWS
+            shown = enough and (interval["low"] > 0 or interval["high"] < 0)
             yield _comparison(tree["system"], tree["control"], metric, interval, tree["sentence"], shown)
 
 
@@ -190,7 +191,9 @@ def _recomputed(entrants: Sequence[Entrant]) -> Iterator[Comparison]:
     if not wanted:
         return
     paired = [columns[system.label, metric.key] - columns[other.label, metric.key] for system, other, metric in wanted]
-    for (system, other, metric), found in zip(wanted, bootstrap_means(np.stack(paired, axis=1)), strict=True):
+    groups = [str(score.get("group", "")) for score in wanted[0][0].scores]
+    intervals = bootstrap_means(np.stack(paired, axis=1), groups=groups)
+    for (system, other, metric), found in zip(wanted, intervals, strict=True):
         sentence = difference_sentence(found, metric.key, system.label, other.label)
         yield _comparison(system.label, other.label, metric, asdict(found), sentence, found.shows_difference)
 

@@ -38,7 +38,7 @@ class ScoredSet:
     """Of that file; '' where the run does not say."""
     num_rows: int
     systems: Mapping[str, Mapping[str, Tree]]
-    """System -> metric -> {mean, low, high, num_rows, level}."""
+    """System -> metric -> {mean, low, high, num_rows, level, num_groups}."""
     differences: Sequence[Tree]
     """Paired: {system, control, metric, interval, sentence}."""
     scores: Mapping[str, Sequence[Tree]]

@@ -52,17 +52,23 @@ class Best:
     sentence: str
 
 
-def compare_with_first(settings: Sequence[str], scores: Scores, losses: Losses) -> list[Comparison]:
-    """Compare every setting with the first in validation loss and in each score both have."""
+def compare_with_first(
+    settings: Sequence[str], scores: Scores, losses: Losses, groups: Sequence[str] = ()
+) -> list[Comparison]:
+    """Compare every setting with the first in validation loss and in each score both have.
+
+    Args:
+        groups: of the test rows, where they have some; see `bootstrap_means`.
+    """
     found: list[Comparison | None] = []
     first, *others = settings
     for other in others:
         found.append(compare_losses(other, losses.get(other, ()), first, losses.get(first, ())))
-        found += [compare_scores(metric, other, first, scores) for metric in COMPARED]
+        found += [compare_scores(metric, other, first, scores, groups) for metric in COMPARED]
     return [comparison for comparison in found if comparison is not None]
 
 
-def find_best(settings: Sequence[str], scores: Scores) -> list[Best]:
+def find_best(settings: Sequence[str], scores: Scores, groups: Sequence[str] = ()) -> list[Best]:
     """Name the leader in each score, as the best only where it is shown to be higher than each of the others."""
     found = []
     for metric in COMPARED:
@@ -70,7 +76,7 @@ def find_best(settings: Sequence[str], scores: Scores) -> list[Best]:
         if len(means) < 2:
             continue
         leader = max(means, key=lambda name: means[name])
-        against = [compare_scores(metric, leader, other, scores) for other in means if other != leader]
+        against = [compare_scores(metric, leader, other, scores, groups) for other in means if other != leader]
         unclear = [c.against for c in against if c is not None and c.verdict != "higher"]
         shown = not unclear and None not in against
         label, mean = metric.replace("_", " "), f"mean {means[leader]:.3f}"
@@ -107,7 +113,9 @@ def compare_losses(setting: str, mine: Sequence[float], against: str, base: Sequ
     return Comparison(setting, against, "val_loss", gap, None, None, seeds, verdict, f"validation loss: {said}")
 
 
-def compare_scores(metric: str, setting: str, against: str, scores: Scores) -> Comparison | None:
+def compare_scores(
+    metric: str, setting: str, against: str, scores: Scores, groups: Sequence[str] = ()
+) -> Comparison | None:
     """Compare row by row over the seeds that both settings have; None where they have no rows in common."""
     mine, base = scores.get(setting, {}).get(metric, {}), scores.get(against, {}).get(metric, {})
     shared = sorted(set(mine) & set(base))
@@ -115,10 +123,10 @@ def compare_scores(metric: str, setting: str, against: str, scores: Scores) -> C
         return None
     rows = [[statistics.fmean(row) for row in zip(*(side[seed] for seed in shared), strict=True)] for side in (mine, base)]  # fmt: skip
     seeds = [[statistics.fmean(side[seed]) for seed in shared] for side in (mine, base)]
-    found = bootstrap_difference(*rows)
+    found = bootstrap_difference(*rows, groups=groups)
     apart = _apart(*seeds)
     verdict = apart if found.shows_difference else "no difference shown"
-    evidence = f"95 % interval over {found.num_rows} rows {found.low:+.3g} to {found.high:+.3g}"
+    evidence = f"95 % interval over {found.num_groups or found.num_rows} {'groups of rows' if found.num_groups else 'rows'} {found.low:+.3g} to {found.high:+.3g}"
     spans = f"seeds {_span(seeds[0], '.3f')} against {_span(seeds[1], '.3f')}"
     said = f"{metric.replace('_', ' ')}, mean of {len(shared)} seed{'s' if len(shared) > 1 else ''}: "
     if verdict != "no difference shown":

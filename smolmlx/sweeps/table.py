@@ -79,13 +79,13 @@ def read_table(sweep: Sweep, folder: Path) -> Table:
     varied = dict.fromkeys([*ALWAYS, *(key for cell in sweep.cells for key in cell.values)])
     lines = [_line(cell, folder, list(varied)) for cell in sweep.cells]
     settings = {name: _spreads([line for line in lines if line.setting == name]) for name in sweep.settings}
-    scores = _scores(sweep, folder, lines)
+    scores, groups = _scores(sweep, folder, lines)
     losses = {
         name: [line.figures["val_loss"] for line in lines if line.setting == name and "val_loss" in line.figures]
         for name in sweep.settings
     }
-    compared = compare_with_first(sweep.settings, scores, losses)
-    return Table(sweep, lines, settings, compared, find_best(sweep.settings, scores))
+    compared = compare_with_first(sweep.settings, scores, losses, groups)
+    return Table(sweep, lines, settings, compared, find_best(sweep.settings, scores, groups))
 
 
 def _line(cell: Cell, folder: Path, keys: Sequence[str]) -> Line:
@@ -139,17 +139,22 @@ def _spreads(lines: Sequence[Line]) -> dict[str, Spread]:
     return found
 
 
-def _scores(sweep: Sweep, folder: Path, lines: Sequence[Line]) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """Return setting -> metric -> seed -> one score per test row, of finished runs."""
+def _scores(
+    sweep: Sweep, folder: Path, lines: Sequence[Line]
+) -> tuple[dict[str, dict[str, dict[int, list[float]]]], list[str]]:
+    """Return setting -> metric -> seed -> one score per test row, of finished runs; and the groups of these rows."""
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    groups: list[str] = []
     for cell, line in zip(sweep.cells, lines, strict=True):
         tree = _results(RunDir(folder / cell.folder)).get("sets", {}).get("test") if line.figures else None
         if tree is None:
             continue
+        records = tree["rows"][cell.loaded.recipe.stage]
+        groups = [str(record.get("group", "")) for record in records]
         for metric in COMPARED:
-            rows = [float(row[metric]) for row in tree["rows"][cell.loaded.recipe.stage]]
+            rows = [float(record[metric]) for record in records]
             found.setdefault(cell.setting, {}).setdefault(metric, {})[cell.seed] = rows
-    return found
+    return found, groups
 
 
 def write_table(table: Table, folder: Path) -> None:

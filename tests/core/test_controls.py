@@ -108,6 +108,33 @@ def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says() -> None:
     assert 0.89 <= np.mean([interval.low <= 0 <= interval.high for interval in intervals]) <= 0.99
 
 
+def test_groups_cover_the_true_mean_where_rows_alone_are_too_sure() -> None:
+    """30 groups of 5 rows that share most of their value."""
+    rng = np.random.default_rng(7)
+    names = [str(row // 5) for row in range(150)]
+    apart, together = [], []
+    for seed in range(200):
+        values = np.repeat(rng.normal(size=30), 5) + 0.1 * rng.normal(size=150)
+        apart += bootstrap_means(values[:, None], draws=400, seed=seed)
+        together += bootstrap_means(values[:, None], groups=names, draws=400, seed=seed)
+    assert np.mean([interval.low <= 0 <= interval.high for interval in apart]) < 0.75
+    assert 0.88 <= np.mean([interval.low <= 0 <= interval.high for interval in together]) <= 0.99
+    assert [(i.mean, i.num_rows, i.num_groups) for i in together[:1]] == [(pytest.approx(apart[0].mean), 150, 30)]
+
+
+def test_a_group_of_its_own_for_each_row_is_a_row() -> None:
+    values = np.random.default_rng(1).normal(size=(20, 1))
+    alone, named = bootstrap_means(values), bootstrap_means(values, groups=[str(i) for i in range(20)])
+    assert (alone[0].low, alone[0].high) == (named[0].low, named[0].high)
+    assert bootstrap_means(values, groups=["a"] * 19 + [""])[0].num_groups == 0  # a row that belongs nowhere
+
+
+def test_few_groups_show_no_difference() -> None:
+    rows = {"first": [1.0] * 50, "second": [0.0] * 50}
+    assert not bootstrap_difference(*rows.values(), groups=[str(row % 5) for row in range(50)]).shows_difference
+    assert bootstrap_difference(*rows.values(), groups=[str(row % 6) for row in range(50)]).shows_difference
+
+
 def test_pairing_sees_a_difference_that_separate_intervals_hide() -> None:
     rng = np.random.default_rng(0)
     hard = rng.normal(size=100)
