@@ -486,17 +486,17 @@ def is_whole_sentence(text: str) -> bool:
 
 
 def passages(page: Page, rng: np.random.Generator) -> Iterator[Passage]:
-    """Gather a page's whole sentences, in order, into passages of 40-120 words."""
+    """Gather a page's whole sentences, in order, into passages of 40-140 words."""
     run: list[str] = []
-    target = int(rng.integers(40, 100))
+    target = int(rng.integers(50, 120))
     for block in (*page.blocks, Block("head", "")):
         for sentence in split_sentences(block.text):
             usable = block.kind == "prose" and is_whole_sentence(sentence) and sentence not in run
             words = sum(len(s.split()) for s in run)
-            if run and (block.kind == "head" or words + len(sentence.split()) > 120 or words >= target):
+            if run and (block.kind == "head" or words + len(sentence.split()) > 140 or words >= target):
                 if words >= 40 and len(run) >= 2:
                     yield Passage(page, tuple(run))
-                run, target = [], int(rng.integers(40, 100))
+                run, target = [], int(rng.integers(50, 120))
             if usable:
                 run.append(sentence)
 

@@ -102,7 +102,7 @@ def shorten(sentence: str) -> str | None:
 
 
 Made = tuple[str, Mapping[str, str]] | None
-"""An answer and what its instruction's wording names, or None where the view does not apply."""
+"""An answer and what its instruction's wording names (`text`: in place of the passage's), or None where it does not apply."""
 
 
 def _position(index: int, least: int) -> Callable[[Passage, np.random.Generator], Made]:
@@ -204,45 +204,116 @@ def _restriction(passage: Passage, rng: np.random.Generator) -> Made:
 
 
 _HEADINGS = {
-    "first": ("Opening", "Start", "Topic"),
-    "points": ("Points", "Facts", "Details"),
-    "restriction": ("Caution", "Restriction", "Exception"),
+    "first": ("Opening", "Start", "Topic", "Gist"),
+    "points": ("Points", "Facts", "Details", "Main Facts"),
+    "restriction": ("Caution", "Restriction", "Exception", "Known Gap"),
     "terms": ("Terms", "Names", "Vocabulary"),
     "last": ("Closing", "End", "Outcome"),
-    "question": ("Question", "Open question", "Ask"),
+    "question": ("Question", "Open Question", "Ask", "Reader Question"),
 }
-# Points in sections are marked with asterisks, so that a base model does not already know the notes' own form (dashes).
-_USUAL = 0.75
+_USUAL = 0.5
+"""Chance of the first of a section's headings, and of the sections' usual order."""
+_LEADS = (
+    *(
+        "First of all, ",
+        "Note: ",
+        "The point is that ",
+        "Background: ",
+        "Bear in mind that ",
+        "Here is why: ",
+        "Detail: ",
+    ),
+    *("It helps to know that ", "To be precise, ", "Also, ", "Consequence: ", "Somebody asked about it: ", "Besides, "),
+)
+_LABELS = (
+    *(
+        "Finding",
+        "Reason",
+        "Scope",
+        "Answer",
+        "Result",
+        "Remark",
+        "Given",
+        "Idea",
+        "Open",
+        "Status",
+        "Claim",
+        "Context",
+    ),
+    *("Observed", "Plan", "Rule", "Effect", "Source", "Cause", "Item", "Summary of the day", "What we saw", "For whom"),
+)
+_WONDERS = (
+    *("What happens to {x} when {y} changes?", "Does {x} still hold without {y}?", "How does {x} affect {y}?"),
+    *("Which {x} works best with {y}?", "How large can {x} be before {y} fails?", "Can {x} be replaced by {y}?"),
+    *("How should {x} be chosen for {y}?", "How often does {x} need {y}?", "When is {x} better than {y}?"),
+    *("Is {x} enough to explain {y}?", "What would {y} look like without {x}?", "Why does {x} depend on {y}?"),
+    *("How much of {y} comes from {x}?", "Would {x} help where {y} is missing?", "Who decides between {x} and {y}?"),
+)
 
 
-def _points(passage: Passage, rng: np.random.Generator, count: int) -> str:
-    """Return `count` bullets on different sentences in their order, half of them shortened; empty for a shorter passage."""
-    chosen = np.sort(rng.permutation(len(passage.sentences))[:count])
-    if len(chosen) < count:
+def _wonder(passage: Passage, rng: np.random.Generator) -> str:
+    """Return a question: about a sentence's subject where one can be made, else about two words of the passage."""
+    if rng.random() < 0.4 and (made := _question(passage, rng)):
+        return made[0]
+    words = [*dict.fromkeys(re.findall(r"(?<=[a-z] )[a-z][a-z-]{4,}(?= [a-z])(?: [a-z]{5,})?", passage.text))]
+    if len(words) < 2:
         return ""
-    picked = [passage.sentences[i] for i in chosen]
-    return _bullets(((shorten(sentence) if rng.random() < 0.5 else None) or sentence for sentence in picked), "*")
+    x, y = rng.permutation(words)[:2]
+    return str(rng.choice(_WONDERS)).format(x=x, y=y)
+
+
+def _with_leads(passage: Passage, rng: np.random.Generator) -> str:
+    """Return a passage's text with connecting words before its sentences, or as labelled lines; no answer repeats them."""
+    if rng.random() < 0.3:
+        labels = rng.choice(_LABELS, len(passage.sentences), replace=False)
+        mark = str(rng.choice(["", "", "- ", "* "]))
+        return "\n".join(f"{mark}{label}: {text}" for label, text in zip(labels, passage.sentences, strict=True))
+
+    def led(sentence: str) -> str:
+        if rng.random() < 0.5:
+            return sentence
+        lead, (first, _, rest) = str(rng.choice(_LEADS)), sentence.partition(" ")
+        small = first in {"The", "A", "An", "This", "These", "It", "If", "When", "In", "For", "By", "Each"}
+        return f"{lead}{first.lower() if small and not lead.endswith(': ') else first} {rest}"
+
+    return " ".join(map(led, passage.sentences))
 
 
 def _sections(passage: Passage, rng: np.random.Generator) -> Made:
-    """Answer under two to five headings that the instruction names, in its order; a list has the number of bullets it names."""
-    count = int(rng.choice([2, 3, 3, 3, 4]))
-    made = {
-        "first": passage.sentences[0],
-        "points": _points(passage, rng, count),
-        "restriction": (_restriction(passage, rng) or ("", {}))[0],
-        "terms": (_key_terms(passage, rng) or ("", {}))[0],
-        "last": passage.sentences[-1],
-        "question": (_question(passage, rng) or ("", {}))[0],
-    }
-    found = [kind for kind, text in made.items() if text]
-    chosen = [found[i] for i in rng.permutation(len(found))[: rng.integers(2, 6)]]
-    kinds = [kind for kind in found if kind in chosen] if rng.random() < _USUAL else chosen
+    """Answer under headings that the instruction names; no sentence is used twice, and points keep the passage's order.
+
+    Points are marked with asterisks, so that a base model does not already know the notes' own form (dashes).
+    """
+    sentences = passage.sentences
+    if len(sentences) < 4:
+        return None
+    places = {"first": 0, "last": len(sentences) - 1}
+    if warnings := [i for i, sentence in enumerate(sentences) if i > 0 and _RESTRICTION.search(sentence)]:
+        places["restriction"] = warnings[0]
+    taken: dict[str, int] = {}
+    for kind in rng.permutation(sorted(places)):
+        # A list is the harder half: it keeps at least two sentences.
+        if places[kind] not in taken.values() and len(sentences) - len(taken) > 2 and rng.random() < 0.7:
+            taken[str(kind)] = places[kind]
+    free = [i for i in range(len(sentences)) if i not in taken.values()]
+    count = min(len(free), int(rng.choice([2, 3, 3, 3, 3, 4])))
+    points = [sentences[i] for i in np.sort(rng.permutation(free)[:count])] if rng.random() < 0.3 else [
+        sentences[i] for i in free[:count]
+    ]  # fmt: skip
+    brief = [(shorten(sentence) if rng.random() < 0.4 else None) or sentence for sentence in points]
+    made = {kind: sentences[taken[kind]] if kind in taken else "" for kind in _HEADINGS}
+    made["points"] = _bullets(brief, "*")
+    made["terms"] = (_key_terms(passage, rng) or ("", {}))[0] if rng.random() < 0.1 else ""
+    made["question"] = _wonder(passage, rng) if rng.random() < 0.8 else ""
+    kinds = [kind for kind, text in made.items() if text]
+    if rng.random() > _USUAL:
+        kinds = [kinds[i] for i in rng.permutation(len(kinds))]
     names = {
         kind: _HEADINGS[kind][0] if rng.random() < _USUAL else str(rng.choice(_HEADINGS[kind][1:])) for kind in kinds
     }
     asked = [f"{names[kind]} ({_NUMBERS[count]} bullets)" if kind == "points" else names[kind] for kind in kinds]
-    return "\n".join(f"{names[kind]}:\n{made[kind]}" for kind in kinds), {"x": ", ".join(asked)}
+    text = _with_leads(passage, rng) if rng.random() < 0.5 else passage.text
+    return "\n".join(f"{names[kind]}:\n{made[kind]}" for kind in kinds), {"x": ", ".join(asked), "text": text}
 
 
 def _json(passage: Passage, rng: np.random.Generator) -> Made:
@@ -312,15 +383,16 @@ VIEWS = (
     ),
     View(2, _question_and_answer, ("{x}", "Answer from the passage: {x}", "Use the text to answer. {x}")),
     View(2, _restriction, ("Which sentence states a restriction?", "What should the reader be careful about?")),
-    View(
-        25,
-        _sections,
-        (
+    *(
+        View(40, _sections, (wording,))
+        for wording in (
             "Write these sections: {x}.",
             "Fill in these headings: {x}",
             "Turn this passage into sections: {x}.",
             "{x}. Write each below its heading, from the passage.",
-        ),
+            "Take notes under these headings: {x}.",
+            "Rewrite the passage as {x}.",
+        )
     ),
     View(0.5, _json, ("Give the first and the last sentence as JSON.",)),
     View(0.5, _extreme(max), ("Which sentence is the longest?", "Copy the longest sentence.")),
@@ -356,7 +428,7 @@ def _passage_views(passage: Passage, rng: np.random.Generator, count: int) -> It
         if made < count and (found := view.make(passage, rng)):
             ask = str(rng.choice(view.wordings)).format(**found[1])
             layout = str(rng.choice(_LAYOUTS))
-            yield chat_text(layout.format(ask=ask, text=passage.text), found[0])
+            yield chat_text(layout.format(ask=ask, text=found[1].get("text", passage.text)), found[0])
             made += 1
 
 
@@ -398,7 +470,7 @@ def chat_views(pages: Iterable[Page], seed: int, num_characters: int) -> list[Do
         made = [(0, text) for text in _definition(page, rng) if rng.random() < 0.15]
         made += [(0, text) for text in _lookup(page, rng) if rng.random() < 0.4]
         for passage in passages(page, rng):
-            made += enumerate(_passage_views(passage, rng, 6))
+            made += enumerate(_passage_views(passage, rng, 8))
         candidates += [(round_, digest(seed, text), Document(text, "chat", page.source)) for round_, text in made]
     chosen: list[Document] = []
     for _, _, document in sorted(candidates, key=lambda candidate: candidate[:2]):

@@ -1,8 +1,7 @@
 """Notes rows by rule, so that a data set for the notes task exists that nobody else owns and anyone can rebuild.
 
 A row is a concept (five facts, each in two long wordings and a short one) seen through an input pattern (order and
-connecting words of the passage) and an output variant (which fact is the summary, which three are the bullets). The
-notes say only what the passage says. `python -m smolmlx.synth.notes --out data/notes [--check]` rebuilds the files.
+connecting words of the passage). The notes say only what the passage says, in its order: its first fact is the summary. `python -m smolmlx.synth.notes --out data/notes [--check]` rebuilds the files.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ MIN_SUPPORT = 0.6
 MAX_COPIED = 3
 """Most lines of an answer that may stand word for word in the passage."""
 DRAFTS = 30
-"""Drafts tried for one pattern and variant before the next variant has its turn."""
+"""Drafts tried for one pattern and choice of facts before the next choice has its turn."""
 SPLIT_TRIALS = 50_000
 
 # A sentence of two halves whose second one only adds to the first: cutting it leaves a true and complete sentence.
@@ -95,32 +94,29 @@ class Pattern:
     joint: str
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """Which fact the notes take as their summary and which three as bullets, in order; `aside` is the pattern's own."""
+TOLD: tuple[frozenset[str], ...] = (
+    frozenset({"what", "how", "gain", "when"}),
+    frozenset({"what", "how", "gain", ASIDE}),
+    frozenset({"what", "how", "when", ASIDE}),
+    frozenset({"what", "gain", "when", ASIDE}),
+    frozenset({"how", "gain", "when", ASIDE}),
+)
+"""What a passage tells besides its limitation; `aside` is the pattern's own."""
 
-    summary: str
-    points: tuple[str, str, str]
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A passage's parts in the order it tells them; the notes keep that order, with the first fact as the summary."""
+
+    parts: tuple[str, ...]
 
     @property
-    def parts(self) -> frozenset[str]:
-        return frozenset({self.summary, *self.points, "limit"})
+    def summary(self) -> str:
+        return next(part for part in self.parts if part in FACTS and part != "limit")
 
-
-VARIANTS = (
-    Variant("what", ("how", "gain", "when")),
-    Variant("what", ("when", "how", "gain")),
-    Variant("gain", ("what", "how", "when")),
-    Variant("gain", ("how", "when", "what")),
-    Variant("how", ("what", "when", "gain")),
-    Variant("what", ("how", "gain", ASIDE)),
-    Variant("what", ("gain", ASIDE, "when")),
-    Variant("what", ("how", "when", ASIDE)),
-    Variant("gain", ("what", "how", ASIDE)),
-    Variant("gain", (ASIDE, "what", "when")),
-    Variant("how", ("what", ASIDE, "gain")),
-    Variant("when", ("what", "gain", ASIDE)),
-)
+    @property
+    def points(self) -> tuple[str, ...]:
+        return tuple(part for part in self.parts if part not in ("limit", self.summary))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +162,12 @@ class _Usage:
     """How often patterns and variants were used, so that the next row takes the rarest."""
 
     patterns: Counter[str] = field(default_factory=Counter)
-    variants: Counter[Variant] = field(default_factory=Counter)
+    told: Counter[frozenset[str]] = field(default_factory=Counter)
     notes: set[str] = field(default_factory=set)
 
-    def count(self, pattern: Pattern, variant: Variant, notes: str) -> None:
+    def count(self, pattern: Pattern, told: frozenset[str], notes: str) -> None:
         self.patterns[pattern.id] += 1
-        self.variants[variant] += 1
+        self.told[told] += 1
         self.notes.add(notes)
 
 
@@ -400,50 +396,52 @@ def _drafts(
 
 
 def _draft(concept: Concept, pattern: Pattern, book: Phrasebook, usage: _Usage, dice: Dice) -> tuple[str, str] | None:
-    """Draft one passage and its notes until they fit the bounds; the rarest variants have the first tries."""
-    for variant in _rarest(VARIANTS, usage.variants, dice):
+    """Draft one passage and its notes until they fit the bounds; the rarest choices of facts have the first tries."""
+    for kinds in _rarest(TOLD, usage.told, dice):
+        order = dice.pick(pattern.orders)
+        outline = Outline(tuple(part for part in order if part in kinds or part == "limit"))
         aside = _aside(concept, pattern, book, dice)
-        if not _may_fit(concept, variant, aside["note"], book):
+        if not _may_fit(concept, outline, aside["note"], book):
             continue
         for long_share in np.linspace(*LONG_SHARES, DRAFTS).tolist():
             ask = dice.pick(concept.ask)
             told = {name: _wording(fact, long_share, dice) for name, fact in concept.facts.items()}
-            notes = _notes(concept, variant, told, aside["note"], ask, book, dice)
+            notes = _notes(concept, outline, told, aside["note"], ask, book, dice)
             # The passage is the costly half, so answers of the wrong length do not get one.
             if notes in usage.notes or not _within(note_words(notes), OUTPUT_WORDS):
                 continue
-            text = _passage(pattern, variant, told, aside, book, dice)
+            text = _passage(pattern, outline, told, aside, book, dice)
             if fits(text, notes):
-                usage.count(pattern, variant, notes)
+                usage.count(pattern, kinds, notes)
                 return text, notes
     return None
 
 
 def _notes(
-    concept: Concept, variant: Variant, told: Mapping[str, str], aside: str, ask: str, book: Phrasebook, dice: Dice
+    concept: Concept, outline: Outline, told: Mapping[str, str], aside: str, ask: str, book: Phrasebook, dice: Dice
 ) -> str:
     """Write the answer to a passage that tells `told`."""
     shorts = _shorts(concept, book)
     brief = {name: _trimmed(short) if dice.share() < TRIM_SHARE else short for name, short in shorts.items()}
     brief[ASIDE] = aside
-    summary = shorts[variant.summary]
-    reworded = _other_wording(concept.facts[variant.summary], told[variant.summary])
+    summary = shorts[outline.summary]
+    reworded = _other_wording(concept.facts[outline.summary], told[outline.summary])
     if dice.share() < REWORDED_SUMMARY_SHARE and _is_named(concept, reworded):
         summary = reworded
-    return render_notes(summary, [brief[part] for part in variant.points], brief["limit"], ask)
+    return render_notes(summary, [brief[part] for part in outline.points], brief["limit"], ask)
 
 
 def _shorts(concept: Concept, book: Phrasebook) -> dict[str, str]:
     return {name: fact.short for name, fact in concept.facts.items()} | dict(book.briefs.get(concept.id, {}))
 
 
-def _may_fit(concept: Concept, variant: Variant, aside: str, book: Phrasebook) -> bool:
+def _may_fit(concept: Concept, outline: Outline, aside: str, book: Phrasebook) -> bool:
     """Tell whether the summary would name the concept and the shortest answer keep the bound, before any draft."""
     shorts = _shorts(concept, book)
     brief = {name: _trimmed(short) for name, short in shorts.items()} | {ASIDE: aside}
-    parts = [shorts[variant.summary], *(brief[part] for part in variant.points), brief["limit"]]
+    parts = [shorts[outline.summary], *(brief[part] for part in outline.points), brief["limit"]]
     least = len(" ".join(parts).split()) + min(len(ask.split()) for ask in concept.ask)
-    return least <= OUTPUT_WORDS[1] and _is_named(concept, shorts[variant.summary])
+    return least <= OUTPUT_WORDS[1] and _is_named(concept, shorts[outline.summary])
 
 
 def _is_named(concept: Concept, summary: str) -> bool:
@@ -454,14 +452,10 @@ def _is_named(concept: Concept, summary: str) -> bool:
 
 
 def _passage(
-    pattern: Pattern, variant: Variant, told: Mapping[str, str], aside: Mapping[str, str], book: Phrasebook, dice: Dice
+    pattern: Pattern, outline: Outline, told: Mapping[str, str], aside: Mapping[str, str], book: Phrasebook, dice: Dice
 ) -> str:
-    """Write a passage that tells every part the variant needs, in one of the pattern's orders."""
-    parts = [
-        aside["said"] if part == ASIDE else _led(told[part], pattern, part, book, dice)
-        for part in dice.pick(pattern.orders)
-        if part in variant.parts
-    ]
+    """Write a passage that tells every part of an outline, in its order."""
+    parts = [aside["said"] if part == ASIDE else _led(told[part], pattern, part, book, dice) for part in outline.parts]
     sentences = [dice.pick(pattern.open), *parts, dice.pick(pattern.close)]
     return pattern.joint.join(_filled(sentence, aside) for sentence in sentences if sentence)
 
