@@ -122,7 +122,7 @@ def train(
         folder = pipelines.start(pipeline, Path(out))
         for stage in pipeline.stages:
             if stage.pairs is not None:
-                pipelines.make_pairs(stage, folder)
+                pipelines.make_pairs(pipeline, stage, folder, choice, _silent)
             else:
                 plan = resolve(pipelines.load_stage(pipeline, stage, folder), choice)
                 run = _finish(plan, choice, stages.begin(plan, folder / stage.name), on_event)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from smolmlx import recipe as recipes
 from smolmlx import rundir
+from smolmlx.backend import Choice
 from smolmlx.errors import RecipeError, RunError, nearest
+from smolmlx.evals.run import Meter
 from smolmlx.models import files_root
+from smolmlx.plan import resolve
 from smolmlx.recipe import Loaded
 from smolmlx.rundir import RunDir, write_text
-from smolmlx.stages import is_complete
+from smolmlx.stages import is_complete, open_generator
 from smolmlx.synth.flaws import ISSUES
+from smolmlx.synth.on_policy import Sampling, drawing, write_sampled
 from smolmlx.synth.pairs import Order, check_order, write_pairs
 
 FILE = "pipeline.json"
@@ -37,17 +41,30 @@ class _Strict(BaseModel):
 
 
 class Pairs(_Strict):
-    """Preference pairs by rule, as `smolmlx data pairs` makes them."""
+    """Preference pairs, as `smolmlx data pairs` makes them."""
 
     rows: Annotated[list[str], Field(min_length=1)]
     """Notes files, or folders that hold train.jsonl and validation.jsonl."""
-    counts: tuple[int, int] = (258, 42)
-    """Pairs for train and validation."""
-    issues: list[str] = list(ISSUES)
+    counts: tuple[int, int] | None = None
+    """Pairs for train and validation. Left out: 258 and 42 by rule, all that the answers give with `samples`."""
+    issues: list[str] | None = None
+    """Flaws of pairs by rule; left out, all."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Answers drawn for each row from the stage trained last; 0 makes pairs by rule."""
+    temperature: Annotated[float, Field(gt=0)] = 0.8
+    """Of these answers."""
     seed: Annotated[int, Field(ge=0)] = 0
 
+    @model_validator(mode="after")
+    def _one_way(self) -> Pairs:
+        if self.samples == 1 or (self.samples and self.issues is not None):
+            raise ValueError("`samples` takes 2 or more, and no `issues`, which are of pairs by rule")
+        if not self.samples and "temperature" in self.model_fields_set:
+            raise ValueError("`temperature` has no effect without `samples`")
+        return self
+
     def order(self) -> Order:
-        return Order(self.counts, tuple(self.issues), self.seed)
+        return Order(self.counts or (258, 42), tuple(ISSUES if self.issues is None else self.issues), self.seed)
 
 
 class Entry(_Strict):
@@ -141,11 +158,17 @@ def make_pipeline(
     """
     file = _check(tree, source)
     over = _by_stage(sets or {}, file.stages)
-    found, problems = [], []
+    found: list[Stage] = []
+    problems: list[str] = []
     for stage, entry in file.stages.items():
         if entry.pairs is not None:
             try:
-                check_order(entry.pairs.order())
+                if not entry.pairs.samples:
+                    check_order(entry.pairs.order())
+                elif not any(earlier.tree is not None for earlier in found):
+                    problems.append(
+                        f"stages.{stage}: `samples` are answers of a trained stage, and none stands before it."
+                    )
             except RecipeError as error:
                 problems += [f"stages.{stage}: {problem}" for problem in error.problems]
             found.append(Stage(stage, entry.pairs))
@@ -244,7 +267,7 @@ def start(pipeline: Pipeline, out: Path) -> Path:
     stages = [
         {
             "name": s.name,
-            "pairs": s.pairs.model_dump() if s.pairs else None,
+            "pairs": s.pairs.model_dump(exclude_unset=True) if s.pairs else None,
             "source": s.source,
             "tree": s.tree,
             "values": s.values,
@@ -278,8 +301,23 @@ def is_done(stage: Stage, folder: Path) -> bool:
     return (path / "recipe.yaml").is_file() and is_complete(RunDir(path))
 
 
-def make_pairs(stage: Stage, folder: Path) -> dict[str, Any]:
-    """Write a stage's pairs; return their manifest."""
+def make_pairs(pipeline: Pipeline, stage: Stage, folder: Path, choice: Choice, meter: Meter) -> dict[str, Any]:
+    """Write a stage's pairs, by rule or from the answers of the last trained stage; return their manifest."""
     assert stage.pairs is not None
-    names = [name if Path(name).exists() else str(files_root() / name) for name in stage.pairs.rows]
-    return write_pairs(names, folder / stage.name, stage.pairs.order())
+    wanted = stage.pairs
+    names = [name if Path(name).exists() else str(files_root() / name) for name in wanted.rows]
+    if not wanted.samples:
+        return write_pairs(names, folder / stage.name, wanted.order())
+    earlier = pipeline.stages[: pipeline.stages.index(stage)]
+    trained = next(other for other in reversed(earlier) if other.tree is not None)
+    plan = resolve(load_stage(pipeline, trained, folder), choice)
+    run = RunDir(folder / trained.name)
+    left = run.model if plan.full else run.adapter
+    sampling = Sampling(plan.model.name, str(left), wanted.samples, wanted.temperature, seed=wanted.seed)
+    generator = open_generator(plan, choice.backend, left, run)
+
+    def draw(prompts: Sequence[str], number: int) -> list[list[str]]:
+        with meter(f"{stage.name}: drawing answers", len(prompts) * number) as on_done:
+            return drawing(generator, plan.tokenizer, sampling, on_done)(prompts, number)
+
+    return write_sampled(names, folder / stage.name, wanted.counts, sampling, draw)

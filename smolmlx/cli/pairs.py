@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +17,116 @@ Examples:
   smolmlx data pairs data/notes pairs
   smolmlx data pairs train.jsonl validation.jsonl pairs --counts 100,20 --issue fourth-bullet --issue boilerplate
   smolmlx data pairs data/notes pairs --counts 258,42,20 --allow-test --seed 7
+  smolmlx data pairs data/notes pairs --model tiny --adapter runs/notes-sft-.../adapter --samples 8
 """
 
 
 @click.command("pairs", epilog=PAIRS_EPILOG)
 @click.argument("names", nargs=-1, required=True, metavar="NOTES...")
 @click.argument("out_dir", metavar="OUT_DIR", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--counts", default="258,42", show_default=True, metavar="A[,B[,C]]", help="Pairs for train, validation and test.")  # fmt: skip
+@click.option("--counts", metavar="A[,B[,C]]", help="Pairs for train, validation and test.  [default: 258,42; with --model all]")  # fmt: skip
 @click.option("--issue", "issues", multiple=True, metavar="I", help=f"One of {', '.join(ISSUES)}; may be repeated.  [default: all]")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Which rows, flaws and words.")
 @click.option("--allow-test", is_flag=True, help="Take held-out rows too; the model can then not be measured on them.")
+@click.option(
+    "--model", metavar="M", help="Draw both answers from this model (hub id, folder or `tiny`) and rank them."
+)
+@click.option("--adapter", metavar="A", type=click.Path(), help="Adapter folder for --model.")
+@click.option("--samples", type=click.IntRange(min=2), help="Answers drawn for each row.  [default: 8]")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of the answers drawn.  [default: 0.8]")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer drawn.  [default: 200]")
+@options.quantize
+@options.engine
 @options.as_json
 def pairs(
     names: tuple[str, ...],
     out_dir: Path,
-    counts: str,
+    counts: str | None,
     issues: tuple[str, ...],
     seed: int,
     allow_test: bool,
+    model: str | None,
+    adapter: str | None,
+    quantize: str,
+    backend: str,
+    device: str | None,
     as_json: bool,
+    **drawn: Any,
 ) -> None:
-    """Make preference pairs from notes, by rule.
+    """Make preference pairs from notes, by rule or from a model's own answers.
 
-    NOTES are JSONL files of the notes task, or a folder with train.jsonl and validation.jsonl. The chosen answer is the
-    row's own; the rejected one has one flaw and nearly the same number of words, so that length teaches nothing. Rows
-    are taken in turn over topics and difficulties. Each pair is checked by rules of their own before it is written.
-    Writes one JSONL file per split, and manifest.json with counts, word gaps and hashes.
+    NOTES are JSONL files of the notes task, or a folder with train.jsonl and validation.jsonl. Without --model the chosen
+    answer is the row's own; the rejected one has one flaw and nearly the same number of words, so that length teaches
+    nothing, and each pair is checked by rules of their own. With --model several answers are drawn for each row: the best
+    that keeps the strict rule is chosen, one that breaks it (or is clearly further from the row's own answer) is rejected.
+    Rows are taken in turn over topics and difficulties. Writes one JSONL file per split, and manifest.json with counts,
+    word gaps and hashes.
     """  # fmt: skip
     from smolmlx import console
     from smolmlx.models import files_root
     from smolmlx.synth.pairs import Order, write_pairs
 
-    unknown = [f"{i}: unknown.{nearest(i, ISSUES)} Known: {', '.join(ISSUES)}" for i in issues if i not in ISSUES]
-    if unknown:
-        raise RecipeError("--issue", unknown)
-    # In the order of ISSUES, so that the order of options changes nothing.
-    order = Order(_counts(counts), tuple(i for i in ISSUES if i in (issues or ISSUES)), seed, allow_test)
     # As in recipes: what is not in the working folder may be the project's own, e.g. data/notes.
     shipped = {name: files_root() / name for name in names if not Path(name).exists()}
     found = [str(shipped[name]) if name in shipped and shipped[name].exists() else name for name in names]
-    with console.status("making pairs") as say:
-        made = write_pairs(found, out_dir, order, lambda count: say(f"making pairs: {count:,}"))
+    given = {name: value for name, value in drawn.items() if value is not None}
+    if model is not None:
+        if issues or allow_test:
+            raise RecipeError("--issue, --allow-test: are for pairs by rule; leave them out with --model.")
+        wanted = None if counts is None else _counts(counts)
+        made = _draw(found, out_dir, wanted, model, adapter, seed, given, quantize, backend, device)
+    else:
+        idle = [f"--{name.replace('_', '-')}" for name in given] + (["--adapter"] if adapter else [])
+        if idle or quantize != "none" or backend != "auto" or device is not None:
+            raise RecipeError(f"{', '.join(idle) or '--backend'}: has no effect without --model.")
+        unknown = [f"{i}: unknown.{nearest(i, ISSUES)} Known: {', '.join(ISSUES)}" for i in issues if i not in ISSUES]
+        if unknown:
+            raise RecipeError("--issue", unknown)
+        # In the order of ISSUES, so that the order of options changes nothing.
+        chosen = tuple(i for i in ISSUES if i in (issues or ISSUES))
+        order = Order(_counts(counts or "258,42"), chosen, seed, allow_test)
+        with console.status("making pairs") as say:
+            made = write_pairs(found, out_dir, order, lambda count: say(f"making pairs: {count:,}"))
     if as_json:
         console.print_json({"folder": str(out_dir), **made})
     else:
         _show(made, out_dir)
+
+
+def _draw(
+    names: list[str],
+    out_dir: Path,
+    counts: tuple[int, ...] | None,
+    model: str,
+    adapter: str | None,
+    seed: int,
+    given: dict[str, Any],
+    quantize: str,
+    backend: str,
+    device: str | None,
+) -> dict[str, Any]:
+    """Load the model, and make pairs of its answers."""
+    from smolmlx import console
+    from smolmlx.backend import Loading
+    from smolmlx.data.chat import Tokenizer
+    from smolmlx.models import find_model
+    from smolmlx.synth.on_policy import Sampling, drawing, write_sampled
+
+    base = find_model(model)
+    if adapter and not Path(adapter).is_dir():
+        raise RecipeError(f"--adapter {adapter}: no such folder.")
+    sampling = Sampling(model, adapter or "", seed=seed, **given)
+    tokenizer = Tokenizer(options.tokenizer_folder(base.folder, [adapter] if adapter else []))
+    choice = options.choose(backend, device)
+    loading = Loading(device or choice.device, quantize=quantize)
+    with console.status("loading the model"):
+        generator = choice.backend.generator(base, Path(adapter) if adapter else None, tokenizer, loading)
+
+    def draw(prompts: Sequence[str], number: int) -> list[list[str]]:
+        with console.Counter("drawing answers", len(prompts) * number) as on_done:
+            return drawing(generator, tokenizer, sampling, on_done)(prompts, number)
+
+    return write_sampled(names, out_dir, counts, sampling, draw)
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -139,7 +139,7 @@ def _run_pipeline(pipeline: Pipeline, folder: Path, choice: Choice, as_json: boo
             if pipelines.is_done(stage, folder):
                 console.note(f"{title}: done before", style="bold")
             elif stage.pairs is not None:
-                made = pipelines.make_pairs(stage, folder)
+                made = pipelines.make_pairs(pipeline, stage, folder, choice, console.Counter)
                 counts = ", ".join(f"{file['pairs']:,} for {split}" for split, file in made["files"].items())
                 console.note(f"{title}: {counts} in {folder / stage.name}", style="bold")
                 trees[stage.name] = made

@@ -82,10 +82,27 @@ def write_pairs(
         RunError: `out_dir` cannot be written.
     """
     check_order(order)
-    _check_folder(out_dir)
-    files = list(_files(names, order))
+    files = list(row_files(names, order.wanted()))
     rows = read_notes_rows(files, order.allow_test)
-    made, left_out = make_pairs(rows, order, on_pairs)
+    tree = {"seed": order.seed, "counts": list(order.counts), "issues": list(order.issues)}
+    return write_files(out_dir, files, len(rows), tree, lambda: make_pairs(rows, order, on_pairs))
+
+
+def write_files(
+    out_dir: Path,
+    files: Sequence[Path],
+    num_rows: int,
+    order: Mapping[str, Any],
+    make: Callable[[], tuple[dict[str, list[Pair]], dict[str, int]]],
+) -> dict[str, Any]:
+    """Make pairs and write one file a split, then manifest.json; return the manifest.
+
+    Raises:
+        RecipeError: a folder whose files would be lost.
+        RunError: `out_dir` cannot be written.
+    """
+    _check_folder(out_dir)
+    made, left_out = make()
     entries = {}
     for split, pairs in made.items():
         content = b"".join(json_line(pair, pair["id"]) for pair in pairs)
@@ -93,7 +110,7 @@ def write_pairs(
             file.write(content)
         entries[split] = {"path": f"{split}.jsonl", "sha256": hashlib.sha256(content).hexdigest(), **_summary(pairs)}
     sources = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    tree = {"made_by": MADE_BY, "seed": order.seed, "counts": list(order.counts), "issues": list(order.issues), "rows": len(rows), "pairs": sum(map(len, made.values())), "files": entries, "left_out": left_out, "sources_sha256": sources}  # fmt: skip
+    tree = {"made_by": MADE_BY, **order, "rows": num_rows, "pairs": sum(map(len, made.values())), "files": entries, "left_out": left_out, "sources_sha256": sources}  # fmt: skip
     with replacing(out_dir / "manifest.json") as file:
         file.write(json.dumps(tree, indent=2, ensure_ascii=False).encode() + b"\n")
     for split in set(SPLITS) - set(entries):  # of an earlier order
@@ -107,11 +124,12 @@ def _check_folder(out_dir: Path) -> None:
         raise RecipeError(f"{out_dir}: holds {', '.join(present)}, not written by `{MADE_BY}`. Choose another folder.")
 
 
-def _files(names: Sequence[str], order: Order) -> Iterable[Path]:
+def row_files(names: Sequence[str], splits: Iterable[str]) -> Iterator[Path]:
+    """Yield the notes files behind names of files, and of folders that hold one file a split."""
     for name in names:
         path = Path(name)
         if path.is_dir():
-            yield from (path / f"{split}.jsonl" for split in order.wanted())
+            yield from (path / f"{split}.jsonl" for split in splits)
         else:
             yield path
 
@@ -206,7 +224,7 @@ def _split_pairs(rows: Sequence[NotesRow], issues: Sequence[str], dice: Dice, le
             left_out[LEFT_OUT_NONE] += 1
             continue
         used.update([(issue, ""), (issue, row.topic)])
-        yield _record(row, issue, rejected)
+        yield record(row, issue, row.answer, rejected)
 
 
 def round_robin(rows: Iterable[NotesRow], dice: Dice) -> Iterator[NotesRow]:
@@ -219,10 +237,11 @@ def round_robin(rows: Iterable[NotesRow], dice: Dice) -> Iterator[NotesRow]:
         yield from (cells[cell].pop() for cell in turns if cells[cell])
 
 
-def _record(row: NotesRow, issue: str, rejected: str) -> Pair:
+def record(row: NotesRow, issue: str, chosen: str, rejected: str) -> Pair:
+    """Lay out one pair with where it comes from and hashes of its texts."""
     labels = {"concept": row.concept, "topic": row.topic, "difficulty": row.difficulty, "split": row.split}
-    words = {"chosen_words": len(note_words(row.answer)), "rejected_words": len(note_words(rejected))}
-    texts = {"prompt": row.prompt, "chosen": row.answer, "rejected": rejected}
+    words = {"chosen_words": len(note_words(chosen)), "rejected_words": len(note_words(rejected))}
+    texts = {"prompt": row.prompt, "chosen": chosen, "rejected": rejected}
     hashes = {f"{name}_sha256": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     return {"id": f"{row.id}-{issue}", **texts, "issues": [issue], "source_id": row.id, **labels, **words, **hashes}
 

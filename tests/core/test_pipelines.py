@@ -12,7 +12,8 @@ import yaml
 
 import lab as labs
 import smolmlx
-from smolmlx import pipelines, shelf
+from smolmlx import backend, pipelines, shelf
+from smolmlx.api import _silent as silent
 from smolmlx.errors import RecipeError
 from smolmlx.rundir import RunDir
 
@@ -104,7 +105,7 @@ def test_pairs_are_made_between_stages_and_named_by_their_stage(tmp_path: Path) 
     pairs, dpo = pipelines.reopen(folder).stages
     assert pipelines.reopen(folder) == made
     assert not pipelines.is_done(pairs, folder)
-    pipelines.make_pairs(pairs, folder)
+    pipelines.make_pairs(made, pairs, folder, backend.choose("cuda", "cpu"), silent)
     assert pipelines.is_done(pairs, folder) and not pipelines.is_done(dpo, folder)
     rows = Path(str(pipelines.load_stage(made, dpo, folder).recipe.data.train))
     assert rows == folder / "pairs" / "train.jsonl" and len(rows.read_text().splitlines()) == 10
@@ -127,6 +128,8 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "misspelt recipe key": ({"stages": {"a": {"recipe": "sft.yaml", "set": {"lora.rank": 1}}}}, {}, "stages.a: lora.rank"),
     "no such recipe": ({"stages": {"a": {"recipe": "notes/sftt"}}}, {}, "Did you mean 'notes/sft'?"),
     "no such flaw": ({"stages": {"a": {"pairs": {"rows": ["x"], "issues": ["y"]}}, "b": {"recipe": "sft.yaml"}}}, {}, "stages.a: issue 'y'"),
+    "samples of nothing": ({"stages": {"a": {"pairs": {"rows": ["x"], "samples": 4}}, "b": {"recipe": "sft.yaml"}}}, {}, "none stands before it"),
+    "idle temperature": ({"stages": {"a": {"pairs": {"rows": ["x"], "temperature": 1}}}}, {}, "no effect without `samples`"),
     "odd name": ({"stages": {"a/b": {"recipe": "sft.yaml"}}}, {}, "a stage's name is its folder"),
     "set without stage": ({"stages": {"a": {"recipe": "sft.yaml"}}}, {"lora.r": 2}, "e.g. a.lora.r"),
 }  # fmt: skip

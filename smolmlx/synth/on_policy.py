@@ -1,0 +1,138 @@
+"""Preference pairs from a model's own answers: several are drawn for each notes row, ranked, and informative pairs kept.
+
+An answer that keeps the strict rule stands before one that does not; among equals the one that is nearer to the row's
+reference does. Nothing but the model's own words is trained on, so no style of a rule or of a judge is learned with them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolmlx.backend import Decoding, Generator
+from smolmlx.data.chat import Tokenizer
+from smolmlx.errors import DataError, RecipeError
+from smolmlx.evals.bases import generate
+from smolmlx.evals.suites import EvalRow, NotesScore, score_note
+from smolmlx.synth.flaws import NotesRow, gap
+from smolmlx.synth.notes import Dice
+from smolmlx.synth.pairs import HELD_OUT, Pair, read_notes_rows, record, round_robin, row_files, write_files
+
+LEAST_GAP = 0.15
+"""Content alignment between two compliant answers below which a pair says too little."""
+LEFT_OUT_NONE_KEPT = "no answer keeps the strict rule"
+LEFT_OUT_ALIKE = "the answers are too much alike"
+Draw = Callable[[Sequence[str], int], list[list[str]]]
+"""Prompts and a number -> that many answers of the model to each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Whose answers, and how they are drawn; recorded with the pairs."""
+
+    model: str
+    adapter: str
+    samples: int = 8
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_tokens: int = 200
+    seed: int = 0
+
+
+def drawing(
+    generator: Generator, tokenizer: Tokenizer, sampling: Sampling, on_done: Callable[[int], None] = lambda done: None
+) -> Draw:
+    """Return what draws answers of a loaded model; an answer depends on the seed and its place alone."""
+    how = Decoding(
+        max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed
+    )
+
+    def draw(prompts: Sequence[str], number: int) -> list[list[str]]:
+        asked = [tokenizer.encode(tokenizer.prompt([{"role": "user", "content": prompt}])) for prompt in prompts]
+        found = generate(generator, tokenizer, [ids for ids in asked for _ in range(number)], how, on_done)
+        return [found[start : start + number] for start in range(0, len(found), number)]
+
+    return draw
+
+
+def choose(row: NotesRow, answers: Sequence[str]) -> tuple[str, str, list[str]] | str:
+    """Return (chosen, rejected, what is wrong with rejected) of a row's answers, or why they give no pair."""
+    asked = EvalRow(row.id, row.passage, row.answer)
+    scored = [(score_note(asked, answer), answer) for answer in dict.fromkeys(answers)]
+    kept = [(score, answer) for score, answer in scored if score.compliance]
+    if not kept:
+        return LEFT_OUT_NONE_KEPT
+    best, chosen = max(kept, key=lambda found: _worth(found[0]))
+    broken = [(score, answer) for score, answer in scored if not score.compliance]
+    if broken:
+        # The broken answer whose length is nearest, so that length teaches as little as it can.
+        worst, rejected = min(broken, key=lambda found: abs(gap(chosen, found[1])))
+        return chosen, rejected, list(worst.problems)
+    worst, rejected = min(kept, key=lambda found: _worth(found[0]))
+    if best.content_alignment - worst.content_alignment < LEAST_GAP:
+        return LEFT_OUT_ALIKE
+    return chosen, rejected, ["content"]
+
+
+def _worth(score: NotesScore) -> tuple[float, float]:
+    return score.content_alignment, -score.unsupported
+
+
+def sample_pairs(
+    rows: Sequence[NotesRow], counts: dict[str, int | None], sampling: Sampling, draw: Draw
+) -> tuple[dict[str, list[Pair]], dict[str, int]]:
+    """Return the pairs of each split, round-robin over topic and difficulty, and how many rows gave none, by reason.
+
+    Args:
+        counts: split -> most pairs wanted; None for all.
+
+    Raises:
+        DataError: a split gave no pair at all.
+    """
+    made: dict[str, list[Pair]] = {}
+    left_out = Counter[str]()
+    for split, count in counts.items():
+        members = list(round_robin([row for row in rows if row.split == split], Dice(sampling.seed)))
+        answers = draw([row.prompt for row in members], sampling.samples) if members else []
+        made[split] = []
+        for row, drawn in zip(members, answers, strict=True):
+            found = choose(row, drawn)
+            if isinstance(found, str):
+                left_out[found] += 1
+            elif count is None or len(made[split]) < count:
+                chosen, rejected, issues = found
+                made[split].append({**record(row, "sampled", chosen, rejected), "issues": issues})
+    empty = [f"{split}: no pair" for split, pairs in made.items() if not pairs]
+    if empty:
+        why = "; ".join(f"{reason}: {number} rows" for reason, number in left_out.items())
+        raise DataError(f"on-policy pairs ({why}); train longer, or draw more --samples", empty)
+    return made, dict(left_out)
+
+
+def write_sampled(
+    names: Sequence[str], out_dir: Path, counts: Sequence[int] | None, sampling: Sampling, draw: Draw
+) -> dict[str, Any]:
+    """Draw, choose and write, as `pairs.write_pairs` does; return the manifest.
+
+    Raises:
+        RecipeError: fewer than two samples, pairs of held-out rows, or a folder whose files would be lost.
+        DataError: rows that are no notes, or that give no pair.
+    """
+    if sampling.samples < 2 or sampling.temperature <= 0:
+        raise RecipeError(
+            "data pairs", ["--samples, --temperature: a pair takes two answers that may differ: 2 or more, above 0."]
+        )
+    if counts is not None and (len(counts) > 2 or not all(count > 0 for count in counts)):
+        raise RecipeError(
+            "data pairs",
+            [f"--counts {','.join(map(str, counts))}: expected pairs for train and validation, e.g. 200,40"],
+        )
+    wanted: dict[str, int | None] = dict(zip(("train", "validation"), counts or (None, None), strict=False))
+    files = list(row_files(names, wanted))
+    rows = read_notes_rows(files)
+    assert not any(row.split in HELD_OUT for row in rows)
+    order = {"sampling": {name: getattr(sampling, name) for name in sampling.__slots__}, "counts": list(counts or ())}
+    return write_files(out_dir, files, len(rows), order, lambda: sample_pairs(rows, wanted, sampling, draw))

@@ -1,0 +1,100 @@
+"""Pairs from a model's own answers: which answers make one, and what is written about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from smolmlx.errors import DataError, RecipeError
+from smolmlx.evals.notes import strict_compliance
+from smolmlx.synth.flaws import NotesRow
+from smolmlx.synth.on_policy import LEFT_OUT_ALIKE, LEFT_OUT_NONE_KEPT, Sampling, choose, write_sampled
+from smolmlx.synth.pairs import read_notes_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTES = ROOT / "data" / "notes"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[NotesRow]:
+    return read_notes_rows([NOTES / "validation.jsonl"])
+
+
+def fourth_bullet(answer: str) -> str:
+    return answer.replace("\nLimitation:", "\n- One point more.\nLimitation:")
+
+
+def off_topic(answer: str) -> str:
+    """Keep the layout, and say something else."""
+    lines = [
+        line if line.endswith(":") else "- Rain fell there." if line.startswith("-") else "Rain fell there."
+        for line in answer.split("\n")
+    ]
+    return "\n".join([*lines[:-1], "Did rain fall on the old town?"])
+
+
+def test_a_broken_answer_loses_to_a_whole_one(rows: list[NotesRow]) -> None:
+    row = rows[0]
+    found = choose(row, [fourth_bullet(row.answer), row.answer, off_topic(row.answer)])
+    assert found[:2] == (row.answer, fourth_bullet(row.answer))
+    assert found[2] == ["Key Points: 4 bullets, 3 expected"]
+
+
+def test_of_two_whole_answers_the_nearer_wins(rows: list[NotesRow]) -> None:
+    row = rows[0]
+    assert strict_compliance(off_topic(row.answer)).passed
+    assert choose(row, [off_topic(row.answer), row.answer]) == (row.answer, off_topic(row.answer), ["content"])
+
+
+def test_what_teaches_nothing_is_left_out(rows: list[NotesRow]) -> None:
+    row = rows[0]
+    assert choose(row, [row.answer, row.answer]) == LEFT_OUT_ALIKE
+    assert choose(row, [fourth_bullet(row.answer), "nonsense"]) == LEFT_OUT_NONE_KEPT
+
+
+def test_the_broken_answer_of_nearest_length_is_taken(rows: list[NotesRow]) -> None:
+    row = rows[0]
+    endless = fourth_bullet(row.answer) + " and so on" * 80
+    assert choose(row, [row.answer, endless, fourth_bullet(row.answer)])[1] == fourth_bullet(row.answer)
+
+
+def drawer(flaw: Callable[[str], str]) -> Callable[[Sequence[str], int], list[list[str]]]:
+    """A model that answers each prompt once as its row does, and else with a flaw."""
+    answers = {row.prompt: row.answer for row in read_notes_rows([NOTES / "train.jsonl", NOTES / "validation.jsonl"])}
+    return lambda prompts, number: [[answers[p], *[flaw(answers[p])] * (number - 1)] for p in prompts]
+
+
+def test_files_name_what_was_drawn(tmp_path: Path) -> None:
+    sampling = Sampling("tiny", "runs/x/adapter", samples=3, seed=5)
+    made = write_sampled([str(NOTES)], tmp_path / "pairs", (20, 10), sampling, drawer(fourth_bullet))
+    assert (made["files"]["train"]["pairs"], made["files"]["validation"]["pairs"]) == (20, 10)
+    assert made["sampling"]["adapter"] == "runs/x/adapter" and made["sampling"]["samples"] == 3
+    first = json.loads((tmp_path / "pairs" / "train.jsonl").read_text().splitlines()[0])
+    assert first["issues"] == ["Key Points: 4 bullets, 3 expected"] and first["chosen"] != first["rejected"]
+    assert len(made["files"]["train"]["topic"]) == 8  # one of each topic in turn
+    whole = write_sampled([str(NOTES)], tmp_path / "all", None, sampling, drawer(fourth_bullet))
+    assert (whole["files"]["train"]["pairs"], whole["files"]["validation"]["pairs"]) == (400, 75)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    sampling = Sampling("tiny", "")
+    with pytest.raises(DataError, match=LEFT_OUT_ALIKE):
+        write_sampled([str(NOTES)], tmp_path / "a", None, sampling, drawer(lambda answer: answer))
+    with pytest.raises(DataError, match="held out"):
+        write_sampled([str(NOTES / "test.jsonl")], tmp_path / "b", None, sampling, drawer(fourth_bullet))
+    with pytest.raises(RecipeError, match="two answers"):
+        write_sampled([str(NOTES)], tmp_path / "c", None, Sampling("tiny", "", samples=1), drawer(fourth_bullet))
+    with pytest.raises(RecipeError, match="--counts"):
+        write_sampled([str(NOTES)], tmp_path / "d", (1, 2, 3), sampling, drawer(fourth_bullet))
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_the_other_kind_are_refused(call: Callable[..., tuple[int, str, str]]) -> None:
+    for extra in (["--samples", "4"], ["--adapter", "x"], ["--backend", "mlx"]):
+        code, _, err = call("data", "pairs", NOTES, "out", *extra)
+        assert code == 2 and "has no effect without --model" in err
+    code, _, err = call("data", "pairs", NOTES, "out", "--model", "tiny", "--issue", "boilerplate")
+    assert code == 2 and "pairs by rule" in err
