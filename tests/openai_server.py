@@ -86,6 +86,8 @@ class Seen:
     batches: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    batch_lock: threading.RLock = field(default_factory=threading.RLock)
+    """Files are numbered, and a batch is answered, by one thread at a time: a client that retries makes two."""
 
 
 def share(*key: object) -> float:
@@ -206,6 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _take_batch(self, data: bytes) -> None:
         """Take an uploaded file, or a batch of one."""
+        with self.server.seen.batch_lock:
+            self._take_alone(data)
+
+    def _take_alone(self, data: bytes) -> None:
         seen = self.server.seen
         if not self.server.how.batches:
             self._send(404, {"error": {"message": "no such endpoint"}})
@@ -222,6 +228,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _batch(self, name: str) -> dict[str, Any]:
         """Return a batch, answered once its time is over."""
+        with self.server.seen.batch_lock:
+            return self._batch_alone(name)
+
+    def _batch_alone(self, name: str) -> dict[str, Any]:
         seen, how = self.server.seen, self.server.how
         batch = seen.batches[name]
         done = time.monotonic() >= batch["begun"] + how.batch_seconds

@@ -5,7 +5,6 @@ A line is written by one system call; a line that a kill or a full disk cut off 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from smolmlx.data.clean import json_line
 from smolmlx.errors import RunError
@@ -54,19 +55,19 @@ class Journal:
         self._synced = time.monotonic()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._file)
-            raise RunError(
-                f"{path}: another process is writing here. Wait for it, or choose another folder."
-            ) from error
+            self._lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
+            try:
+                self._lock.acquire()
+            except Timeout as error:
+                raise RunError(
+                    f"{path}: another process is writing here. Wait for it, or choose another folder."
+                ) from error
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
         self._end = 0
         try:
             self._read(num_jobs)
         except RunError:
-            os.close(self._file)
+            self.close()
             raise
 
     def _read(self, num_jobs: int) -> None:
@@ -118,6 +119,7 @@ class Journal:
         with writing(self.path):
             self.sync()
             os.close(self._file)
+            self._lock.release()
 
     def __enter__(self) -> Journal:
         return self
