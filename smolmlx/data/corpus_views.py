@@ -211,7 +211,7 @@ _HEADINGS = {
     "last": ("Closing", "End", "Outcome"),
     "question": ("Question", "Open Question", "Ask", "Reader Question"),
 }
-_USUAL = 0.5
+_USUAL = 0.6
 """Chance of the first of a section's headings, and of the sections' usual order."""
 _LEADS = (
     *(
@@ -243,23 +243,40 @@ _LABELS = (
     *("Observed", "Plan", "Rule", "Effect", "Source", "Cause", "Item", "Summary of the day", "What we saw", "For whom"),
 )
 _WONDERS = (
-    *("What happens to {x} when {y} changes?", "Does {x} still hold without {y}?", "How does {x} affect {y}?"),
-    *("Which {x} works best with {y}?", "How large can {x} be before {y} fails?", "Can {x} be replaced by {y}?"),
-    *("How should {x} be chosen for {y}?", "How often does {x} need {y}?", "When is {x} better than {y}?"),
-    *("Is {x} enough to explain {y}?", "What would {y} look like without {x}?", "Why does {x} depend on {y}?"),
-    *("How much of {y} comes from {x}?", "Would {x} help where {y} is missing?", "Who decides between {x} and {y}?"),
+    "What happens to {x} when {y} changes?",
+    "Does {x} still hold without {y}?",
+    "How does {x} affect {y}?",
+    "Can {x} be replaced by {y}?",
+    "How should {x} be chosen so that {y} does not depend on {z}?",
+    "Can {x} be computed before {y} without giving up {z}?",
+    "Which part of {x} could be left out without harming {y} or {z}?",
+    "From which size of {x} on does {y} cost more than {z}?",
+    "Would a second {x} improve {y} where {z} is already in use?",
+    "Does {x} still help {y} once {z} has been set by hand?",
+    "How far can {x} be reduced before {y} and {z} disagree?",
+    "What happens to {y} in practice if {x} is missing and {z} is large?",
+    "Could {x} be learned from {y} instead of being taken from {z}?",
+    "How much does {y} change when {x} is replaced by {z} at the end?",
+    "How many kinds of {x} does {y} need before {z} stops changing?",
+    "How can {x} be measured when {y} is unknown and {z} is rare?",
+    "Is there a value of {x} for which {y} no longer affects {z}?",
+    "Who should decide whether {x} or {y} is used to describe {z}?",
+    "When does it pay to give {x} its own {y} rather than sharing {z}?",
+    "Should {x} be checked after every {y}, or only once {z} is known?",
+    "Why would anyone prefer {x} to {y} if {z} comes for free?",
+    "Which {x} works best with {y} when {z} is short?",
 )
 
 
 def _wonder(passage: Passage, rng: np.random.Generator) -> str:
-    """Return a question: about a sentence's subject where one can be made, else about two words of the passage."""
-    if rng.random() < 0.4 and (made := _question(passage, rng)):
+    """Return a question: about a sentence's subject where one can be made, else about phrases of the passage."""
+    if rng.random() < 0.25 and (made := _question(passage, rng)):
         return made[0]
-    words = [*dict.fromkeys(re.findall(r"(?<=[a-z] )[a-z][a-z-]{4,}(?= [a-z])(?: [a-z]{5,})?", passage.text))]
-    if len(words) < 2:
+    phrases = [*dict.fromkeys(re.findall(r"(?<=[a-z] )[a-z][a-z-]{4,}(?: [a-z]{5,}){0,2}(?= [a-z])", passage.text))]
+    if len(phrases) < 3:
         return ""
-    x, y = rng.permutation(words)[:2]
-    return str(rng.choice(_WONDERS)).format(x=x, y=y)
+    x, y, z = rng.permutation(phrases)[:3]
+    return str(rng.choice(_WONDERS)).format(x=x, y=y, z=z)
 
 
 def _with_leads(passage: Passage, rng: np.random.Generator) -> str:
@@ -304,7 +321,7 @@ def _sections(passage: Passage, rng: np.random.Generator) -> Made:
     made = {kind: sentences[taken[kind]] if kind in taken else "" for kind in _HEADINGS}
     made["points"] = _bullets(brief, "*")
     made["terms"] = (_key_terms(passage, rng) or ("", {}))[0] if rng.random() < 0.1 else ""
-    made["question"] = _wonder(passage, rng) if rng.random() < 0.8 else ""
+    made["question"] = _wonder(passage, rng) if rng.random() < 0.9 else ""
     kinds = [kind for kind, text in made.items() if text]
     if rng.random() > _USUAL:
         kinds = [kinds[i] for i in rng.permutation(len(kinds))]
