@@ -25,7 +25,7 @@ from smolmlx.adapters.names import HEAD_WEIGHT
 from smolmlx.adapters.tensors import WIDTHS, Made, Words, from_floats, to_floats
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError, RunError
-from smolmlx.models import BaseModel
+from smolmlx.models import BaseModel, check_base
 from smolmlx.rundir import publish
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -118,6 +118,8 @@ def prepare(
     base: BaseModel, adapters: Sequence[tuple[Path, float]], *, dtype: str = "auto", untie: bool = False
 ) -> Prepared:
     """Plan a merge; see `merge`."""
+    for folder, _ in adapters:
+        check_base(base, folder)
     weights = Weights(base)
     opened = [(read(folder), weight) for folder, weight in adapters]
     changes = find_changes(opened, weights)

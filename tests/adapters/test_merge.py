@@ -18,7 +18,7 @@ from smolmlx.adapters.analysis import analyze, effective_rank
 from smolmlx.adapters.base import Weights, dequantize
 from smolmlx.adapters.merge import merge
 from smolmlx.errors import DataError, RecipeError, RunError
-from smolmlx.models import open_model
+from smolmlx.models import open_model, write_base
 
 for package in ("torch", "peft", "mlx_lm"):
     if importlib.util.find_spec(package) is None:
@@ -211,6 +211,18 @@ def test_float16_overflow_is_an_error(bases: dict[str, Path], tmp_path: Path) ->
     with pytest.raises(RunError, match="bfloat16"):
         merge(open_model(bases["qwen3"]), [(adapter, 1e7)], tmp_path / "merged", dtype="float16")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_other_weights_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Same architecture, other numbers: nothing in the shapes would tell."""
+    other = stock.make_base("llama-tied", tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: values + 1 for name, values in weights.items()}, other / "model.safetensors")
+    folder = stock.train_peft(bases["llama-tied"], tmp_path / "adapter", target_modules=LINEAR)
+    write_base(open_model(bases["llama-tied"]), folder)
+    with pytest.raises(RecipeError, match="made for another base model"):
+        merge(open_model(other), [(folder, 1.0)], tmp_path / "out")
+    merge(open_model(bases["llama-tied"]), [(folder, 1.0)], tmp_path / "out")
 
 
 def test_never_beside_other_files(bases: dict[str, Path], tmp_path: Path) -> None:
