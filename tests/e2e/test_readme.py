@@ -22,7 +22,7 @@ import click
 import pytest
 
 import smolmlx
-from smolmlx import recipe, shelf
+from smolmlx import pipelines, recipe, shelf
 from smolmlx.backend import Decoding
 from smolmlx.cli import cli
 from smolmlx.models import embedded_folder
@@ -88,8 +88,11 @@ def test_command_parses(line: Line) -> None:
     command.parse_args(context, words)
     named = context.params.get("recipe")
     if named and not named.endswith(".yaml"):
-        overrides = context.params.get("sets", ())
-        recipe.load(shelf.find(named), overrides)
+        overrides, path = context.params.get("sets", ()), shelf.find(named)
+        if pipelines.is_pipeline(recipe.read(path)):
+            pipelines.open_pipeline(path, named, shelf.find, dict(map(recipe.parse_override, overrides)))
+        else:
+            recipe.load(path, overrides)
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.words[0] != "smolmlx"], ids=str)
