@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import functools
 import json
 import random
 import signal
@@ -471,7 +472,11 @@ def test_killed_ten_times(chunks: Path, tmp_path: Path) -> None:
         subprocess.run([*COMMAND, str(chunks), str(tmp_path / "whole"), *options], check=True, capture_output=True)
         server.seen.asked.clear()
         journal = tmp_path / "out" / "journal.jsonl"
-        stopped = subprocess.Popen([*COMMAND, str(chunks), str(tmp_path / "out"), *options], stderr=subprocess.PIPE)
+        # A test run in the background (`make test &`) hands its children an ignored SIGINT.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        stopped = subprocess.Popen(
+            [*COMMAND, str(chunks), str(tmp_path / "out"), *options], stderr=subprocess.PIPE, preexec_fn=heed
+        )
         while stopped.poll() is None and not (journal.is_file() and journal.stat().st_size):
             time.sleep(0.005)
         stopped.send_signal(signal.SIGINT)
