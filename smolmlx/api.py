@@ -112,12 +112,18 @@ def train(
         SmolError: one of the four families of `smolmlx.errors`.
     """
     if isinstance(recipe, Mapping):
-        tree, source, beside, name = recipe, "recipe", Path.cwd(), "run"
+        source: Path | Mapping[str, Any] = recipe
+        tree, said, beside, name = recipe, "recipe", Path.cwd(), "run"
     else:
-        path = shelf.find(str(recipe))
-        tree, source, beside, name = recipes.read(path), str(path), path.resolve().parent, stages.run_name(str(recipe))
+        source = shelf.find(str(recipe))
+        tree, said, beside, name = (
+            recipes.read(source),
+            str(source),
+            source.resolve().parent,
+            stages.run_name(str(recipe)),
+        )
     if pipelines.is_pipeline(tree):
-        pipeline = pipelines.make_pipeline(tree, source, beside, name, shelf.find, set)
+        pipeline = pipelines.open_pipeline(source, name, shelf.find, set)
         choice = backends.choose(backend, device)
         folder = pipelines.start(pipeline, Path(out))
         for stage in pipeline.stages:
@@ -128,7 +134,7 @@ def train(
                 run = _finish(plan, choice, stages.begin(plan, folder / stage.name), on_event)
         return run
     flags = {key: ("set", value) for key, value in (set or {}).items()}
-    loaded = recipes.build(tree, source=source, folder=beside, flags=flags)
+    loaded = recipes.build(tree, source=said, folder=beside, flags=flags)
     choice = backends.choose(backend, device)
     plan = resolve(loaded, choice)
     return _finish(plan, choice, stages.start_run(plan, Path(out), name), on_event)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,14 +23,13 @@ from smolmlx import rundir
 from smolmlx.backend import Choice
 from smolmlx.errors import RecipeError, RunError, nearest
 from smolmlx.evals.run import Meter
-from smolmlx.models import files_root
 from smolmlx.plan import resolve
 from smolmlx.recipe import Loaded
 from smolmlx.rundir import RunDir, write_text
 from smolmlx.stages import is_complete, open_generator
 from smolmlx.synth.flaws import ISSUES
 from smolmlx.synth.on_policy import Sampling, drawing, write_sampled
-from smolmlx.synth.pairs import Order, check_order, write_pairs
+from smolmlx.synth.pairs import COUNTS, Order, check_order, write_pairs
 
 FILE = "pipeline.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -64,7 +63,7 @@ class Pairs(_Strict):
         return self
 
     def order(self) -> Order:
-        return Order(self.counts or (258, 42), tuple(ISSUES if self.issues is None else self.issues), self.seed)
+        return Order(self.counts or COUNTS, tuple(ISSUES if self.issues is None else self.issues), self.seed)
 
 
 class Entry(_Strict):
@@ -125,20 +124,7 @@ def is_pipeline(tree: Mapping[str, Any]) -> bool:
 
 
 def open_pipeline(
-    path: Path,
-    name: str,
-    find: Callable[[str], Path],
-    sets: Mapping[str, Any] | None = None,
-    max_steps: int | None = None,
-) -> Pipeline:
-    """Read a pipeline file and check every recipe it leads to; see `make_pipeline`."""
-    return make_pipeline(recipes.read(path), str(path), path.parent, name, find, sets, max_steps)
-
-
-def make_pipeline(
-    tree: Mapping[str, Any],
-    source: str,
-    folder: Path,
+    source: Path | Mapping[str, Any],
     name: str,
     find: Callable[[str], Path],
     sets: Mapping[str, Any] | None = None,
@@ -147,7 +133,7 @@ def make_pipeline(
     """Check a pipeline and every recipe it leads to.
 
     Args:
-        folder: where paths of recipes begin.
+        source: its file, or what would stand in it; paths of recipes begin beside the file, or in the working folder.
         name: what the pipeline's folder is called.
         find: turns the name of a recipe into its file.
         sets: `stage.key` -> value, laid over a stage's recipe.
@@ -156,7 +142,10 @@ def make_pipeline(
     Raises:
         RecipeError: with everything that is wrong, in the pipeline and in its recipes.
     """
-    file = _check(tree, source)
+    if isinstance(source, Path):
+        file, said, folder = _check(recipes.read(source), str(source)), str(source), source.parent
+    else:
+        file, said, folder = _check(source, "pipeline"), "pipeline", Path()
     over = _by_stage(sets or {}, file.stages)
     found: list[Stage] = []
     problems: list[str] = []
@@ -189,7 +178,7 @@ def make_pipeline(
     if not made.training:
         problems.append("stages: none of them trains; give one a `recipe`.")
     if problems:
-        raise RecipeError(source, problems)
+        raise RecipeError(said, problems)
     return made
 
 
@@ -211,7 +200,8 @@ def _handed_on(pipeline: Pipeline, earlier: list[str], folder: Path) -> Iterator
         run = RunDir(folder.resolve() / trained[-1].name)
         if last.train.method == "full":
             yield "model.id", str(run.model)
-        else:
+        else:  # an adapter is worth something on its own base alone
+            yield "model.id", str(last.model.id)
             yield "model.adapter", str(run.adapter)
 
 
@@ -252,9 +242,8 @@ def _by_stage(sets: Mapping[str, Any], stages: Mapping[str, Entry]) -> dict[str,
         stage, _, rest = key.partition(".")
         if stage not in stages or stages[stage].recipe is None or not rest:
             trained = [name for name, entry in stages.items() if entry.recipe is not None]
-            problems.append(
-                f"--set {key}: begin with the stage it is for, e.g. {trained[0]}.{key}. Stages: {', '.join(trained)}."
-            )
+            known = f", e.g. {trained[0]}.{key}. Stages: {', '.join(trained)}." if trained else "; none of them trains."
+            problems.append(f"--set {key}: begin with the stage it is for{known}")
         found.setdefault(stage, {})[rest] = value
     if problems:
         raise RecipeError("a pipeline", problems)
@@ -305,9 +294,8 @@ def make_pairs(pipeline: Pipeline, stage: Stage, folder: Path, choice: Choice, m
     """Write a stage's pairs, by rule or from the answers of the last trained stage; return their manifest."""
     assert stage.pairs is not None
     wanted = stage.pairs
-    names = [name if Path(name).exists() else str(files_root() / name) for name in wanted.rows]
     if not wanted.samples:
-        return write_pairs(names, folder / stage.name, wanted.order())
+        return write_pairs(wanted.rows, folder / stage.name, wanted.order())
     earlier = pipeline.stages[: pipeline.stages.index(stage)]
     trained = next(other for other in reversed(earlier) if other.tree is not None)
     plan = resolve(load_stage(pipeline, trained, folder), choice)
@@ -315,9 +303,5 @@ def make_pairs(pipeline: Pipeline, stage: Stage, folder: Path, choice: Choice, m
     left = run.model if plan.full else run.adapter
     sampling = Sampling(plan.model.name, str(left), wanted.samples, wanted.temperature, seed=wanted.seed)
     generator = open_generator(plan, choice.backend, left, run)
-
-    def draw(prompts: Sequence[str], number: int) -> list[list[str]]:
-        with meter(f"{stage.name}: drawing answers", len(prompts) * number) as on_done:
-            return drawing(generator, plan.tokenizer, sampling, on_done)(prompts, number)
-
-    return write_sampled(names, folder / stage.name, wanted.counts, sampling, draw)
+    draw = drawing(generator, plan.tokenizer, sampling, meter)
+    return write_sampled(wanted.rows, folder / stage.name, wanted.counts, sampling, draw)

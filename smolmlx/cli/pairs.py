@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +62,14 @@ def pairs(
     word gaps and hashes.
     """  # fmt: skip
     from smolmlx import console
-    from smolmlx.models import files_root
-    from smolmlx.synth.pairs import Order, write_pairs
+    from smolmlx.synth.pairs import COUNTS, Order, write_pairs
 
-    # As in recipes: what is not in the working folder may be the project's own, e.g. data/notes.
-    shipped = {name: files_root() / name for name in names if not Path(name).exists()}
-    found = [str(shipped[name]) if name in shipped and shipped[name].exists() else name for name in names]
     given = {name: value for name, value in drawn.items() if value is not None}
     if model is not None:
         if issues or allow_test:
             raise RecipeError("--issue, --allow-test: are for pairs by rule; leave them out with --model.")
         wanted = None if counts is None else _counts(counts)
-        made = _draw(found, out_dir, wanted, model, adapter, seed, given, quantize, backend, device)
+        made = _draw(names, out_dir, wanted, model, adapter, seed, given, quantize, backend, device)
     else:
         idle = [f"--{name.replace('_', '-')}" for name in given] + (["--adapter"] if adapter else [])
         if idle or quantize != "none" or backend != "auto" or device is not None:
@@ -84,9 +79,9 @@ def pairs(
             raise RecipeError("--issue", unknown)
         # In the order of ISSUES, so that the order of options changes nothing.
         chosen = tuple(i for i in ISSUES if i in (issues or ISSUES))
-        order = Order(_counts(counts or "258,42"), chosen, seed, allow_test)
+        order = Order(_counts(counts) if counts else COUNTS, chosen, seed, allow_test)
         with console.status("making pairs") as say:
-            made = write_pairs(found, out_dir, order, lambda count: say(f"making pairs: {count:,}"))
+            made = write_pairs(names, out_dir, order, lambda count: say(f"making pairs: {count:,}"))
     if as_json:
         console.print_json({"folder": str(out_dir), **made})
     else:
@@ -94,7 +89,7 @@ def pairs(
 
 
 def _draw(
-    names: list[str],
+    names: tuple[str, ...],
     out_dir: Path,
     counts: tuple[int, ...] | None,
     model: str,
@@ -121,11 +116,7 @@ def _draw(
     loading = Loading(device or choice.device, quantize=quantize)
     with console.status("loading the model"):
         generator = choice.backend.generator(base, Path(adapter) if adapter else None, tokenizer, loading)
-
-    def draw(prompts: Sequence[str], number: int) -> list[list[str]]:
-        with console.Counter("drawing answers", len(prompts) * number) as on_done:
-            return drawing(generator, tokenizer, sampling, on_done)(prompts, number)
-
+    draw = drawing(generator, tokenizer, sampling, console.Counter)
     return write_sampled(names, out_dir, counts, sampling, draw)
 
 

@@ -196,7 +196,7 @@ def detect(raw: Raw, columns: Mapping[str, str], where: str) -> Format:
 
 
 def _expand(name: str, split: str, folders: Sequence[Path]) -> Iterator[Path]:
-    path = _locate(name, folders)
+    path = locate(name, folders)
     if path is None:
         looks_like_id = name.count("/") == 1 and not name.endswith(_SUFFIXES) and not name.startswith((".", "/", "~"))
         if not looks_like_id:
@@ -212,7 +212,8 @@ def _expand(name: str, split: str, folders: Sequence[Path]) -> Iterator[Path]:
         raise DataError(f"{path}: unknown kind of file. Known: {', '.join(_SUFFIXES)}, or a folder of those.")
 
 
-def _locate(name: str, folders: Sequence[Path]) -> Path | None:
+def locate(name: str, folders: Sequence[Path]) -> Path | None:
+    """Return the file or folder of a name: from the working folder, then from each of `folders`; None where it is in none."""
     plain = Path(name).expanduser()
     for candidate in (plain, *(folder / plain for folder in folders)):
         if candidate.exists():

@@ -75,7 +75,7 @@ class Worker:
         finally:
             self._ended.set()
         # MLX frees what a thread has compiled when the thread ends, outside Python's join(), and needs the interpreter for it:
-        # where that is shutting down by then, the process aborts (one Ctrl-C in ten). A thread that sleeps never gets there.
+        # where that is shutting down by then, the process aborts. A thread that sleeps never gets there.
         threading.Event().wait()
 
     def _work(self) -> None:

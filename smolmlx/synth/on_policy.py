@@ -16,10 +16,11 @@ from smolmlx.backend import Decoding, Generator
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.evals.bases import generate
+from smolmlx.evals.run import Meter
 from smolmlx.evals.suites import EvalRow, NotesScore, score_note
 from smolmlx.synth.flaws import NotesRow, gap
 from smolmlx.synth.notes import Dice
-from smolmlx.synth.pairs import HELD_OUT, Pair, read_notes_rows, record, round_robin, row_files, write_files
+from smolmlx.synth.pairs import Pair, read_notes_rows, record, round_robin, row_files, write_files
 
 LEAST_GAP = 0.15
 """Content alignment between two compliant answers below which a pair says too little."""
@@ -42,9 +43,7 @@ class Sampling:
     seed: int = 0
 
 
-def drawing(
-    generator: Generator, tokenizer: Tokenizer, sampling: Sampling, on_done: Callable[[int], None] = lambda done: None
-) -> Draw:
+def drawing(generator: Generator, tokenizer: Tokenizer, sampling: Sampling, meter: Meter) -> Draw:
     """Return what draws answers of a loaded model; an answer depends on the seed and its place alone."""
     how = Decoding(
         max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed
@@ -52,7 +51,8 @@ def drawing(
 
     def draw(prompts: Sequence[str], number: int) -> list[list[str]]:
         asked = [tokenizer.encode(tokenizer.prompt([{"role": "user", "content": prompt}])) for prompt in prompts]
-        found = generate(generator, tokenizer, [ids for ids in asked for _ in range(number)], how, on_done)
+        with meter("drawing answers", len(asked) * number) as on_done:
+            found = generate(generator, tokenizer, [ids for ids in asked for _ in range(number)], how, on_done)
         return [found[start : start + number] for start in range(0, len(found), number)]
 
     return draw
@@ -130,9 +130,11 @@ def write_sampled(
             "data pairs",
             [f"--counts {','.join(map(str, counts))}: expected pairs for train and validation, e.g. 200,40"],
         )
-    wanted: dict[str, int | None] = dict(zip(("train", "validation"), counts or (None, None), strict=False))
-    files = list(row_files(names, wanted))
+    splits = ("train", "validation")
+    files = list(row_files(names, splits[: len(counts)] if counts else splits))
     rows = read_notes_rows(files)
-    assert not any(row.split in HELD_OUT for row in rows)
+    wanted: dict[str, int | None] = dict(zip(splits, counts or (), strict=False))
+    if counts is None:
+        wanted = {split: None for split in splits if any(row.split == split for row in rows)}
     order = {"sampling": {name: getattr(sampling, name) for name in sampling.__slots__}, "counts": list(counts or ())}
     return write_files(out_dir, files, len(rows), order, lambda: sample_pairs(rows, wanted, sampling, draw))

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from smolmlx.data.clean import json_line, replacing
+from smolmlx.data.formats import locate
 from smolmlx.data.notes import OOD_SPLIT, SPLITS, validate_notes
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.evals.notes import strict_compliance
+from smolmlx.models import files_root
 from smolmlx.synth.chunks import read_made_by
 from smolmlx.synth.flaws import ISSUES, Neighbours, NotesRow, find_flaws, gap, read_note, spoil
 from smolmlx.synth.notes import Dice, note_words
@@ -25,6 +27,8 @@ from smolmlx.synth.notes import Dice, note_words
 Pair = dict[str, Any]
 
 MADE_BY = "smolmlx data pairs"
+COUNTS = (258, 42)
+"""Pairs by rule for train and validation, where no other number is asked for."""
 HELD_OUT = ("test", OOD_SPLIT)
 LEFT_OUT_FLAWED = "the chosen answer itself has a flaw"
 LEFT_OUT_NONE = "no flaw fits at this length"
@@ -35,7 +39,7 @@ _MAX_LISTED = 20
 class Order:
     """How many pairs are wanted, with which flaws; `counts` are those of train, validation and test."""
 
-    counts: tuple[int, ...] = (258, 42)
+    counts: tuple[int, ...] = COUNTS
     issues: tuple[str, ...] = ISSUES
     seed: int = 0
     allow_test: bool = False
@@ -127,7 +131,8 @@ def _check_folder(out_dir: Path) -> None:
 def row_files(names: Sequence[str], splits: Iterable[str]) -> Iterator[Path]:
     """Yield the notes files behind names of files, and of folders that hold one file a split."""
     for name in names:
-        path = Path(name)
+        # As in recipes: what is not in the working folder may be the project's own, e.g. data/notes.
+        path = locate(name, (files_root(),)) or Path(name)
         if path.is_dir():
             yield from (path / f"{split}.jsonl" for split in splits)
         else:

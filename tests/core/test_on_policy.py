@@ -77,6 +77,8 @@ def test_files_name_what_was_drawn(tmp_path: Path) -> None:
     assert len(made["files"]["train"]["topic"]) == 8  # one of each topic in turn
     whole = write_sampled([str(NOTES)], tmp_path / "all", None, sampling, drawer(fourth_bullet))
     assert (whole["files"]["train"]["pairs"], whole["files"]["validation"]["pairs"]) == (400, 75)
+    half = write_sampled([str(NOTES / "validation.jsonl")], tmp_path / "half", None, sampling, drawer(fourth_bullet))
+    assert list(half["files"]) == ["validation"]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

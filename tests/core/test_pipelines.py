@@ -39,6 +39,12 @@ def recipes(tiny_model: Path, chat_rows: Path, pair_rows: Path, tmp_path: Path) 
     return tmp_path
 
 
+def opened(tree: dict[str, Any], folder: Path, sets: dict[str, Any] | None = None) -> pipelines.Pipeline:
+    """Open a pipeline whose file lies beside its recipes."""
+    (folder / "p.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    return pipelines.open_pipeline(folder / "p.yaml", "p", shelf.find, sets)
+
+
 def test_a_stage_goes_on_with_the_adapter_before_it(recipes: Path, call: Call) -> None:
     code, out, err = call("train", "both.yaml", "--backend", "cuda", "--device", "cpu", "--set", "dpo.dpo.beta=0.3")
     assert code == 0, err
@@ -84,10 +90,15 @@ def test_full_training_hands_on_the_model(recipes: Path) -> None:
     tree["train"]["method"] = "full"
     del tree["lora"]
     (recipes / "full.yaml").write_text(yaml.safe_dump(tree))
-    file = {"stages": {"first": {"recipe": "full.yaml"}, "then": {"recipe": "sft.yaml"}}}
-    made = pipelines.make_pipeline(file, "test", recipes, "p", shelf.find)
+    file = {
+        "stages": {"first": {"recipe": "full.yaml"}, "then": {"recipe": "sft.yaml"}, "last": {"recipe": "dpo.yaml"}}
+    }
+    made = opened(file, recipes)
     then = pipelines.load_stage(made, made.stages[1], recipes / "run").recipe
     assert then.model.id == str(recipes / "run" / "first" / "model") and then.model.adapter is None
+    last = pipelines.load_stage(made, made.stages[2], recipes / "run").recipe
+    assert last.model.id == then.model.id, "an adapter goes with the base it was trained on"
+    assert last.model.adapter == str(recipes / "run" / "then" / "adapter")
 
 
 def test_pairs_are_made_between_stages_and_named_by_their_stage(tmp_path: Path) -> None:
@@ -100,7 +111,7 @@ def test_pairs_are_made_between_stages_and_named_by_their_stage(tmp_path: Path) 
             },
         }
     }
-    made = pipelines.make_pipeline(file, "test", tmp_path, "p", shelf.find)
+    made = opened(file, tmp_path)
     folder = pipelines.start(made, tmp_path / "runs")
     pairs, dpo = pipelines.reopen(folder).stages
     assert pipelines.reopen(folder) == made
@@ -131,6 +142,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "samples of nothing": ({"stages": {"a": {"pairs": {"rows": ["x"], "samples": 4}}, "b": {"recipe": "sft.yaml"}}}, {}, "none stands before it"),
     "idle temperature": ({"stages": {"a": {"pairs": {"rows": ["x"], "temperature": 1}}}}, {}, "no effect without `samples`"),
     "odd name": ({"stages": {"a/b": {"recipe": "sft.yaml"}}}, {}, "a stage's name is its folder"),
+    "set where nothing trains": ({"stages": {"a": {"pairs": {"rows": ["x"]}}}}, {"lora.r": 2}, "none of them trains"),
     "set without stage": ({"stages": {"a": {"recipe": "sft.yaml"}}}, {"lora.r": 2}, "e.g. a.lora.r"),
 }  # fmt: skip
 
@@ -139,7 +151,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_what_is_refused_before_anything_runs(recipes: Path, name: str) -> None:
     tree, sets, said = WRONG[name]
     with pytest.raises(RecipeError) as caught:
-        pipelines.make_pipeline(tree, "test", recipes, "p", shelf.find, sets)
+        opened(tree, recipes, sets)
     assert said in str(caught.value)
 
 
