@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from smolmlx.data.formats import open_source
+from smolmlx.data import formats
 from smolmlx.errors import DataError
 from smolmlx.models import files_root
 from smolmlx.recipe import Loaded, Recipe
@@ -12,10 +10,7 @@ from smolmlx.recipe import Loaded, Recipe
 
 def locate(path: str, loaded: Loaded) -> str:
     """Find a file named in a recipe: from the working folder, the recipe's folder, then the shipped files."""
-    for folder in (Path(), loaded.folder, files_root()):
-        if (folder / path).exists():
-            return str(folder / path)
-    return path
+    return str(formats.locate(path, (loaded.folder, files_root())) or path)
 
 
 def eval_format(recipe: Recipe) -> str:
@@ -33,6 +28,8 @@ def check_held_out(loaded: Loaded) -> None:
     for key in ("data", "train", "ood") if recipe.evaluate else ():
         if path := getattr(recipe.evaluate, key):
             try:
-                open_source(locate(path, loaded), form=eval_format(recipe), columns=recipe.data.columns, split="test")
+                formats.open_source(
+                    locate(path, loaded), form=eval_format(recipe), columns=recipe.data.columns, split="test"
+                )
             except DataError as error:
                 raise DataError(f"evaluate.{key}: {error}", error.problems) from error

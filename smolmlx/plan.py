@@ -329,10 +329,8 @@ def _from_config(recipe: Recipe) -> BaseModel:
 def _model_name(loaded: Loaded) -> str:
     """Return `model.id`, or the folder that it names from the recipe's folder or among the shipped files."""
     name = str(loaded.recipe.model.id)
-    plain = Path(name).expanduser()
-    if name == EMBEDDED or plain.is_dir():
-        return name
-    return next((str(folder / plain) for folder in (loaded.folder, files_root()) if (folder / plain).is_dir()), name)
+    found = name if name == EMBEDDED else locate(name, loaded)
+    return found if Path(found).is_dir() else name
 
 
 def open_tokenizer(loaded: Loaded, model: BaseModel) -> Tokenizer:
@@ -340,8 +338,7 @@ def open_tokenizer(loaded: Loaded, model: BaseModel) -> Tokenizer:
     named = loaded.recipe.model.tokenizer
     folder = model.folder
     if named:
-        candidates = [Path(named).expanduser(), loaded.folder / named, files_root() / named]
-        folder = next((path for path in candidates if path.is_dir()), candidates[0])
+        folder = Path(locate(named, loaded))
         if not folder.is_dir():
             raise RecipeError(f"model.tokenizer: {named}: no such folder.")
     template = loaded.recipe.model.chat_template
