@@ -40,6 +40,7 @@ CONTESTANTS = {
         "smolmlx, MLX engine, prompts not shared", "smolmlx_dpo.py", ("mlx_lm",), "mlx-lm-lora", {"engine": "mlx", "shared": False}
     ),
     "mlx-lm-lora": Contestant("mlx-lm-lora", "mlx_lm_lora_dpo.py", ("mlx_lm_lora",), "mlx-lm-lora", apart=True),
+    "mlx-tune": Contestant("mlx-tune", "mlx_tune_dpo.py", ("mlx_tune",), "mlx-lm-lora", apart=True),
     "smolmlx-cuda": Contestant("smolmlx, PyTorch engine", "smolmlx_dpo.py", ("trl",), "trl", {"engine": "cuda"}),
     "trl": Contestant("TRL, defaults, precomputed reference", "trl_dpo.py", ("trl", "peft"), "trl"),
 }  # fmt: skip

@@ -45,6 +45,7 @@ VARIANTS = {
     "MLX's own exp, softmax, SiLU": "math",
     "freed memory back to the kernel": "memory",
     "loss and its gradient apart": "slope",
+    "adapters' gradients early": "lora",
     "not compiled": "compile",
 }
 
@@ -125,6 +126,8 @@ def measure(folder: Path, without: str, steps: int) -> dict[str, Any]:
         model.use_fast_math = lambda _: None
     if without == "slope":
         losses.Losses._head_is_frozen = lambda _: False  # type: ignore[method-assign]
+    if without == "lora":
+        model.EagerLoRALinear = model.LoRALinear
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     net = model.load_base(folder, config, "float32", "none")
     mx.random.seed(0)

@@ -87,6 +87,13 @@ class Contestant:
 
 CONTESTANTS = {
     "smolmlx-mlx": Contestant("smolmlx, MLX engine", "smolmlx_run.py", ("mlx_lm",), "mlx-lm", {"engine": "mlx"}),
+    "smolmlx-mlx-checkpointing": Contestant(
+        "smolmlx, MLX engine, gradient checkpointing",
+        "smolmlx_run.py",
+        ("mlx_lm",),
+        "mlx-lm",
+        {"engine": "mlx", "checkpointing": True},
+    ),
     "mlx-lm": Contestant("mlx-lm --mask-prompt", "mlx_lm_run.py", ("mlx_lm",), "mlx-lm"),
     "mlx-lm-lora": Contestant("mlx-lm-lora", "mlx_lm_lora_run.py", ("mlx_lm_lora",), "mlx-lm", apart=True),
     "mlx-tune": Contestant("mlx-tune", "mlx_tune_run.py", ("mlx_tune",), "mlx-lm", apart=True),

@@ -29,7 +29,9 @@ def main() -> None:
 
     recorder.start()
     stages.train(resolved, choice, run, watch)
-    settings = f"packing off, compile {resolved.recipe.train.compile}, checkpointing off, clipping 1.0"
+    train = resolved.recipe.train
+    checkpointing = "on" if train.gradient_checkpointing else "off"
+    settings = f"packing off, compile {train.compile}, checkpointing {checkpointing}, clipping 1.0"
     write_result(recorder, [name for name in choice.backend.versions() if name != "blas"], settings)
 
 
