@@ -122,11 +122,42 @@ def attention(
     batch, heads, length, width = queries.shape
     groups = keys.shape[1]
     bias = _bias(mask, length, keys.shape[2])
+    if bias is not None and bias.ndim == 4:
+        bias = bias[:, :, None]
     grouped = (queries * scale).reshape(batch, groups, heads // groups, length, width)
-    scores = grouped @ keys[:, :, None].swapaxes(-1, -2)  # [B, K, H/K, T, U]
-    if bias is not None:
-        scores = scores + (bias[:, :, None] if bias.ndim == 4 else bias)
-    return (softmax(scores) @ values[:, :, None]).reshape(batch, heads, length, width)
+    mixed = _attend(bias)(grouped, keys[:, :, None], values[:, :, None])
+    return mixed.reshape(batch, heads, length, width)
+
+
+def _attend(bias: mx.array | None) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    """Return the function from q [B, K, H/K, T, D], k and v [B, K, 1, U, D] to softmax(q k^T + bias) v.
+
+    Its backward pass makes the shares [B, K, H/K, T, U] again: they are the largest array of a layer, and cheap beside its
+    matrix products.
+    """
+
+    def shares(q: mx.array, k: mx.array) -> mx.array:
+        scores = q @ k.swapaxes(-1, -2)
+        return _softmax(scores if bias is None else scores + bias)
+
+    def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return shares(q, k) @ v
+
+    def backward(
+        primals: tuple[mx.array, mx.array, mx.array], slope: mx.array, output: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        q, k, v = primals
+        (q,) = mx.depends([q], [slope])  # as in _swiglu_vjp
+        share = shares(q, k)
+        # sum_u share_u d_u = slope . output, for d = slope v^T (Dao et al. 2022, FlashAttention).
+        at_scores = share * (slope @ v.swapaxes(-1, -2) - (slope * output).sum(axis=-1, keepdims=True))
+        at_k = (at_scores.swapaxes(-1, -2) @ q).sum(axis=2, keepdims=True)
+        at_v = (share.swapaxes(-1, -2) @ slope).sum(axis=2, keepdims=True)
+        return at_scores @ k, at_k, at_v
+
+    function = mx.custom_function(forward)
+    function.vjp(in_this_stream(backward))
+    return function  # type: ignore[no-any-return]
 
 
 def _bias(mask: Any, length: int, total: int) -> mx.array | None:

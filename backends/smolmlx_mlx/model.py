@@ -34,6 +34,7 @@ from smolmlx.session import Arrays, load_arrays  # noqa: E402
 from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
 from smolmlx_mlx.engine import GROUP, odd_layers  # noqa: E402
 from smolmlx_mlx.lanes import in_this_stream  # noqa: E402
+from smolmlx_mlx.lora import DropoutKeys, EagerLoRALinear, KeyedDropout  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _BITS = {"4bit": 4, "8bit": 8}
@@ -88,6 +89,11 @@ def add_lora(
     kind = DoRALinear if dora else LoRALinear
     modules = dict(model.named_modules())
     layers = [(path, kind.from_base(modules[path], r=rank, scale=scale, dropout=dropout)) for path in targets]
+    for _, layer in layers:
+        if dropout:
+            layer.dropout.__class__ = KeyedDropout
+        elif kind is LoRALinear:
+            layer.__class__ = EagerLoRALinear
     model.update_modules(tree_unflatten(layers))
     model.freeze()
     for _, layer in layers:
@@ -272,21 +278,48 @@ def split_head(model: nn.Module) -> tuple[Callable[..., mx.array], Head, nn.Modu
 def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function`, which uses `module`, so that its activations are made again in the backward pass.
 
-    `mx.checkpoint` gives gradients to its arguments alone, so the module's weights must be among them.
+    `mx.checkpoint` gives gradients to its arguments alone, so the module's weights must be among them. It calls the function
+    twice, and the second call must drop what the first one dropped.
     """
 
     def call(*args: Any) -> Any:
         weights = module.trainable_parameters()
+        keys = DropoutKeys()
 
         def inner(weights: Any, *args: Any) -> Any:
             module.update(weights)
-            return function(*args)
+            with keys:
+                return function(*args)
 
         result = mx.checkpoint(in_this_stream(inner))(weights, *args)
         module.update(weights)  # the next use must not see the copies of this one
         return result
 
     return call
+
+
+_SWIGLU_BLOCK = ("down_proj", "swiglu", "gate_proj", "up_proj")
+
+
+def remake_products(model: nn.Module) -> None:
+    """Make silu(gate) * up again in the backward pass, in blocks that are written as Llama's MLP is.
+
+    It is among the largest arrays of a layer and costs one pass over its elements, no matrix product: what is not needed
+    of a second call is never evaluated.
+    """
+    for module in model.modules():
+        call = type(module).__call__
+        if getattr(getattr(call, "__code__", None), "co_names", None) != _SWIGLU_BLOCK:
+            continue
+
+        def remaking(self: Any, x: mx.array, _swiglu: Any = call.__globals__["swiglu"], _call: Any = call) -> mx.array:
+            if not self.training:
+                return _call(self, x)
+            product = checkpointed(self.down_proj, lambda gate, up: self.down_proj(_swiglu(gate, up)))
+            found: mx.array = product(self.gate_proj(x), self.up_proj(x))
+            return found
+
+        module.__class__ = type(f"Frugal{type(module).__name__}", (type(module),), {"__call__": remaking})
 
 
 def checkpoint_layers(model: nn.Module) -> None:

@@ -14,7 +14,16 @@ from smolmlx_mlx import device as devices
 from smolmlx_mlx.device import mx as mx
 from smolmlx_mlx.lanes import open_lanes
 from smolmlx_mlx.memory import ran_out
-from smolmlx_mlx.model import add_lora, checkpoint_layers, from_mlx, load_base, read_arrays, to_tree, write_weights
+from smolmlx_mlx.model import (
+    add_lora,
+    checkpoint_layers,
+    from_mlx,
+    load_base,
+    read_arrays,
+    remake_products,
+    to_tree,
+    write_weights,
+)
 from smolmlx_mlx.optimizer import Optimizer
 from smolmlx_mlx.step import Stepper
 from smolmlx_mlx.work import PairWork, open_work
@@ -71,6 +80,8 @@ class Engine:
             add_lora(self.model, plan.targets, recipe.lora.r, plan.scale, recipe.lora.dropout, recipe.lora.dora)
         if recipe.train.gradient_checkpointing:
             checkpoint_layers(self.model)
+        elif mx.default_device() == mx.cpu:  # elsewhere its worth has not been measured
+            remake_products(self.model)
         self.model.train()
         compiled = recipe.train.compile and devices.can_compile()
         parameters = self.model.trainable_parameters()

@@ -79,6 +79,16 @@ class TestLearning:
         assert plain[0] == pytest.approx(dropped[0], rel=1e-6), "B is zero in the first step"
         assert np.abs(plain[1:] - dropped[1:]).max() > 1e-4
 
+    def test_checkpointing_drops_the_same_twice(self, lab: Lab) -> None:
+        """A recomputed layer that drops other elements gives gradients of another function, and no error."""
+        runs = [
+            lab.train(lab.plan(lora__dropout=0.4, train__max_steps=4, train__gradient_checkpointing=on))
+            for on in (False, True)
+        ]
+        for name in ("loss", "grad_norm"):
+            plain, again = (column(run, name) for run in runs)
+            assert again == pytest.approx(plain, rel=1e-5)
+
     def test_clipping(self, lab: Lab) -> None:
         """The norm that is reported is the one before clipping; with Adam clipping shows from the second step on."""
         free, tight = (lab.train(lab.plan(train__max_grad_norm=most)) for most in (1e9, 1e-3))
