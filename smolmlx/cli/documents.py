@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from smolmlx.synth.runtimes import Runtime
 
 TASKS = ("bullets", "qa", "rephrase", "continuation", "triplets", "retrieval", "comparison")
+ON_REQUEST = ("notes",)
 CHUNK_EPILOG = """\b
 Examples:
   smolmlx data chunk papers/ chunks
@@ -31,6 +32,7 @@ Examples:
   smolmlx data augment chunks rows --model tiny
   mlx_lm.server --model M --port 8080 &  smolmlx data augment chunks rows --server http://127.0.0.1:8080/v1 --model M
   smolmlx data augment chunks rows --server https://api.example.com/v1 --model NAME --concurrency 64 --task qa --task retrieval
+  smolmlx data augment chunks notes --model M --task notes --layout alpaca
   smolmlx data augment --print-tasks > tasks.yaml
 """
 
@@ -87,7 +89,11 @@ def _method(shares: str, seed: int) -> Method:
 @click.option("--adapter", metavar="A", type=click.Path(), help="Adapter folder (PEFT layout).")
 @click.option("--server", metavar="URL", help="OpenAI-compatible server, e.g. http://127.0.0.1:8080/v1.")
 @click.option(
-    "--task", "tasks", multiple=True, metavar="T", help=f"One of {', '.join(TASKS)}; may be repeated.  [default: all]"
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="T",
+    help=f"One of {', '.join(TASKS)}, and notes; may be repeated.  [default: all but notes]",
 )
 @click.option(
     "--tasks-file",
@@ -223,16 +229,16 @@ class _Augmenting:
         if self.batch and not self.server:
             raise RecipeError("--batch: needs --server URL, a server with the batch endpoint of the OpenAI API.")
         unknown = [
-            f"--task {task}: unknown.{nearest(task, TASKS)} Known: {', '.join(TASKS)}"
+            f"--task {task}: unknown.{nearest(task, (*TASKS, *ON_REQUEST))} Known: {', '.join((*TASKS, *ON_REQUEST))}"
             for task in self.tasks
-            if task not in TASKS
+            if task not in (*TASKS, *ON_REQUEST)
         ]
         if unknown:
             raise RecipeError("data augment", unknown)
 
     def _tasks(self, known: Any) -> tuple[str, ...]:
         """Tasks asked for, in the registry's own order so that the order of options changes nothing."""
-        return tuple(task for task in TASKS if task in (self.tasks or known))
+        return tuple(task for task in (*TASKS, *ON_REQUEST) if task in (self.tasks or {*known} & {*TASKS}))
 
     def _runtime(self) -> Runtime:
         if self.server:

@@ -24,7 +24,7 @@ from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.evals.suites import Difference
 from smolmlx.tasks.registry import Registry
 from smolmlx.tasks.replies import Rejected, read, read_freely, render
-from smolmlx.tasks.schemas import ANSWERS, Text, Value, plain, retrieval_schema
+from smolmlx.tasks.schemas import ANSWERS, Notes, Text, Value, plain, retrieval_schema
 
 RANDOM = "random control"
 METRICS = ("valid", "index_accuracy", "set_f1", "rouge_l")
@@ -106,6 +106,8 @@ def to_value(task: str, gold: Any) -> Value:
         return tuple(Triplet(**triplet) for triplet in gold)
     if task == "retrieval":
         return RetrievalResult(**gold)
+    if task == "notes":
+        return Notes(**{**gold, "key_points": tuple(gold["key_points"])})
     return tuple(gold) if task == "bullets" else str(gold)
 
 
@@ -153,7 +155,9 @@ def _in_json(registry: Registry, row: ResearchRow) -> tuple[Mapping[str, Any], .
     own, wanted = hints.get(row.style, ""), hints.get("json", "")
     *before, last = row.messages
     text = str(last["content"])
-    return (*before, {**last, "content": text.replace(own, wanted, 1) if own in text else text})
+    if not own:  # the style needs no hint: the one for JSON goes where hints stand, behind the instruction
+        own, wanted = "\n\n", f" {wanted}\n\n"
+    return (*before, {**last, "content": text.replace(own, wanted, 1)})
 
 
 def _read(row: ResearchRow, text: str, finished: bool) -> Answered:
@@ -231,7 +235,7 @@ def _score(name: str, row: ResearchRow, made: Answered) -> float | None:
 
 def _items(value: Value) -> list[tuple[str, ...]]:
     """Return the items of a list, comparable: lower case, single spaces."""
-    items = value if isinstance(value, tuple) else (value,)
+    items = value.lines if isinstance(value, Notes) else value if isinstance(value, tuple) else (value,)
     parts = ((item,) if isinstance(item, str) else tuple(asdict(item).values()) for item in items)
     return [tuple(plain(str(part)).lower() for part in one) for one in parts]
 

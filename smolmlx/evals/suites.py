@@ -49,7 +49,7 @@ class EvalRow:
     input: str
     reference: str
     group: str = ""
-    """Rows of one group (a concept) are not independent: intervals resample them together."""
+    """Rows of one group (a concept, a document) are not independent: intervals resample them together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +144,8 @@ def rows_from_records(records: Iterable[Mapping[str, object]]) -> tuple[EvalRow,
         if missing:
             problems.append(f"row {number}: no text in {', '.join(missing)} (fields: {', '.join(map(str, record))})")
         else:
-            rows.append(
-                EvalRow(
-                    str(record["id"]), str(record["input"]), str(record["output"]), str(record.get("concept") or "")
-                )
-            )
+            group = record.get("concept") or record.get("document") or ""
+            rows.append(EvalRow(str(record["id"]), str(record["input"]), str(record["output"]), str(group)))
     if problems:
         raise DataError("notes records need 'id', 'input' and 'output' as text", problems)
     return tuple(rows)

@@ -14,14 +14,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from smolmlx.evals.notes import strict_compliance
 from smolmlx.evals.parsers import QAPair, RetrievalResult
 from smolmlx.synth.chunks import Chunk
-from smolmlx.synth.notes import Dice
+from smolmlx.synth.notes import MIN_SUPPORT, Dice, support
 from smolmlx.synth.runtimes import Request
 from smolmlx.synth.store import ChunkStore
 from smolmlx.tasks.registry import MADE, SOURCES, Prompt, Registry, number_passages
 from smolmlx.tasks.replies import Rejected, render
-from smolmlx.tasks.schemas import ANSWERS, Answer, Quest, Question, Value, plain
+from smolmlx.tasks.schemas import ANSWERS, Answer, Notes, Quest, Question, Value, plain
 
 TOO_SHORT = "chunk too short"
 ALONE = "no other chunk to set beside it"
@@ -37,6 +38,8 @@ _ABOUT_ITSELF = re.compile(
 _MIN_COMPARISON_WORDS = 12
 _MIN_REPHRASED = 0.4
 """A rephrased text of less than this share of the words has lost something."""
+_MAX_COPIED = 3
+"""Most lines of a model's notes that may stand word for word in the passage."""
 _TRIES = 50
 
 _T = TypeVar("_T")
@@ -171,7 +174,7 @@ class Workshop:
             return Rejected("too short")
         if isinstance(value, Quest) and _ABOUT_ITSELF.search(value.question):
             return Rejected("speaks of the passage")
-        return None
+        return _refuse_notes(passage, value) if isinstance(value, Notes) else None
 
     def rows(self, job: Job, value: Value | None) -> list[dict[str, Any]]:
         """Return the row of an accepted answer, and the rows of the tasks that are taken from it."""
@@ -276,6 +279,23 @@ class Workshop:
             rest = [n for n in pool if n not in found and not self.store.overlap(chunk, n)]
             found += dice.shuffled(rest)[: count - len(found)]
         return found[:count]
+
+
+def _refuse_notes(passage: str, notes: Notes) -> Rejected | None:
+    """Hold notes that a model made to what rule-made ones keep: the form, and what the passage says."""
+    answer = render("notes", notes, "sections")
+    problems = strict_compliance(answer).problems
+    if problems:
+        return Rejected(f"breaks the form ({problems[0]})")
+    if support(passage, answer) < MIN_SUPPORT:
+        return Rejected("says what the passage does not")
+    return Rejected("copies the passage") if _copied_lines(passage, answer) > _MAX_COPIED else None
+
+
+def _copied_lines(text: str, notes: str) -> int:
+    """Count the lines of an answer, headers aside, that stand in the passage; case and the full stop do not matter."""
+    lines = [line.removeprefix("- ").removesuffix(".") for line in notes.lower().split("\n") if line[-1:] != ":"]
+    return sum(line in text.lower() for line in lines)
 
 
 def _weighted(weights: Mapping[str, float], dice: Dice) -> str:

@@ -30,13 +30,16 @@ FIELDS: Mapping[str, frozenset[str]] = {
     "continuation": frozenset({"passage"}),
     "retrieval": frozenset({"question", "passages"}),
     "comparison": frozenset({"passage_a", "passage_b"}),
+    "notes": frozenset({"passage"}),
     "answer": frozenset({"question", "passage"}),
     "question": frozenset({"passage"}),
     "fact": frozenset({"passage"}),
 }
 """Task -> what its body must hold, in braces."""
 MADE = ("bullets", "qa", "rephrase", "continuation", "triplets", "retrieval", "comparison")
-"""The seven tasks that `data augment` makes from chunks; the others are taken from their answers."""
+"""The seven tasks that `data augment` makes from chunks when none is named."""
+ON_REQUEST = ("notes",)
+"""Made from chunks too, when named; all other tasks are taken from answers of these."""
 SOURCES = {"answer": "qa", "question": "qa", "fact": "bullets"}
 _LIST_STYLES = frozenset({"markdown", "python", "json"})
 STYLES: Mapping[str, frozenset[str]] = {
@@ -44,6 +47,7 @@ STYLES: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("rephrase", "comparison", "answer", "question", "fact"), frozenset({"text"})),
     "retrieval": frozenset({"markdown", "json"}),
     "continuation": frozenset({"tail10", "tail20", "infill"}),
+    "notes": frozenset({"sections"}),
 }
 _MAKER_FIELDS = frozenset({"passage"})
 

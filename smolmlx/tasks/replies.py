@@ -14,6 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from smolmlx.data.notes import render_notes
+from smolmlx.evals.notes import sections
 from smolmlx.evals.parsers import (
     QAPair,
     RetrievalResult,
@@ -29,6 +31,8 @@ from smolmlx.tasks.schemas import (
     ANSWERS,
     Answer,
     Bullets,
+    Notes,
+    NotesAnswer,
     Pairs,
     Quest,
     Question,
@@ -94,7 +98,8 @@ def _accept(value: Value) -> Value | Rejected:
     parts = _strings(value)
     if not parts or not all(part.strip() for part in parts):
         return Rejected(EMPTY)
-    if isinstance(value, tuple) and len({str(item).lower() for item in value}) < len(value):
+    items = value.lines if isinstance(value, Notes) else value
+    if isinstance(items, tuple) and len({str(item).lower() for item in items}) < len(items):
         return Rejected(REPEATED)
     return value
 
@@ -106,6 +111,8 @@ def _strings(value: Value) -> list[str]:
         return [value.reasoning]
     if isinstance(value, Quest):
         return [value.question, value.why]
+    if isinstance(value, Notes):
+        return list(value.lines)
     return [part for item in value for part in ([item] if isinstance(item, str) else asdict(item).values())]
 
 
@@ -120,6 +127,8 @@ def _parse(schema: type[Answer], reply: str, num_passages: int) -> Value | None:
         return parse_retrieval(reply, num_passages)
     if schema is Question:
         return None
+    if schema is NotesAnswer:
+        return _notes(reply)
     assert schema is Text
     tree = load_json(reply) if reply.lstrip().startswith(("{", "```")) else None
     text = tree.get("text") if isinstance(tree, dict) and len(tree) == 1 else None
@@ -136,6 +145,12 @@ def _bullets(reply: str) -> tuple[str, ...]:
         return tuple(plain(item) for item in items if item.strip())
     numbered = tuple(match.strip() for match in _NUMBERED.findall(reply))
     return bullet_lines(reply) or (numbered if len(numbered) > 1 else ())
+
+
+def _notes(reply: str) -> Notes | None:
+    summary, points, limitation, question = sections(reply).values()
+    notes = Notes(plain(summary), tuple(map(plain, bullet_lines(points))), plain(limitation), plain(question))
+    return notes if all(notes.lines) and points else None
 
 
 def _python_list(reply: str) -> list[Any] | None:
@@ -160,7 +175,7 @@ def render(task: str, value: Value, style: str) -> str:
     """Write a value as an answer in one of the task's styles; in JSON where that style could not be read back."""
     if isinstance(value, str):
         return value
-    written = _render(value, style) if style in ("markdown", "python") else None
+    written = _render(value, style) if style in ("markdown", "python", "sections") else None
     if written is not None and _parse(ANSWERS[task], written, 20) == value:
         return written
     return json.dumps(to_answer(ANSWERS[task], value).model_dump(), ensure_ascii=False)
@@ -170,6 +185,8 @@ def _render(value: Value, style: str) -> str | None:
     if isinstance(value, RetrievalResult):
         number = "None" if value.index is None else value.index + 1
         return f"**Passage:** {number}\n**Why:** {value.reasoning}"
+    if isinstance(value, Notes):
+        return render_notes(value.summary, value.key_points, value.limitation, value.question)
     assert isinstance(value, tuple)
     if style == "python":
         return repr([item if isinstance(item, str) else tuple(asdict(item).values()) for item in value])

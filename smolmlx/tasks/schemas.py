@@ -23,7 +23,21 @@ class Quest:
     why: str
 
 
-Value = str | tuple[str, ...] | tuple[QAPair, ...] | tuple[Triplet, ...] | RetrievalResult | Quest
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What a passage says, in the four sections of the notes task (`data/notes`)."""
+
+    summary: str
+    key_points: tuple[str, ...]
+    limitation: str
+    question: str
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return (self.summary, *self.key_points, self.limitation, self.question)
+
+
+Value = str | tuple[str, ...] | tuple[QAPair, ...] | tuple[Triplet, ...] | RetrievalResult | Quest | Notes
 
 _Line = Annotated[str, Field(min_length=1, max_length=300)]
 _Name = Annotated[str, Field(min_length=1, max_length=120)]
@@ -94,6 +108,20 @@ class Text(Answer):
         return self.text.strip()
 
 
+class NotesAnswer(Answer):
+    """Notes on a passage: always three key points."""
+
+    summary: _Line
+    key_points: Annotated[list[_Line], Field(min_length=3, max_length=3)]
+    limitation: _Line
+    question: _Line
+
+    def value(self) -> Notes:
+        return Notes(
+            plain(self.summary), tuple(map(plain, self.key_points)), plain(self.limitation), plain(self.question)
+        )
+
+
 class Question(Answer):
     """A question for a retrieval row, made from the passage that answers it."""
 
@@ -122,6 +150,7 @@ ANSWERS: dict[str, type[Answer]] = {
     "continuation": Text,
     "retrieval": Retrieval,
     "comparison": Text,
+    "notes": NotesAnswer,
     "answer": Text,
     "question": Text,
     "fact": Text,
@@ -152,5 +181,7 @@ def _tree(schema: type[Answer], value: Value) -> dict[str, Any]:
         return {"passage": None if value.index is None else value.index + 1, "why": value.reasoning}
     if isinstance(value, Quest):
         return asdict(value)
+    if isinstance(value, Notes):
+        return asdict(value) | {"key_points": list(value.key_points)}
     (field,) = schema.model_fields
     return {field: [item if isinstance(item, str) else asdict(item) for item in value]}

@@ -23,9 +23,12 @@ from openai_server import Behaviour, serving
 from smolmlx import cli
 from smolmlx.backend import Loading, choose
 from smolmlx.data.chat import Tokenizer
+from smolmlx.data.notes import INSTRUCTION
 from smolmlx.data.splits import Method
 from smolmlx.errors import BackendError, DataError, RecipeError, RunError
+from smolmlx.evals.notes import strict_compliance
 from smolmlx.evals.parsers import parse_retrieval
+from smolmlx.evals.suites import rows_from_records
 from smolmlx.models import open_model
 from smolmlx.synth.augment import augment, outline
 from smolmlx.synth.chunks import Cut, write_chunks
@@ -335,6 +338,34 @@ def test_answers_that_teach_nothing(store: ChunkStore, tmp_path: Path) -> None:
     bad = augment(made, Canned(lambda r: Reply("no", 1, 1)), tmp_path / "out", attempts=3)
     assert bad.totals.rejected["unreadable"] and bad.totals.rejected["too short"] and not bad.totals.accepted
     assert bad.totals.attempts_refused.total() == 3 * bad.totals.jobs
+
+
+def made_notes(request: Request, question: str = "Who else says that?", lead: str = "It says, in short, ") -> str:
+    """Notes on a request's passage: the heads of its sentences, turned round."""
+    passage = request.prompt.partition("\n\n")[2]
+    said = [part.split(" that ", 1)[1] for part in passage.replace("\n", " ").split(". ") if " that " in part][:5]
+    lines = [f"{lead}{text.rstrip('.')}." for text in said]
+    return json.dumps({"summary": lines[0], "key_points": lines[1:4], "limitation": lines[4], "question": question})
+
+
+def test_notes_by_a_model(store: ChunkStore, tmp_path: Path) -> None:
+    """Made when named alone, in the layout that suite `notes` scores; what breaks the form or strays is refused."""
+    made = workshop(store, tasks=("notes",), layout="alpaca")
+    result = augment(made, Canned(lambda r: Reply(made_notes(r), 9, 9)), tmp_path / "out")
+    rows = read_rows(tmp_path / "out")
+    assert len(rows) == result.totals.accepted == result.totals.jobs > 50  # chunks of fewer than 50 words are left out
+    assert all(strict_compliance(row["output"]).passed and row["instruction"].endswith("Question.") for row in rows)
+    assert INSTRUCTION in {row["instruction"] for row in rows}
+    assert [row.group for row in rows_from_records(rows)] == [row["document"] for row in rows]
+
+    bad = augment(made, Canned(lambda r: Reply(made_notes(r, "No question."))), tmp_path / "bad", attempts=1)
+    assert set(bad.totals.rejected) == {"breaks the form (Follow-up Question: does not end in '?')"}
+    other = '{"summary": "Rain fell.", "key_points": ["Snow came.", "Wind rose.", "Ice held."], "limitation": "Fog stayed.", "question": "Why?"}'
+    copies = augment(made, Canned(lambda r: Reply(made_notes(r, lead=""))), tmp_path / "copies", attempts=1)
+    assert set(copies.totals.rejected) == {"copies the passage"}
+    stray = augment(made, Canned(lambda r: Reply(other)), tmp_path / "stray", attempts=1)
+    assert set(stray.totals.rejected) == {"says what the passage does not"}
+    assert "notes" not in Order().tasks
 
 
 def test_every_attempt_has_a_seed_of_its_own(store: ChunkStore, tmp_path: Path) -> None:

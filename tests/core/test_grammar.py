@@ -115,7 +115,7 @@ def draws(generator: Generator, schema: Any, count: int, max_tokens: int = 60) -
 
 @pytest.mark.parametrize("task", ["question maker", *ANSWERS])
 def test_a_thousand_draws_of_task_schemas_are_valid(generator: Generator, task: str) -> None:
-    """About a hundred draws for each of eleven schemas, within a budget that most would overrun."""
+    """About a hundred draws for each of twelve schemas, within a budget that most would overrun."""
     schema = ANSWERS.get(task, Question)
     found = draws(generator, schema, 96, max_tokens=90)
     for text in found:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from smolmlx.errors import RecipeError
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.tasks import replies, schemas
-from smolmlx.tasks.registry import BUILT_IN, FIELDS, MADE, SOURCES, STYLES, read_registry
+from smolmlx.tasks.registry import BUILT_IN, FIELDS, MADE, ON_REQUEST, SOURCES, STYLES, read_registry
 from smolmlx.tasks.replies import Rejected
 
 TEXTS: dict[str, str] = {name: f"<{name}>" for names in FIELDS.values() for name in names}
@@ -39,7 +39,7 @@ def write(path: Path, change: dict[str, Any]) -> Path:
 
 def test_built_in_has_all_tasks_and_its_own_words() -> None:
     registry = read_registry()
-    assert set(registry.tasks) == set(FIELDS) == {*MADE, *SOURCES} == set(schemas.ANSWERS)
+    assert set(registry.tasks) == set(FIELDS) == {*MADE, *ON_REQUEST, *SOURCES} == set(schemas.ANSWERS)
     assert all(len(set(spec.instructions)) == len(spec.instructions) > 1 for spec in registry.tasks.values())
     for name, spec in registry.tasks.items():
         for style in spec.styles:
@@ -108,6 +108,9 @@ VALUES: dict[str, st.SearchStrategy[schemas.Value]] = {
         st.builds(Triplet, line, line, line), min_size=1, max_size=2, unique_by=lambda i: str(i).lower()
     ).map(tuple),
     "retrieval": st.builds(RetrievalResult, st.none() | st.integers(0, 19), line),
+    "notes": st.lists(line, min_size=6, max_size=6, unique_by=str.lower).map(
+        lambda lines: schemas.Notes(lines[0], tuple(lines[1:4]), lines[4], lines[5])
+    ),
 }
 
 
@@ -146,6 +149,9 @@ def test_reading_never_raises(text: str, task: str) -> None:
         ("triplets", '{"triplets": [{"subject": "a", "relation": "b", "object": 3}]}', "invalid triplets.object: string type"),
         ("retrieval", '{"passage": 0, "why": "x"}', "invalid passage: greater than equal"),
         ("rephrase", '{"text": "  "}', replies.EMPTY),
+        ("notes", '{"summary": "a", "key_points": ["b", "c"], "limitation": "d", "question": "e?"}', "invalid key_points: too short"),
+        ("notes", "Summary:\na\nKey Points:\n- b\n- B\n- c\nLimitation:\nd\nFollow-up Question:\ne?", replies.REPEATED),
+        ("notes", "Summary:\na\nLimitation:\nd", replies.UNREADABLE),
     ],
 )  # fmt: skip
 def test_refusals_have_a_reason(task: str, reply: str, reason: str) -> None:
