@@ -208,6 +208,10 @@ class Evaluate(Section):
     """Out-of-distribution rows, scored apart."""
     max_tokens: int = Field(256, ge=1)
     """Longest answer (notes)."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Makes tokens that an answer holds already less likely, for all systems alike; 1 is off."""
+    no_repeat_ngram: int = Field(0, ge=0)
+    """No so many tokens in a row come twice in an answer, for all systems alike; 0 is off."""
     batch_size: int = Field(32, ge=1)
     """Prompts answered together."""
     limit: int | None = Field(None, ge=1)

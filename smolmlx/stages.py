@@ -303,7 +303,9 @@ def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter, bases:
         data=locate(wanted.data, plan.loaded), suite=wanted.suite,
         train=locate(wanted.train, plan.loaded) if wanted.train else None,
         ood=locate(wanted.ood, plan.loaded) if wanted.ood else None,
-        decoding=Decoding(max_tokens=wanted.max_tokens, batch_size=wanted.batch_size), limit=wanted.limit,
+        decoding=Decoding(
+            max_tokens=wanted.max_tokens, batch_size=wanted.batch_size, repetition_penalty=wanted.repetition_penalty, no_repeat_ngram=wanted.no_repeat_ngram
+        ), limit=wanted.limit,
         template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system, columns=plan.recipe.data.columns, form=eval_format(plan.recipe),
         loading=Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none"),
         encoding=encoding(plan.recipe), constrained=wanted.constrained,

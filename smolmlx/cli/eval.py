@@ -45,6 +45,8 @@ LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsuppo
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy and the same every time.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of sampling, with --temperature.")  # fmt: skip
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Of tokens that an answer holds already; 1 is off.")  # fmt: skip
+@click.option("--no-repeat-ngram", type=click.IntRange(min=0), help="No N tokens in a row come twice; 0 is off.")
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first N rows.")
 @click.option("--id", "ids", multiple=True, metavar="ROW", help="Score this row alone, e.g. row-0007; may be given more than once.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
@@ -147,6 +149,8 @@ def _settings(
             max_tokens=chosen["max_tokens"] or 256,
             temperature=given["temperature"],
             seed=given["seed"],
+            repetition_penalty=chosen["repetition_penalty"] or 1.0,
+            no_repeat_ngram=chosen["no_repeat_ngram"] or 0,
             batch_size=chosen["batch_size"],
         ),
         limit=chosen["limit"],
@@ -163,7 +167,7 @@ def _settings(
 
 def _refuse_for_loss(given: dict[str, Any]) -> None:
     """Refuse what only answers have; a recipe's own values for another suite are no request."""
-    flags = {"train": "--train", "ood": "--ood", "max_tokens": "--max-tokens", "temperature": "--temperature", "ids": "--id"}  # fmt: skip
+    flags = {"train": "--train", "ood": "--ood", "max_tokens": "--max-tokens", "temperature": "--temperature", "ids": "--id", "repetition_penalty": "--repetition-penalty", "no_repeat_ngram": "--no-repeat-ngram"}  # fmt: skip
     wrong = [flag for key, flag in flags.items() if given[key]]
     if wrong:
         raise RecipeError(f"eval: suite loss answers nothing, so it has no use for {', '.join(wrong)}. Leave them out, or pass --suite notes.")  # fmt: skip
@@ -189,7 +193,7 @@ def _from_recipe(name: str | None) -> dict[str, Any]:
     if wanted is not None:
         files = {key: locate(path, loaded) for key in ("data", "train", "ood") if (path := getattr(wanted, key))}
         found |= {"suite": wanted.suite, "max_tokens": wanted.max_tokens, "limit": wanted.limit, **files}
-        found["constrained"] = wanted.constrained
+        found |= {key: getattr(wanted, key) for key in ("constrained", "repetition_penalty", "no_repeat_ngram")}
     return found
 
 
