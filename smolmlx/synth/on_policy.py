@@ -26,8 +26,10 @@ LEAST_GAP = 0.15
 """Content alignment between two compliant answers below which a pair says too little."""
 LEFT_OUT_NONE_KEPT = "no answer keeps the strict rule"
 LEFT_OUT_ALIKE = "the answers are too much alike"
-Draw = Callable[[Sequence[str], int], list[list[str]]]
-"""Prompts and a number -> that many answers of the model to each."""
+ROUND = 48
+"""Rows whose answers are drawn together when a number of pairs is wanted; rows beyond it are not drawn for."""
+Draw = Callable[[Sequence[str], int, int], list[list[str]]]
+"""Prompts, a number and a seed -> that many answers of the model to each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,11 @@ class Sampling:
 
 def drawing(generator: Generator, tokenizer: Tokenizer, sampling: Sampling, meter: Meter) -> Draw:
     """Return what draws answers of a loaded model; an answer depends on the seed and its place alone."""
-    how = Decoding(
-        max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed
-    )
 
-    def draw(prompts: Sequence[str], number: int) -> list[list[str]]:
+    def draw(prompts: Sequence[str], number: int, seed: int) -> list[list[str]]:
+        how = Decoding(
+            max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed
+        )
         asked = [tokenizer.encode(tokenizer.prompt([{"role": "user", "content": prompt}])) for prompt in prompts]
         with meter("drawing answers", len(asked) * number) as on_done:
             found = generate(generator, tokenizer, [ids for ids in asked for _ in range(number)], how, on_done)
@@ -96,15 +98,20 @@ def sample_pairs(
     left_out = Counter[str]()
     for split, count in counts.items():
         members = list(round_robin([row for row in rows if row.split == split], Dice(sampling.seed)))
-        answers = draw([row.prompt for row in members], sampling.samples) if members else []
         made[split] = []
-        for row, drawn in zip(members, answers, strict=True):
-            found = choose(row, drawn)
-            if isinstance(found, str):
-                left_out[found] += 1
-            elif count is None or len(made[split]) < count:
-                chosen, rejected, issues = found
-                made[split].append({**record(row, "sampled", chosen, rejected), "issues": issues})
+        together = ROUND if count else max(1, len(members))
+        for start in range(0, len(members), together):
+            if count and len(made[split]) >= count:
+                break
+            asked = members[start : start + together]
+            answers = draw([row.prompt for row in asked], sampling.samples, sampling.seed + start)
+            for row, drawn in zip(asked, answers, strict=True):
+                found = choose(row, drawn)
+                if isinstance(found, str):
+                    left_out[found] += 1
+                elif count is None or len(made[split]) < count:
+                    chosen, rejected, issues = found
+                    made[split].append({**record(row, "sampled", chosen, rejected), "issues": issues})
     empty = [f"{split}: no pair" for split, pairs in made.items() if not pairs]
     if empty:
         why = "; ".join(f"{reason}: {number} rows" for reason, number in left_out.items())

@@ -11,7 +11,7 @@ import pytest
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.evals.notes import strict_compliance
 from smolmlx.synth.flaws import NotesRow
-from smolmlx.synth.on_policy import LEFT_OUT_ALIKE, LEFT_OUT_NONE_KEPT, Sampling, choose, write_sampled
+from smolmlx.synth.on_policy import LEFT_OUT_ALIKE, LEFT_OUT_NONE_KEPT, ROUND, Draw, Sampling, choose, write_sampled
 from smolmlx.synth.pairs import read_notes_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,10 +61,10 @@ def test_the_broken_answer_of_nearest_length_is_taken(rows: list[NotesRow]) -> N
     assert choose(row, [row.answer, endless, fourth_bullet(row.answer)])[1] == fourth_bullet(row.answer)
 
 
-def drawer(flaw: Callable[[str], str]) -> Callable[[Sequence[str], int], list[list[str]]]:
+def drawer(flaw: Callable[[str], str]) -> Draw:
     """A model that answers each prompt once as its row does, and else with a flaw."""
     answers = {row.prompt: row.answer for row in read_notes_rows([NOTES / "train.jsonl", NOTES / "validation.jsonl"])}
-    return lambda prompts, number: [[answers[p], *[flaw(answers[p])] * (number - 1)] for p in prompts]
+    return lambda prompts, number, seed: [[answers[p], *[flaw(answers[p])] * (number - 1)] for p in prompts]
 
 
 def test_files_name_what_was_drawn(tmp_path: Path) -> None:
@@ -79,6 +79,19 @@ def test_files_name_what_was_drawn(tmp_path: Path) -> None:
     assert (whole["files"]["train"]["pairs"], whole["files"]["validation"]["pairs"]) == (400, 75)
     half = write_sampled([str(NOTES / "validation.jsonl")], tmp_path / "half", None, sampling, drawer(fourth_bullet))
     assert list(half["files"]) == ["validation"]
+
+
+def test_no_more_is_drawn_than_a_number_of_pairs_takes(tmp_path: Path) -> None:
+    asked: list[tuple[int, int]] = []
+    answer = drawer(fourth_bullet)
+
+    def counted(prompts: Sequence[str], number: int, seed: int) -> list[list[str]]:
+        asked.append((len(prompts), seed))
+        return answer(prompts, number, seed)
+
+    made = write_sampled([str(NOTES)], tmp_path / "pairs", (ROUND + 10, 5), Sampling("tiny", "", samples=2), counted)
+    assert (made["files"]["train"]["pairs"], made["files"]["validation"]["pairs"]) == (ROUND + 10, 5)
+    assert asked == [(ROUND, 0), (ROUND, ROUND), (ROUND, 0)]  # train twice, validation once; other draws each time
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
