@@ -12,8 +12,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) scripts/install.py --venv $(VENV)
 	@touch $@
 
-demo: $(STAMP) ## train the quickstart on the embedded model and evaluate it (minutes, two CPU cores, no hub)
-	$(BIN)/smolmlx train quickstart
+demo: $(STAMP) ## SFT, then DPO, on the embedded model, and both scored (minutes, two CPU cores, no hub)
+	$(BIN)/smolmlx train notes/pipeline
 
 test: $(STAMP) ## all tests
 	$(BIN)/pytest
