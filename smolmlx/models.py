@@ -184,6 +184,10 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
     except ValueError as error:
         raise RecipeError(f"{config_file}: not valid JSON ({error}). Download the file again.") from error
     if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.gguf")):
+            raise RecipeError(
+                f"{name}: its weights are GGUF, which cannot be fine-tuned. Use the original safetensors model."
+            )
         other = (
             "pytorch_model.bin is a pickle, which is not read"
             if any(folder.glob("*.bin"))

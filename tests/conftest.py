@@ -5,6 +5,7 @@ No network: hub libraries are told to stay offline before any of them is importe
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -88,6 +89,8 @@ def call(
     from smolmlx.cli import main
 
     monkeypatch.chdir(tmp_path)
+    # A library that was first imported in an earlier test may still log to that test's stderr, which is closed.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["smolmlx", *map(str, arguments)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from smolmlx.cli import options
 from smolmlx.errors import RecipeError, RunError
@@ -69,6 +70,9 @@ def command(
     if resume not in (None, "auto") and not Path(str(resume)).exists() and recipe is None:
         recipe, resume = resume, "auto"  # `--resume my-recipe`: the word was meant as the recipe
     if resume:
+        named = click.get_current_context().get_parameter_source("out") is ParameterSource.COMMANDLINE
+        if resume != "auto" and named:
+            raise click.UsageError(f"--out has no effect with --resume {resume}: a run goes on in its own folder.")
         run = _find_run(recipe, Path(out), resume)
         if (run.path / pipelines.FILE).is_file():
             if sets or max_steps:
@@ -320,9 +324,8 @@ def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None
         show(evaluation)
     _show_samples(run, plan.recipe.samples.prompts)
     left = "model" if plan.full else "adapter"
-    console.result(
-        f"\nRun: {run.path}  ({left}/, samples.md, metrics.csv, report.json{', eval/' if evaluation else ''})"
-    )
+    there = [f"{left}/", *(["samples.md"] if (run.path / "samples.md").is_file() else []), "metrics.csv", "report.json"]
+    console.result(f"\nRun: {run.path}  ({', '.join([*there, *(['eval/'] if evaluation else [])])})")
     console.result(f'Next: {following} --prompt "..."')
 
 

@@ -28,8 +28,8 @@ LEFT_OUT_NONE_KEPT = "no answer keeps the strict rule"
 LEFT_OUT_ALIKE = "the answers are too much alike"
 ROUND = 48
 """Rows whose answers are drawn together when a number of pairs is wanted; rows beyond it are not drawn for."""
-Draw = Callable[[Sequence[str], int, int], list[list[str]]]
-"""Prompts, a number and a seed -> that many answers of the model to each."""
+Draw = Callable[[Sequence[str], int, int, str], list[list[str]]]
+"""Prompts, a number, a seed and what to call the work -> that many answers of the model to each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ class Sampling:
 def drawing(generator: Generator, tokenizer: Tokenizer, sampling: Sampling, meter: Meter) -> Draw:
     """Return what draws answers of a loaded model; an answer depends on the seed and its place alone."""
 
-    def draw(prompts: Sequence[str], number: int, seed: int) -> list[list[str]]:
+    def draw(prompts: Sequence[str], number: int, seed: int, label: str) -> list[list[str]]:
         how = Decoding(
             max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed
         )
         asked = [tokenizer.encode(tokenizer.prompt([{"role": "user", "content": prompt}])) for prompt in prompts]
-        with meter("drawing answers", len(asked) * number) as on_done:
+        with meter(label, len(asked) * number) as on_done:
             found = generate(generator, tokenizer, [ids for ids in asked for _ in range(number)], how, on_done)
         return [found[start : start + number] for start in range(0, len(found), number)]
 
@@ -104,7 +104,9 @@ def sample_pairs(
             if count and len(made[split]) >= count:
                 break
             asked = members[start : start + together]
-            answers = draw([row.prompt for row in asked], sampling.samples, sampling.seed + start)
+            found_so_far = f", {len(made[split])} of {count} pairs" if count else ""
+            label = f"answers for {split}{found_so_far}"
+            answers = draw([row.prompt for row in asked], sampling.samples, sampling.seed + start, label)
             for row, drawn in zip(asked, answers, strict=True):
                 found = choose(row, drawn)
                 if isinstance(found, str):

@@ -145,6 +145,9 @@ class TestRefusals:
         (tmp_path / "model.gguf").touch()
         with pytest.raises(RecipeError, match="GGUF"):
             models.find_model(str(tmp_path))
+        (tmp_path / "config.json").write_text("{}")  # as repositories of GGUF files often have it
+        with pytest.raises(RecipeError, match="GGUF"):
+            models.find_model(str(tmp_path))
 
     def test_missing_folder(self) -> None:
         with pytest.raises(RecipeError, match="no such model folder"):

@@ -64,7 +64,7 @@ def test_the_broken_answer_of_nearest_length_is_taken(rows: list[NotesRow]) -> N
 def drawer(flaw: Callable[[str], str]) -> Draw:
     """A model that answers each prompt once as its row does, and else with a flaw."""
     answers = {row.prompt: row.answer for row in read_notes_rows([NOTES / "train.jsonl", NOTES / "validation.jsonl"])}
-    return lambda prompts, number, seed: [[answers[p], *[flaw(answers[p])] * (number - 1)] for p in prompts]
+    return lambda prompts, number, seed, label: [[answers[p], *[flaw(answers[p])] * (number - 1)] for p in prompts]
 
 
 def test_files_name_what_was_drawn(tmp_path: Path) -> None:
@@ -82,16 +82,17 @@ def test_files_name_what_was_drawn(tmp_path: Path) -> None:
 
 
 def test_no_more_is_drawn_than_a_number_of_pairs_takes(tmp_path: Path) -> None:
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, int, str]] = []
     answer = drawer(fourth_bullet)
 
-    def counted(prompts: Sequence[str], number: int, seed: int) -> list[list[str]]:
-        asked.append((len(prompts), seed))
-        return answer(prompts, number, seed)
+    def counted(prompts: Sequence[str], number: int, seed: int, label: str) -> list[list[str]]:
+        asked.append((len(prompts), seed, label))
+        return answer(prompts, number, seed, label)
 
     made = write_sampled([str(NOTES)], tmp_path / "pairs", (ROUND + 10, 5), Sampling("tiny", "", samples=2), counted)
     assert (made["files"]["train"]["pairs"], made["files"]["validation"]["pairs"]) == (ROUND + 10, 5)
-    assert asked == [(ROUND, 0), (ROUND, ROUND), (ROUND, 0)]  # train twice, validation once; other draws each time
+    assert [call[:2] for call in asked] == [(ROUND, 0), (ROUND, ROUND), (ROUND, 0)]  # train twice, with other draws
+    assert asked[1][2] == f"answers for train, {ROUND} of {ROUND + 10} pairs"
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

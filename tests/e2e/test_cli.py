@@ -203,3 +203,9 @@ def test_missing_evaluation_rows_are_found_before_training(call: Call, recipe: P
     code, _, err = call("train", recipe, *sets, "--set", "evaluate.suite=notes")
     assert code == 4 and "nowhere.jsonl" in err
     assert not Path("runs").exists()
+
+
+def test_out_is_refused_where_a_run_has_its_own_folder(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    code, _, err = call("train", "--resume", tmp_path / "run", "--out", tmp_path / "elsewhere")
+    assert code == 2 and "--out has no effect with --resume" in err
