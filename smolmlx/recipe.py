@@ -106,7 +106,7 @@ class Train(Section):
     """Rows (or packs) per micro-batch."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
-    learning_rate: float = Field(2e-4, gt=0, le=100)
+    learning_rate: float = Field(2e-4, gt=0)
     """The highest learning rate, reached after the warm-up. Stage dpo: 1e-6 where none is given."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after the warm-up."""

@@ -298,30 +298,6 @@ def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..
     return call
 
 
-_SWIGLU_BLOCK = ("down_proj", "swiglu", "gate_proj", "up_proj")
-
-
-def remake_products(model: nn.Module) -> None:
-    """Make silu(gate) * up again in the backward pass, in blocks that are written as Llama's MLP is.
-
-    It is among the largest arrays of a layer and costs one pass over its elements, no matrix product: what is not needed
-    of a second call is never evaluated.
-    """
-    for module in model.modules():
-        call = type(module).__call__
-        if getattr(getattr(call, "__code__", None), "co_names", None) != _SWIGLU_BLOCK:
-            continue
-
-        def remaking(self: Any, x: mx.array, _swiglu: Any = call.__globals__["swiglu"], _call: Any = call) -> mx.array:
-            if not self.training:
-                return _call(self, x)
-            product = checkpointed(self.down_proj, lambda gate, up: self.down_proj(_swiglu(gate, up)))
-            found: mx.array = product(self.gate_proj(x), self.up_proj(x))
-            return found
-
-        module.__class__ = type(f"Frugal{type(module).__name__}", (type(module),), {"__call__": remaking})
-
-
 def checkpoint_layers(model: nn.Module) -> None:
     """Recompute each block's activations in the backward pass.
 

@@ -20,7 +20,6 @@ from smolmlx_mlx.model import (
     from_mlx,
     load_base,
     read_arrays,
-    remake_products,
     to_tree,
     write_weights,
 )
@@ -80,8 +79,6 @@ class Engine:
             add_lora(self.model, plan.targets, recipe.lora.r, plan.scale, recipe.lora.dropout, recipe.lora.dora)
         if recipe.train.gradient_checkpointing:
             checkpoint_layers(self.model)
-        elif mx.default_device() == mx.cpu:  # elsewhere its worth has not been measured
-            remake_products(self.model)
         self.model.train()
         compiled = recipe.train.compile and devices.can_compile()
         parameters = self.model.trainable_parameters()
