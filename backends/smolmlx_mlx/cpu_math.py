@@ -63,11 +63,6 @@ def _softmax(x: mx.array) -> mx.array:
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
-def _softmax_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    weighted = cotangent * output
-    return weighted - output * weighted.sum(axis=-1, keepdims=True)
-
-
 def _logsumexp(x: mx.array) -> mx.array:
     most = x.max(axis=-1, keepdims=True)
     return (most + mx.log(exp(x - most).sum(axis=-1, keepdims=True))).squeeze(-1)
@@ -88,11 +83,6 @@ def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output:
     share = sigmoid(gate)
     silu = gate * share
     return cotangent * x * (share + silu * (1.0 - share)), cotangent * silu
-
-
-def softmax(x: mx.array) -> mx.array:
-    """Softmax over the last axis."""
-    return _with_vjp(_softmax, _softmax_vjp)(x)
 
 
 def logsumexp(x: mx.array) -> mx.array:

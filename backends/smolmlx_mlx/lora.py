@@ -1,7 +1,8 @@
 """mlx-lm's LoRA layer with a backward pass of its own, and dropout that a recomputed layer can repeat.
 
-The backward pass lets go of a layer's activations before it goes on to the next. Left to itself MLX makes the adapters' gradients last, since nothing but the optimizer waits for them, and keeps every
-layer's input and output gradients until then. Here the gradient that goes on to the layer before depends on them.
+The backward pass lets go of a layer's activations before it goes on to the next. Left to itself MLX makes the adapters'
+gradients last, since nothing but the optimizer waits for them, and keeps every layer's input and output gradients until
+then. Here the gradient that goes on to the layer before depends on them.
 
 T tokens (all leading axes), I inputs, O outputs, R rank.
 """

@@ -12,6 +12,7 @@ import click
 
 from smolmlx.cli import options
 from smolmlx.errors import DataError, RecipeError, RunError, nearest
+from smolmlx.tasks import MADE, ON_REQUEST
 
 if TYPE_CHECKING:
     from smolmlx.data.splits import Method
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from smolmlx.synth.jobs import Outline, Workshop
     from smolmlx.synth.runtimes import Runtime
 
-TASKS = ("bullets", "qa", "rephrase", "continuation", "triplets", "retrieval", "comparison")
-ON_REQUEST = ("notes",)
 CHUNK_EPILOG = """\b
 Examples:
   smolmlx data chunk papers/ chunks
@@ -93,7 +92,7 @@ def _method(shares: str, seed: int) -> Method:
     "tasks",
     multiple=True,
     metavar="T",
-    help=f"One of {', '.join(TASKS)}, and notes; may be repeated.  [default: all but notes]",
+    help=f"One of {', '.join(MADE)}, and notes; may be repeated.  [default: all but notes]",
 )
 @click.option(
     "--tasks-file",
@@ -229,16 +228,16 @@ class _Augmenting:
         if self.batch and not self.server:
             raise RecipeError("--batch: needs --server URL, a server with the batch endpoint of the OpenAI API.")
         unknown = [
-            f"--task {task}: unknown.{nearest(task, (*TASKS, *ON_REQUEST))} Known: {', '.join((*TASKS, *ON_REQUEST))}"
+            f"--task {task}: unknown.{nearest(task, (*MADE, *ON_REQUEST))} Known: {', '.join((*MADE, *ON_REQUEST))}"
             for task in self.tasks
-            if task not in (*TASKS, *ON_REQUEST)
+            if task not in (*MADE, *ON_REQUEST)
         ]
         if unknown:
             raise RecipeError("data augment", unknown)
 
     def _tasks(self, known: Any) -> tuple[str, ...]:
         """Tasks asked for, in the registry's own order so that the order of options changes nothing."""
-        return tuple(task for task in (*TASKS, *ON_REQUEST) if task in (self.tasks or {*known} & {*TASKS}))
+        return tuple(task for task in (*MADE, *ON_REQUEST) if task in (self.tasks or {*known} & {*MADE}))
 
     def _runtime(self) -> Runtime:
         if self.server:

@@ -43,6 +43,28 @@ _CHOICES = {"source": SOURCES, "difficulty": DIFFICULTIES, "split": (*SPLITS, OO
 
 
 @dataclass(frozen=True, slots=True)
+class Notes:
+    """One answer in its four sections."""
+
+    summary: str
+    key_points: tuple[str, ...]
+    limitation: str
+    question: str
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return (self.summary, *self.key_points, self.limitation, self.question)
+
+    def render(self) -> str:
+        """Lay the answer out: each header alone on its line, the text below it, one `- ` bullet per point."""
+        bullets = "\n".join(f"- {point}" for point in self.key_points)
+        return (
+            f"Summary:\n{self.summary}\nKey Points:\n{bullets}\nLimitation:\n{self.limitation}\n"
+            f"Follow-up Question:\n{self.question}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with a notes file; prints as `path:line: message`. Line 0 is the file as a whole."""
 
@@ -66,12 +88,6 @@ class _Seen:
 def input_sha256(text: str) -> str:
     """Hash a passage as sha256 of its stripped, lower-cased text with each whitespace run as one space."""
     return hashlib.sha256(" ".join(text.lower().split()).encode("utf-8")).hexdigest()
-
-
-def render_notes(summary: str, points: Sequence[str], limitation: str, question: str) -> str:
-    """Lay out one answer: each header alone on its line, the text below it, one `- ` bullet per point."""
-    bullets = "\n".join(f"- {point}" for point in points)
-    return f"Summary:\n{summary}\nKey Points:\n{bullets}\nLimitation:\n{limitation}\nFollow-up Question:\n{question}"
 
 
 def validate_notes(

@@ -17,6 +17,7 @@ import numpy as np
 from smolmlx.backend import Constraint, Decoding, Generator
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.formats import Source
+from smolmlx.data.notes import Notes
 from smolmlx.errors import DataError
 from smolmlx.evals.bootstrap import Interval, bootstrap_difference, bootstrap_mean, difference_sentence
 from smolmlx.evals.metrics import rouge_l, set_f1
@@ -24,7 +25,7 @@ from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.evals.suites import Difference
 from smolmlx.tasks.registry import Registry
 from smolmlx.tasks.replies import Rejected, read, read_freely, render
-from smolmlx.tasks.schemas import ANSWERS, Notes, Text, Value, plain, retrieval_schema
+from smolmlx.tasks.schemas import ANSWERS, Text, Value, plain, retrieval_schema
 
 RANDOM = "random control"
 METRICS = ("valid", "index_accuracy", "set_f1", "rouge_l")

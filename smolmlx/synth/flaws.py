@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from smolmlx.data.notes import render_notes
+from smolmlx.data.notes import Notes
 from smolmlx.evals.notes import BOILERPLATE, sections, strict_compliance
 from smolmlx.evals.parsers import bullet_lines
 from smolmlx.evals.text import content_tokens
@@ -78,24 +78,16 @@ _MAX_CLAUSE_WORDS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
-    """An answer in parts; `after` is text behind the question, which no good answer has."""
+class Note(Notes):
+    """An answer with `after`, the text behind the question, which no good answer has."""
 
-    summary: str
-    points: tuple[str, ...]
-    limitation: str
-    question: str
     after: str = ""
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        return (self.summary, *self.points, self.limitation, self.question)
 
     def with_lines(self, lines: Sequence[str]) -> Note:
         return Note(lines[0], tuple(lines[1:-2]), lines[-2], lines[-1], self.after)
 
     def render(self) -> str:
-        text = render_notes(self.summary, self.points, self.limitation, self.question)
+        text = Notes.render(self)  # slots leave `super()` without its class
         return f"{text}\n{self.after}" if self.after else text
 
 
@@ -139,7 +131,7 @@ class _Draft:
 
 
 def read_note(answer: str) -> Note | None:
-    """Take an answer apart; None where it is not laid out as `render_notes` does, so that only the flaw would differ."""
+    """Take an answer apart; None where it is not laid out as `Notes.render` does, so that only the flaw would differ."""
     parts = sections(answer)
     question, _, after = parts["Follow-up Question"].partition("\n")
     note = Note(parts["Summary"], bullet_lines(parts["Key Points"]), parts["Limitation"], question, after.strip())
@@ -204,7 +196,7 @@ def _fourth_bullet(row: NotesRow, neighbours: Neighbours, dice: Dice) -> Iterato
 
 
 def _with_bullet(row: NotesRow, extra: str) -> _Draft:
-    points = (*row.note.points, extra)
+    points = (*row.note.key_points, extra)
     return _Draft(Note(row.note.summary, points, row.note.limitation, row.note.question), frozenset({len(points)}))
 
 
@@ -226,7 +218,7 @@ def _halved(row: NotesRow) -> list[_Draft]:
             continue
         kept = [match["head"] + "." if spot == place else text for spot, text in enumerate(lines)]
         # Behind the line it was part of where that is a bullet, else behind the last one.
-        spot = place + 1 if 0 < place <= len(row.note.points) else len(row.note.points) + 1
+        spot = place + 1 if 0 < place <= len(row.note.key_points) else len(row.note.key_points) + 1
         note = row.note.with_lines([*kept[:spot], clause, *kept[spot:]])
         found.append(_Draft(note, frozenset({place + (place >= spot), spot})))
     return found
@@ -235,9 +227,9 @@ def _halved(row: NotesRow) -> list[_Draft]:
 def _unsupported_claim(row: NotesRow, neighbours: Neighbours, dice: Dice) -> Iterator[_Draft]:
     """Put a bullet of another concept in the place of one: fluent, plausible, and not in the passage."""
     known = _known(row)
-    sizes = {len(point.split()): place for place, point in enumerate(row.note.points, start=1)}
+    sizes = {len(point.split()): place for place, point in enumerate(row.note.key_points, start=1)}
     for other in neighbours.strangers(row, dice):
-        for claim in other.note.points:
+        for claim in other.note.key_points:
             place = sizes.get(len(claim.split()))
             if place is not None and _novelty(claim, known) >= UNSUPPORTED:
                 yield _swap(row, {place: claim})
@@ -250,7 +242,7 @@ def _text_after_question(row: NotesRow, neighbours: Neighbours, dice: Dice) -> I
     # Remarks are few and passages many: the same few words in most pairs would be all there is to learn.
     for after in (*more, *remarks) if dice.share() < 0.5 else (*remarks, *more):
         note = row.note
-        yield _Draft(Note(note.summary, note.points, note.limitation, note.question, after), frozenset())
+        yield _Draft(Note(note.summary, note.key_points, note.limitation, note.question, after), frozenset())
 
 
 def _generic_close(row: NotesRow, neighbours: Neighbours, dice: Dice) -> Iterator[_Draft]:

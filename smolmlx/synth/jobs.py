@@ -14,15 +14,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from smolmlx.data.notes import Notes
 from smolmlx.evals.notes import strict_compliance
 from smolmlx.evals.parsers import QAPair, RetrievalResult
 from smolmlx.synth.chunks import Chunk
 from smolmlx.synth.notes import MIN_SUPPORT, Dice, support
 from smolmlx.synth.runtimes import Request
 from smolmlx.synth.store import ChunkStore
-from smolmlx.tasks.registry import MADE, SOURCES, Prompt, Registry, number_passages
+from smolmlx.tasks import MADE
+from smolmlx.tasks.registry import SOURCES, Prompt, Registry, number_passages
 from smolmlx.tasks.replies import Rejected, render
-from smolmlx.tasks.schemas import ANSWERS, Answer, Notes, Quest, Question, Value, plain
+from smolmlx.tasks.schemas import ANSWERS, Answer, Quest, Question, Value, plain
 
 TOO_SHORT = "chunk too short"
 ALONE = "no other chunk to set beside it"

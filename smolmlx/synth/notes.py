@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
-from smolmlx.data.notes import DIFFICULTIES, FIELDS, INSTRUCTION, SPLITS, TOPICS, input_sha256, render_notes
+from smolmlx.data.notes import DIFFICULTIES, FIELDS, INSTRUCTION, SPLITS, TOPICS, Notes, input_sha256
 from smolmlx.errors import DataError, SmolError, VerificationError
 
 SEED = 17
@@ -424,7 +424,7 @@ def _notes(concept: Concept, outline: Outline, aside: str, ask: str, book: Phras
     shorts = _shorts(concept, book)
     brief = {name: _trimmed(short) if dice.share() < TRIM_SHARE else short for name, short in shorts.items()}
     brief[ASIDE] = aside
-    return render_notes(shorts[outline.summary], [brief[part] for part in outline.points], brief["limit"], ask)
+    return Notes(shorts[outline.summary], tuple(brief[part] for part in outline.points), brief["limit"], ask).render()
 
 
 def _shorts(concept: Concept, book: Phrasebook) -> dict[str, str]:

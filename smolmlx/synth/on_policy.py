@@ -98,27 +98,29 @@ def sample_pairs(
     left_out = Counter[str]()
     for split, count in counts.items():
         members = list(round_robin([row for row in rows if row.split == split], Dice(sampling.seed)))
-        made[split] = []
+        pairs: list[Pair] = []
         together = ROUND if count else max(1, len(members))
         for start in range(0, len(members), together):
-            if count and len(made[split]) >= count:
+            if count and len(pairs) >= count:
                 break
             asked = members[start : start + together]
-            found_so_far = f", {len(made[split])} of {count} pairs" if count else ""
+            found_so_far = f", {len(pairs)} of {count} pairs" if count else ""
             label = f"answers for {split}{found_so_far}"
             answers = draw([row.prompt for row in asked], sampling.samples, sampling.seed + start, label)
-            for row, drawn in zip(asked, answers, strict=True):
-                found = choose(row, drawn)
-                if isinstance(found, str):
-                    left_out[found] += 1
-                elif count is None or len(made[split]) < count:
-                    chosen, rejected, issues = found
-                    made[split].append({**record(row, "sampled", chosen, rejected), "issues": issues})
+            found = [(row, choose(row, drawn)) for row, drawn in zip(asked, answers, strict=True)]
+            left_out.update(choice for _, choice in found if isinstance(choice, str))
+            pairs += [_pair(row, choice) for row, choice in found if not isinstance(choice, str)]
+        made[split] = pairs[:count]
     empty = [f"{split}: no pair" for split, pairs in made.items() if not pairs]
     if empty:
         why = "; ".join(f"{reason}: {number} rows" for reason, number in left_out.items())
         raise DataError(f"on-policy pairs ({why}); train longer, or draw more --samples", empty)
     return made, dict(left_out)
+
+
+def _pair(row: NotesRow, choice: tuple[str, str, list[str]]) -> Pair:
+    chosen, rejected, issues = choice
+    return {**record(row, "sampled", chosen, rejected), "issues": issues}
 
 
 def write_sampled(

@@ -36,10 +36,6 @@ FIELDS: Mapping[str, frozenset[str]] = {
     "fact": frozenset({"passage"}),
 }
 """Task -> what its body must hold, in braces."""
-MADE = ("bullets", "qa", "rephrase", "continuation", "triplets", "retrieval", "comparison")
-"""The seven tasks that `data augment` makes from chunks when none is named."""
-ON_REQUEST = ("notes",)
-"""Made from chunks too, when named; all other tasks are taken from answers of these."""
 SOURCES = {"answer": "qa", "question": "qa", "fact": "bullets"}
 _LIST_STYLES = frozenset({"markdown", "python", "json"})
 STYLES: Mapping[str, frozenset[str]] = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from smolmlx.data.notes import render_notes
+from smolmlx.data.notes import Notes
 from smolmlx.evals.notes import sections
 from smolmlx.evals.parsers import (
     QAPair,
@@ -31,7 +31,6 @@ from smolmlx.tasks.schemas import (
     ANSWERS,
     Answer,
     Bullets,
-    Notes,
     NotesAnswer,
     Pairs,
     Quest,
@@ -186,7 +185,7 @@ def _render(value: Value, style: str) -> str | None:
         number = "None" if value.index is None else value.index + 1
         return f"**Passage:** {number}\n**Why:** {value.reasoning}"
     if isinstance(value, Notes):
-        return render_notes(value.summary, value.key_points, value.limitation, value.question)
+        return value.render()
     assert isinstance(value, tuple)
     if style == "python":
         return repr([item if isinstance(item, str) else tuple(asdict(item).values()) for item in value])

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from smolmlx.data.notes import Notes
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 
 
@@ -21,20 +22,6 @@ class Quest:
 
     question: str
     why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Notes:
-    """What a passage says, in the four sections of the notes task (`data/notes`)."""
-
-    summary: str
-    key_points: tuple[str, ...]
-    limitation: str
-    question: str
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        return (self.summary, *self.key_points, self.limitation, self.question)
 
 
 Value = str | tuple[str, ...] | tuple[QAPair, ...] | tuple[Triplet, ...] | RetrievalResult | Quest | Notes

@@ -38,7 +38,8 @@ from smolmlx.synth.notes import Dice
 from smolmlx.synth.runtimes import TOO_LONG, LocalRuntime, Reply, Request
 from smolmlx.synth.server import Limits, ServerRuntime
 from smolmlx.synth.store import ChunkStore
-from smolmlx.tasks.registry import MADE, Registry, read_registry
+from smolmlx.tasks import MADE
+from smolmlx.tasks.registry import Registry, read_registry
 from smolmlx.tasks.schemas import Bullets, Quest
 
 FAST = Limits(concurrency=8, timeout=30, retries=12)

@@ -10,10 +10,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smolmlx.data.notes import Notes
 from smolmlx.errors import RecipeError
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
-from smolmlx.tasks import replies, schemas
-from smolmlx.tasks.registry import BUILT_IN, FIELDS, MADE, ON_REQUEST, SOURCES, STYLES, read_registry
+from smolmlx.tasks import MADE, ON_REQUEST, replies, schemas
+from smolmlx.tasks.registry import BUILT_IN, FIELDS, SOURCES, STYLES, read_registry
 from smolmlx.tasks.replies import Rejected
 
 TEXTS: dict[str, str] = {name: f"<{name}>" for names in FIELDS.values() for name in names}
@@ -109,7 +110,7 @@ VALUES: dict[str, st.SearchStrategy[schemas.Value]] = {
     ).map(tuple),
     "retrieval": st.builds(RetrievalResult, st.none() | st.integers(0, 19), line),
     "notes": st.lists(line, min_size=6, max_size=6, unique_by=str.lower).map(
-        lambda lines: schemas.Notes(lines[0], tuple(lines[1:4]), lines[4], lines[5])
+        lambda lines: Notes(lines[0], tuple(lines[1:4]), lines[4], lines[5])
     ),
 }
 
