@@ -8,6 +8,7 @@ where MLX uses Accelerate and Metal.
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ def _load() -> Blas:
     if sys.platform != "linux":
         return Blas("Accelerate", None, True)
     _keep_freed_memory()
+    _feed_all_lanes()
     if "mlx.core" in sys.modules:
         return Blas("unknown (mlx was imported before smolmlx)", None, False)
     for name, path in _candidates():
@@ -75,6 +77,15 @@ def _keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):  # not with musl
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest that glibc takes
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def _feed_all_lanes() -> None:
+    """Let MLX go through a graph breadth first, up to this width, so that the streams of all cores get work in turn.
+
+    It hands out a bounded number of operations at a time. By default it goes deep where a graph is wider than 20: a step
+    over pairs then gave one core hundreds of operations in a row while the other waited (36 % longer steps).
+    """
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100")
 
 
 def _candidates() -> list[tuple[str, Path]]:
