@@ -556,27 +556,34 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
     }
 
 
+_LIVE_SCORES = 6
+"""Arrays of a block's attention scores that stand side by side in its backward pass."""
+_PROCESS_BYTES = 350_000_000
+"""Python and an engine's libraries on a CPU, before a model is loaded."""
+
+
 def estimate_memory(plan: Plan) -> int:
     """Estimate peak training memory in bytes.
 
     Weights, float32 trainables with gradients and two moments, and the activations a backward pass keeps: per block and
-    token about 10 widths, 4 inner widths and the attention row. Good to about 30 %; `benchmarks/sft.py` compares.
+    token about 10 widths and 4 inner widths. No engine keeps the attention's scores; on a CPU those of one block are
+    whole for a moment, and the process itself counts. Good to about 30 %; `benchmarks/sft.py` compares.
     """
     config, wide = plan.model.config, 4 if plan.dtype == "float32" else 2
     width, inner = int(config.get("hidden_size", 0)), int(config.get("intermediate_size", 0))
     heads = int(config.get("num_attention_heads", 1))
     row = max(plan.train.widths)
     tokens = plan.train.batch_size * row
-    # Flash attention keeps no [T, T] scores; on a CPU they are kept.
-    scores = heads * row * 2 if plan.capabilities.device == "cpu" else 0
-    per_block = tokens * (10 * width + 4 * inner + scores) * wide
+    on_cpu = plan.capabilities.device == "cpu"
+    scores = _LIVE_SCORES * heads * row * tokens * 4 if on_cpu else 0
+    per_block = tokens * (10 * width + 4 * inner) * wide
     blocks = (
         per_block + plan.model.num_layers * tokens * width * wide
         if plan.recipe.train.gradient_checkpointing
         else per_block * plan.model.num_layers
     )
     head = plan.train.gather * int(config.get("vocab_size", 0)) * 4 * 2
-    return weight_bytes(plan) + int(blocks + head)
+    return weight_bytes(plan) + int(blocks + scores + head) + (_PROCESS_BYTES if on_cpu else 0)
 
 
 def weight_bytes(plan: Plan) -> int:
