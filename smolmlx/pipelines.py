@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -52,14 +52,17 @@ class Pairs(_Strict):
     """Answers drawn for each row from the stage trained last; 0 makes pairs by rule."""
     temperature: Annotated[float, Field(gt=0)] = 0.8
     """Of these answers."""
+    about: Literal["any", "form"] = "any"
+    """Pairs of these answers. form: only those whose rejected answer breaks the strict rule."""
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _one_way(self) -> Pairs:
         if self.samples == 1 or (self.samples and self.issues is not None):
             raise ValueError("`samples` takes 2 or more, and no `issues`, which are of pairs by rule")
-        if not self.samples and "temperature" in self.model_fields_set:
-            raise ValueError("`temperature` has no effect without `samples`")
+        idle = {"temperature", "about"} & self.model_fields_set
+        if not self.samples and idle:
+            raise ValueError(f"`{sorted(idle)[0]}` has no effect without `samples`")
         return self
 
     def order(self) -> Order:
@@ -301,7 +304,7 @@ def make_pairs(pipeline: Pipeline, stage: Stage, folder: Path, choice: Choice, m
     plan = resolve(load_stage(pipeline, trained, folder), choice)
     run = RunDir(folder / trained.name)
     left = run.model if plan.full else run.adapter
-    sampling = Sampling(plan.model.name, str(left), wanted.samples, wanted.temperature, seed=wanted.seed)
+    sampling = Sampling(plan.model.name, str(left), wanted.samples, wanted.temperature, seed=wanted.seed, about=wanted.about)
     generator = open_generator(plan, choice.backend, left, run)
     draw = drawing(generator, plan.tokenizer, sampling, meter)
     return write_sampled(wanted.rows, folder / stage.name, wanted.counts, sampling, draw)

@@ -34,6 +34,7 @@ Examples:
 @click.option("--samples", type=click.IntRange(min=2), help="Answers drawn for each row.  [default: 8]")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of the answers drawn.  [default: 0.8]")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer drawn.  [default: 200]")
+@click.option("--about", type=click.Choice(["any", "form"]), help="form: only pairs whose rejected answer breaks the strict rule.  [default: any]")  # fmt: skip
 @options.quantize
 @options.engine
 @options.as_json

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from smolmlx.backend import Decoding, Generator
 from smolmlx.data.chat import Tokenizer
@@ -26,6 +26,7 @@ LEAST_GAP = 0.15
 """Content alignment between two compliant answers below which a pair says too little."""
 LEFT_OUT_NONE_KEPT = "no answer keeps the strict rule"
 LEFT_OUT_ALIKE = "the answers are too much alike"
+LEFT_OUT_NONE_BROKEN = "all answers keep the strict rule"
 ROUND = 48
 """Rows whose answers are drawn together when a number of pairs is wanted; rows beyond it are not drawn for."""
 Draw = Callable[[Sequence[str], int, int, str], list[list[str]]]
@@ -43,6 +44,8 @@ class Sampling:
     top_p: float = 0.95
     max_tokens: int = 200
     seed: int = 0
+    about: Literal["any", "form"] = "any"
+    """form: only pairs whose rejected answer breaks the strict rule."""
 
 
 def drawing(generator: Generator, tokenizer: Tokenizer, sampling: Sampling, meter: Meter) -> Draw:
@@ -60,8 +63,12 @@ def drawing(generator: Generator, tokenizer: Tokenizer, sampling: Sampling, mete
     return draw
 
 
-def choose(row: NotesRow, answers: Sequence[str]) -> tuple[str, str, list[str]] | str:
-    """Return (chosen, rejected, what is wrong with rejected) of a row's answers, or why they give no pair."""
+def choose(row: NotesRow, answers: Sequence[str], about: str = "any") -> tuple[str, str, list[str]] | str:
+    """Return (chosen, rejected, what is wrong with rejected) of a row's answers, or why they give no pair.
+
+    Args:
+        about: as in `Sampling`.
+    """
     asked = EvalRow(row.id, row.passage, row.answer)
     scored = [(score_note(asked, answer), answer) for answer in dict.fromkeys(answers)]
     kept = [(score, answer) for score, answer in scored if score.compliance]
@@ -73,6 +80,8 @@ def choose(row: NotesRow, answers: Sequence[str]) -> tuple[str, str, list[str]] 
         # The broken answer whose length is nearest, so that length teaches as little as it can.
         worst, rejected = min(broken, key=lambda found: abs(gap(chosen, found[1])))
         return chosen, rejected, list(worst.problems)
+    if about == "form":
+        return LEFT_OUT_NONE_BROKEN
     worst, rejected = min(kept, key=lambda found: _worth(found[0]))
     if best.content_alignment - worst.content_alignment < LEAST_GAP:
         return LEFT_OUT_ALIKE
@@ -107,7 +116,7 @@ def sample_pairs(
             found_so_far = f", {len(pairs)} of {count} pairs" if count else ""
             label = f"answers for {split}{found_so_far}"
             answers = draw([row.prompt for row in asked], sampling.samples, sampling.seed + start, label)
-            found = [(row, choose(row, drawn)) for row, drawn in zip(asked, answers, strict=True)]
+            found = [(row, choose(row, drawn, sampling.about)) for row, drawn in zip(asked, answers, strict=True)]
             left_out.update(choice for _, choice in found if isinstance(choice, str))
             pairs += [_pair(row, choice) for row, choice in found if not isinstance(choice, str)]
         made[split] = pairs[:count]

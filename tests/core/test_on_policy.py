@@ -11,7 +11,9 @@ import pytest
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.evals.notes import strict_compliance
 from smolmlx.synth.flaws import NotesRow
-from smolmlx.synth.on_policy import LEFT_OUT_ALIKE, LEFT_OUT_NONE_KEPT, ROUND, Draw, Sampling, choose, write_sampled
+from smolmlx.synth.on_policy import (
+    LEFT_OUT_ALIKE, LEFT_OUT_NONE_BROKEN, LEFT_OUT_NONE_KEPT, ROUND, Draw, Sampling, choose, write_sampled,
+)  # fmt: skip
 from smolmlx.synth.pairs import read_notes_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +49,12 @@ def test_of_two_whole_answers_the_nearer_wins(rows: list[NotesRow]) -> None:
     row = rows[0]
     assert strict_compliance(off_topic(row.answer)).passed
     assert choose(row, [off_topic(row.answer), row.answer]) == (row.answer, off_topic(row.answer), ["content"])
+
+
+def test_pairs_about_form_alone_leave_whole_answers_out(rows: list[NotesRow]) -> None:
+    row = rows[0]
+    assert choose(row, [off_topic(row.answer), row.answer], "form") == LEFT_OUT_NONE_BROKEN
+    assert choose(row, [fourth_bullet(row.answer), row.answer], "form")[2] == ["Key Points: 4 bullets, 3 expected"]
 
 
 def test_what_teaches_nothing_is_left_out(rows: list[NotesRow]) -> None:
