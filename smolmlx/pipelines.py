@@ -304,7 +304,9 @@ def make_pairs(pipeline: Pipeline, stage: Stage, folder: Path, choice: Choice, m
     plan = resolve(load_stage(pipeline, trained, folder), choice)
     run = RunDir(folder / trained.name)
     left = run.model if plan.full else run.adapter
-    sampling = Sampling(plan.model.name, str(left), wanted.samples, wanted.temperature, seed=wanted.seed, about=wanted.about)
+    sampling = Sampling(
+        plan.model.name, str(left), wanted.samples, wanted.temperature, seed=wanted.seed, about=wanted.about
+    )
     generator = open_generator(plan, choice.backend, left, run)
     draw = drawing(generator, plan.tokenizer, sampling, meter)
     return write_sampled(wanted.rows, folder / stage.name, wanted.counts, sampling, draw)

@@ -137,8 +137,7 @@ def _settings(
     if not chosen["data"]:
         raise RecipeError("eval: no rows to score. Pass --data rows.jsonl, or a recipe that has an `evaluate` block.")
     suite = chosen["suite"] or "loss"
-    if suite == "loss":
-        _refuse_for_loss(given)
+    _refuse_idle(given, suite)
     settings = Settings(
         data=chosen["data"],
         suite=suite,
@@ -165,12 +164,14 @@ def _settings(
     return settings, fallback.get("chat_template")
 
 
-def _refuse_for_loss(given: dict[str, Any]) -> None:
-    """Refuse what only answers have; a recipe's own values for another suite are no request."""
+def _refuse_idle(given: dict[str, Any], suite: str) -> None:
+    """Refuse what a suite has no use for; a recipe's own values for another suite are no request."""
     flags = {"train": "--train", "ood": "--ood", "max_tokens": "--max-tokens", "temperature": "--temperature", "ids": "--id", "repetition_penalty": "--repetition-penalty", "no_repeat_ngram": "--no-repeat-ngram"}  # fmt: skip
-    wrong = [flag for key, flag in flags.items() if given[key]]
+    idle = {"loss": tuple(flags), "research": ("train", "ids")}.get(suite, ())
+    wrong = [flags[key] for key in idle if given[key]]
     if wrong:
-        raise RecipeError(f"eval: suite loss answers nothing, so it has no use for {', '.join(wrong)}. Leave them out, or pass --suite notes.")  # fmt: skip
+        why = "answers nothing" if suite == "loss" else "has no copy control, and scores all rows"
+        raise RecipeError(f"eval: suite {suite} {why}, so it has no use for {', '.join(wrong)}. Leave them out, or pass --suite notes.")  # fmt: skip
 
 
 def _from_recipe(name: str | None) -> dict[str, Any]:

@@ -6,20 +6,19 @@ passage or none), so that a figure can be told from luck.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from smolmlx.backend import Constraint, Decoding, Generator
+from smolmlx.data import formats
 from smolmlx.data.chat import Tokenizer
-from smolmlx.data.formats import Source
+from smolmlx.data.formats import Source, to_example
 from smolmlx.data.notes import Notes
 from smolmlx.errors import DataError
-from smolmlx.evals.bootstrap import Interval, bootstrap_difference, bootstrap_mean, difference_sentence
+from smolmlx.evals.bootstrap import Interval, bootstrap_difference, bootstrap_means, difference_sentence
 from smolmlx.evals.metrics import rouge_l, set_f1
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.evals.suites import Difference
@@ -47,6 +46,8 @@ class ResearchRow:
     style: str
     messages: tuple[Mapping[str, Any], ...]
     gold: Value
+    document: str = ""
+    """Where the row was made from; rows of one document are resampled together."""
 
     @property
     def num_passages(self) -> int:
@@ -79,24 +80,40 @@ def read_rows(path: str, source: Source, limit: int | None) -> list[ResearchRow]
     """Read rows that `data augment` wrote.
 
     Raises:
-        DataError: rows without task, style and gold.
+        DataError: rows without task, style and gold, each named by file and line.
     """
-    with Path(path).open(encoding="utf-8") as file:
-        trees = [json.loads(line) for line in file if line.strip()]
+    problems: list[str] = []
     found = []
-    for number, (tree, example) in enumerate(zip(trees, source, strict=False), 1):
-        missing = [name for name in _FIELDS if name not in tree]
-        if missing or tree["task"] not in ANSWERS:
-            what = f"no {', '.join(missing)}" if missing else f"task '{tree['task']}', known: {', '.join(ANSWERS)}"
-            raise DataError(f"{path}:{number}: {what}. Suite research scores rows that `smolmlx data augment` wrote.")
-        messages = tuple(message for message in example.messages if message["role"] != "assistant")
-        gold = to_value(tree["task"], tree["gold"])
-        found.append(ResearchRow(str(tree.get("id", number)), tree["task"], tree["style"], messages, gold))
+    for where, tree in formats.read_rows(source.files, problems):
+        try:
+            messages = to_example(tree, source.form, where, source.columns, source.system).messages
+            task, style, gold = _task(tree, where)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        asked = tuple(message for message in messages if message["role"] != "assistant")
+        found.append(ResearchRow(str(tree.get("id", where)), task, style, asked, gold, str(tree.get("document", ""))))
         if limit and len(found) >= limit:
             break
+    if problems:
+        raise DataError(f"{path}: suite research scores rows that `smolmlx data augment` wrote", problems[:20])
     if not found:
         raise DataError(f"{path}: no rows.")
     return found
+
+
+def _task(tree: Mapping[str, Any], where: str) -> tuple[str, str, Value]:
+    """Return task, style and gold of a row."""
+    missing = [name for name in _FIELDS if name not in tree]
+    if missing:
+        raise DataError(f"{where}: no {', '.join(missing)}")
+    task, style = tree["task"], tree["style"]
+    if not isinstance(task, str) or task not in ANSWERS or not isinstance(style, str):
+        raise DataError(f"{where}: task {task!r} in style {style!r}; known: {', '.join(ANSWERS)}")
+    try:
+        return task, style, to_value(task, tree["gold"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{where}: gold is not an answer of task '{task}': {str(tree['gold'])[:80]}") from error
 
 
 def to_value(task: str, gold: Any) -> Value:
@@ -109,7 +126,9 @@ def to_value(task: str, gold: Any) -> Value:
         return RetrievalResult(**gold)
     if task == "notes":
         return Notes(**{**gold, "key_points": tuple(gold["key_points"])})
-    return tuple(gold) if task == "bullets" else str(gold)
+    if not isinstance(gold, list if task == "bullets" else str):
+        raise TypeError
+    return tuple(map(str, gold)) if task == "bullets" else str(gold)
 
 
 def answer(
@@ -121,21 +140,35 @@ def answer(
     *,
     constrained: bool,
     on_done: Callable[[int], None],
+    template_args: Mapping[str, Any] | None = None,
+    context: int | None = None,
 ) -> list[Answered]:
     """Answer rows, each within the tokens of its task and of `how`.
+
+    Raises:
+        DataError: rows whose prompt and answer take more tokens than the model's `context`.
 
     Args:
         constrained: ask for lists and retrieval in JSON and keep the answer to its schema, as PaperResearcher does;
             without it the row's own style is asked for, and the answer is free.
     """
     batcher = generator.batcher(how.batch_size)
-    asked = []
+    asked, too_long = [], []
     for index, row in enumerate(rows):
         schema = _schema(row) if constrained else None
         messages = _in_json(registry, row) if schema is not None else row.messages
         most = min(how.max_tokens, registry.task(row.task).max_tokens)
-        prompt = tokenizer.encode(tokenizer.prompt(messages))
+        prompt = tokenizer.encode(tokenizer.prompt(messages, **(template_args or {})))
+        if context is not None and len(prompt) + most > context:
+            too_long.append(f"{row.id}: {len(prompt):,} tokens, and {most} for the answer")
         asked.append(batcher.make_row(index, prompt, replace(how, max_tokens=most, schema=schema)))
+    if too_long:
+        more = [f"... and {len(too_long) - 8} more"] if len(too_long) > 8 else []
+        raise DataError(
+            f"{len(too_long)} prompts do not fit the model's context of {context:,} tokens; make shorter chunks"
+            " (`smolmlx data chunk --words`), or lower max_tokens",
+            [*too_long[:8], *more],
+        )
     found: dict[int, Answered] = {}
     for done in batcher.run(asked):
         made = done.completion()
@@ -187,12 +220,17 @@ def random_answers(rows: Sequence[ResearchRow], seed: int = 0) -> list[Answered]
     found = []
     for index, row in enumerate(rows):
         others = [i for i, other in enumerate(rows) if other.task == row.task and i != index]
-        value = rows[others[int(dice.integers(len(others)))]].gold if others else row.gold
+        value = rows[others[int(dice.integers(len(others)))]].gold if others else _nothing(row.gold)
         if isinstance(row.gold, RetrievalResult):
             place = int(dice.integers(row.num_passages + 1))
             value = RetrievalResult(place if place < row.num_passages else None, cast(RetrievalResult, value).reasoning)
-        found.append(Answered(render(row.task, value, row.style), value, True))
+        found.append(Answered(render(row.task, value, row.style) if value else "", value, bool(value)))
     return found
+
+
+def _nothing(gold: Value) -> Value:
+    """Return what stands for the answer of another row where there is none."""
+    return () if isinstance(gold, tuple) else "" if isinstance(gold, str) else gold
 
 
 def compare(rows: Sequence[ResearchRow], answers: Mapping[str, Sequence[Answered]]) -> ResearchReport:
@@ -202,7 +240,7 @@ def compare(rows: Sequence[ResearchRow], answers: Mapping[str, Sequence[Answered
         for system, made in answers.items()
     }
     summary = {
-        system: {name: bootstrap_mean(_known(column)) for name, column in columns.items() if _known(column)}
+        system: {name: _interval(rows, column) for name, column in columns.items() if _known(column)}
         for system, columns in scores.items()
     }
     base, *others = [name for name in answers if name != RANDOM]
@@ -210,12 +248,22 @@ def compare(rows: Sequence[ResearchRow], answers: Mapping[str, Sequence[Answered
     differences = []
     for system, control in pairs:
         for name in summary[system]:
-            interval = bootstrap_difference(_known(scores[system][name]), _known(scores[control][name]))
+            first, second = (scores[one][name] for one in (system, control))
+            interval = bootstrap_difference(_known(first), _known(second), groups=_groups(rows, first))
             differences.append(
                 Difference(system, control, name, interval, difference_sentence(interval, name, system, control))
             )
     ids, tasks = tuple(row.id for row in rows), tuple(row.task for row in rows)
     return ResearchReport(ids, tasks, scores, summary, tuple(differences))
+
+
+def _interval(rows: Sequence[ResearchRow], column: Sequence[float | None]) -> Interval:
+    return bootstrap_means(np.array(_known(column))[:, None], groups=_groups(rows, column))[0]
+
+
+def _groups(rows: Sequence[ResearchRow], column: Sequence[float | None]) -> list[str]:
+    """Return the document of each row that a metric applies to."""
+    return [row.document for row, value in zip(rows, column, strict=True) if value is not None]
 
 
 def _known(column: Sequence[float | None]) -> list[float]:

@@ -328,7 +328,8 @@ def _evaluate_research(
             with meter(f"{system.name} answers {name}", len(rows)) as on_done:
                 answers[name][system.name] = research.answer(
                     generator, tokenizer, registry, rows, settings.decoding,
-                    constrained=settings.constrained, on_done=on_done,
+                    constrained=settings.constrained, on_done=on_done, template_args=settings.template_args,
+                    context=system.model.config.get("max_position_embeddings"),
                 )  # fmt: skip
         loss[system.name] = summarise_loss(_row_losses(generator, batches))
     for name, rows in sets.items():

@@ -12,7 +12,14 @@ from smolmlx.errors import DataError, RecipeError
 from smolmlx.evals.notes import strict_compliance
 from smolmlx.synth.flaws import NotesRow
 from smolmlx.synth.on_policy import (
-    LEFT_OUT_ALIKE, LEFT_OUT_NONE_BROKEN, LEFT_OUT_NONE_KEPT, ROUND, Draw, Sampling, choose, write_sampled,
+    LEFT_OUT_ALIKE,
+    LEFT_OUT_NONE_BROKEN,
+    LEFT_OUT_NONE_KEPT,
+    ROUND,
+    Draw,
+    Sampling,
+    choose,
+    write_sampled,
 )  # fmt: skip
 from smolmlx.synth.pairs import read_notes_rows
 

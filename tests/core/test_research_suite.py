@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lab as labs
-from smolmlx.backend import Decoding, choose
+from smolmlx.backend import Decoding, Loading, choose
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import DataError
 from smolmlx.evals import research
@@ -62,6 +65,48 @@ def test_other_rows_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(DataError, match="data augment"):
         rows(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("change", [{"gold": None}, {"gold": [{"no": "question"}]}, {"task": ["qa"]}, {"task": "poem"}])
+def test_bad_rows_are_named_by_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 1)
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | change)
+    path.write_text("\n".join([*lines, "{"]) + "\n")
+    with pytest.raises(DataError) as error:
+        rows(path)
+    assert "rows.jsonl:2" in str(error.value) and f"rows.jsonl:{len(lines) + 1}" in str(error.value)
+
+
+def test_packed_rows_are_read(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 1)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert rows(tmp_path / "rows.jsonl.gz") == [replace(row) for row in rows(path)]
+
+
+def test_rows_of_a_document_are_resampled_together(tmp_path: Path) -> None:
+    found = [replace(row, document=f"d{i % 3}") for i, row in enumerate(rows(write_rows(tmp_path / "rows.jsonl", 6)))]
+    right = [Answered("", row.gold, True) for row in found]
+    report = compare(found, {"base": right, RANDOM: random_answers(found)})
+    assert report.summary["base"]["valid"].num_groups == 3
+
+
+def test_the_only_row_of_a_task_is_no_answer_to_itself(tmp_path: Path) -> None:
+    found = rows(write_rows(tmp_path / "rows.jsonl", 1))
+    assert not any(one.value for one, row in zip(random_answers(found), found, strict=True) if row.task != "retrieval")
+
+
+def test_prompts_beyond_the_context_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    found = rows(write_rows(tmp_path / "rows.jsonl", 1))
+    with labs.toy_installed():
+        generator = choose("toy", "cpu").backend.generator(
+            open_model(tiny_model), None, Tokenizer(tiny_model), Loading("cpu")
+        )
+    with pytest.raises(DataError, match="do not fit the model's context of 100 tokens"):
+        research.answer(
+            generator, Tokenizer(tiny_model), read_registry(), found, Decoding(max_tokens=90),
+            constrained=True, on_done=lambda done: None, context=100,
+        )  # fmt: skip
 
 
 def test_figures(tmp_path: Path) -> None:
