@@ -221,8 +221,10 @@ def _refuse_loose(schema: Any) -> None:
     """Refuse what llguidance takes but does not hold: free property names may come twice, and then count once."""
     if not isinstance(schema, Mapping):
         return
-    fewest = schema.get("minProperties", 0)
-    if isinstance(fewest, int) and fewest > max(1, len(schema.get("required", ()))):
+    fewest, required = schema.get("minProperties", 0), schema.get("required", [])
+    if not isinstance(required, list):
+        raise RecipeError(f"schema: required: got {required!r}, expected a list of names in the object they belong to.")
+    if isinstance(fewest, int) and fewest > max(1, len(required)):
         raise RecipeError(_fault({}, "it uses ['minProperties'] beyond what is required"))
     for key, value in schema.items():
         if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):

@@ -152,7 +152,7 @@ class ChatAsk(Ask):
 class TextAsk(Ask):
     """Body of /v1/completions."""
 
-    prompt: str | list[str]
+    prompt: str | Annotated[list[str], Field(min_length=1)]
 
 
 def explain(error: ValidationError) -> str:
