@@ -98,6 +98,12 @@ class TestSchema:
         for completion in run(generator, prompts, schema=OneOf(("stone",))):
             assert completion.text == "stone" and completion.num_forced == len(completion.ids) and completion.finished
 
+    def test_forced_text_is_streamed(self, generator: backend.Generator, prompts: list[list[int]]) -> None:
+        pieces: list[str] = []
+        how = Decoding(schema=OneOf(("stone",)))
+        assert list(generator.generate(prompts[:1], how, lambda index, text: pieces.append(text)))
+        assert "".join(pieces) == "stone"
+
     @pytest.mark.parametrize(
         ("schema", "named"),
         [
@@ -196,6 +202,10 @@ class TestOptions:
         with pytest.raises(RecipeError) as caught:
             Decoding(max_tokens=0, top_p=0, min_p=2, stop=("",))
         assert len(caught.value.problems) == 4
+
+    def test_a_stop_text_would_cut_what_must_be_whole(self) -> None:
+        with pytest.raises(RecipeError, match="stop: would cut an answer"):
+            Decoding(stop=("e",), schema=OneOf(("yes", "yep")))
 
 
 class TestBatches:
