@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel
+from pydantic import BaseModel, PydanticUserError
 
 from smolmlx.backend import Constraint, OneOf, Regex
 from smolmlx.data.chat import Tokenizer
@@ -203,18 +203,29 @@ def to_source(constraint: Constraint) -> str:
     """
     matcher = _library().LLMatcher
     if isinstance(constraint, Regex):
-        # Always matched whole, so anchors say nothing new.
-        return str(matcher.grammar_from_regex(constraint.pattern.removeprefix("^").removesuffix("$")))
+        if not constraint.pattern:
+            raise RecipeError("regex: expected a pattern, got an empty text.")
+        return str(matcher.grammar_from_regex(_without_anchors(constraint.pattern)))
     if isinstance(constraint, OneOf):
         if not constraint.options or not all(constraint.options):
             raise RecipeError("choice: expected one or more texts, none of them empty.")
         return str(matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, constraint.options))))
     if isinstance(constraint, type) and issubclass(constraint, BaseModel):
-        constraint = constraint.model_json_schema()
+        try:
+            constraint = constraint.model_json_schema()
+        except PydanticUserError as error:
+            raise RecipeError(f"schema: {constraint.__name__} has no JSON schema: {error.message}.") from error
     if not isinstance(constraint, Mapping):
         raise RecipeError(f"schema: expected a JSON schema, a Pydantic model, Regex or OneOf; got {constraint!r}.")
     _refuse_loose(constraint)
     return str(matcher.grammar_from_json_schema(dict(constraint), overrides=_LAYOUT))
+
+
+def _without_anchors(pattern: str) -> str:
+    """Take ^ and $ off, which say nothing new of what is always matched whole; an escaped dollar is text."""
+    body = pattern.removesuffix("$")
+    num_backslashes = len(body) - len(body.rstrip("\\"))
+    return (pattern if num_backslashes % 2 else body).removeprefix("^")
 
 
 def _refuse_loose(schema: Any) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from pydantic import BaseModel
 
 import lab as labs
 from smolmlx import backend
@@ -92,6 +93,16 @@ REFUSED: dict[str, Any] = {
 }
 
 
+class _NoSchema(BaseModel):
+    call: Callable[[], int]
+
+
+BROKEN: list[Any] = [
+    {"type": "strin"}, {"enum": []}, Regex("[a-z"), Regex(""), OneOf(("",)), 3, "x", _NoSchema,
+    {"type": "object", "properties": {"a": {"type": "string", "required": True}}},
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def generator(tiny_model: Path) -> Iterator[Generator]:
     with labs.toy_installed():
@@ -136,6 +147,12 @@ def test_features_that_are_kept_to(generator: Generator, feature: str) -> None:
         validator.validate(json.loads(text))
 
 
+@pytest.mark.parametrize("pattern", [r"cost: [0-9]{2}\$", r"^[ab]{3}\\$", r"^x[0-9]$"])
+def test_only_anchors_are_taken_off_a_pattern(generator: Generator, pattern: str) -> None:
+    for text in draws(generator, Regex(pattern), 4):
+        assert re.fullmatch(pattern, text)
+
+
 @pytest.mark.parametrize("feature", REFUSED)
 def test_features_that_are_refused_by_name(feature: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(feature)) as caught:
@@ -143,7 +160,7 @@ def test_features_that_are_refused_by_name(feature: str) -> None:
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("schema", [{"type": "strin"}, {"enum": []}, Regex("[a-z"), OneOf(("",)), 3, "x"])
+@pytest.mark.parametrize("schema", BROKEN)
 def test_what_is_no_schema_is_refused(schema: Any) -> None:
     with pytest.raises(RecipeError):
         check(schema)
@@ -199,9 +216,16 @@ class TestRead:
             (("missing.json", None, ()), "no such file"),
             (("json:loads", None, ()), "BaseModel"),
             (("nowhere:X", None, ()), "cannot be imported"),
+            ((":X", None, ()), "no such file"),
+            ((".foo:X", None, ()), "no such file"),
+            (("", None, ()), "no such file"),
+            (("broken:X", None, ()), "cannot be imported from .*NameError"),
+            ((None, "", ()), "got an empty text"),
             ((None, "a", ("b",)), "--regex and --choice"),
         ],
     )
-    def test_refuses(self, given: tuple[Any, ...], said: str) -> None:
+    def test_refuses(self, given: tuple[Any, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "broken.py").write_text("nothing_is_called_this\n")
+        monkeypatch.chdir(tmp_path)
         with pytest.raises(RecipeError, match=said):
             read_constraint(*given)
