@@ -45,6 +45,13 @@ SUPPORTED: dict[str, Any] = {
         "required": ["b"],
         "additionalProperties": False,
     },
+    "other names": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": {"type": "boolean"},
+        "maxProperties": 3,
+    },
     "additionalProperties": {"type": "object", "additionalProperties": {"type": "integer"}, "maxProperties": 3},
     "minProperties": {
         "type": "object",
@@ -74,6 +81,11 @@ SUPPORTED: dict[str, Any] = {
     "annotations": {"title": "T", "description": "D", "examples": [1], "default": 1, "type": "integer", "deprecated": True},
     "anything": {},
 }  # fmt: skip
+FORMATS = jsonschema.FormatChecker()
+_rfc3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+FORMATS.checks("date-time")(lambda text: _rfc3339.fullmatch(text) is not None)  # jsonschema's own needs a package
 REFUSED: dict[str, Any] = {
     "not": {"not": {"type": "string"}},
     "if": {"if": {"type": "string"}, "then": {"minLength": 1}},
@@ -88,6 +100,8 @@ REFUSED: dict[str, Any] = {
     "oneOf": {"oneOf": [{"type": "number"}, {"type": "integer"}]},
     "shoe-size": {"type": "string", "format": "shoe-size"},
     "minProperties": {"items": {"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 2}},
+    "patternProperties": {"type": "object", "patternProperties": {"a": {"type": "integer"}}},
+    "allOf": {"allOf": [{"properties": {"a": {"type": "integer"}}}, {"properties": {"b": {"type": "integer"}}}]},
     "http://elsewhere/x": {"$ref": "http://elsewhere/x"},
     "minimum": {"type": "integer", "minimum": 5, "maximum": 2},
 }
@@ -142,7 +156,7 @@ def test_retrieval_names_only_passages_that_there_are(generator: Generator, size
 
 @pytest.mark.parametrize("feature", SUPPORTED)
 def test_features_that_are_kept_to(generator: Generator, feature: str) -> None:
-    validator = jsonschema.Draft202012Validator(SUPPORTED[feature])
+    validator = jsonschema.Draft202012Validator(SUPPORTED[feature], format_checker=FORMATS)
     for text in draws(generator, SUPPORTED[feature], 24, max_tokens=80):
         validator.validate(json.loads(text))
 
@@ -151,6 +165,16 @@ def test_features_that_are_kept_to(generator: Generator, feature: str) -> None:
 def test_only_anchors_are_taken_off_a_pattern(generator: Generator, pattern: str) -> None:
     for text in draws(generator, Regex(pattern), 4):
         assert re.fullmatch(pattern, text)
+
+
+def test_a_declared_name_does_not_come_again_with_escapes(grammars: Grammars) -> None:
+    others = {"properties": {"a": {"type": "integer"}, "ab": {}}, "additionalProperties": {"type": "boolean"}}
+    taken = {'{"a": 1, "\\u0061": true}': False, '{"a": 1, "a": true}': False, '{"a": 1, "b": 1}': False}
+    taken |= dict.fromkeys(('{"a": 1, "b": true}', '{"a": 1, "abc": true}', '{"a": 1, "\\n": true, "": false}'), True)
+    for text, fits in taken.items():
+        walk = grammars.compile(others, 200).start()
+        ids = grammars.tokenizer.encode(text)
+        assert fits == (walk._matcher.try_consume_tokens(ids) == len(ids) and walk.whole), text
 
 
 @pytest.mark.parametrize("feature", REFUSED)
