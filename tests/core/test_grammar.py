@@ -21,7 +21,8 @@ from smolmlx.errors import RecipeError
 from smolmlx.generation.constraint import read_constraint
 from smolmlx.generation.grammar import Grammars, check, pack, unpack
 from smolmlx.models import open_model
-from smolmlx.tasks.schemas import ANSWERS, Question, retrieval_schema
+from smolmlx.tasks.replies import REPEATED, Rejected, read
+from smolmlx.tasks.schemas import ANSWERS, Question, Text, kept_schema, retrieval_schema
 
 SUPPORTED: dict[str, Any] = {
     "enum": {"enum": ["a", 1, None, True, {"b": [1]}]},
@@ -146,6 +147,22 @@ def test_a_thousand_draws_of_task_schemas_are_valid(generator: Generator, task: 
     for text in found:
         schema.model_validate_json(text)
     assert len(set(found)) > 20
+
+
+def test_no_item_is_blank_where_an_engine_keeps_it(grammars: Grammars) -> None:
+    for schema, fits in ((kept_schema("bullets", 1), False), (ANSWERS["bullets"], True)):
+        walk = grammars.compile(schema, 200).start()
+        for token in grammars.tokenizer.encode('{"bullets": ["'):
+            walk.take(token)
+        ids = grammars.tokenizer.encode(' "]}')
+        assert (walk._matcher.try_consume_tokens(ids) == len(ids)) == fits
+
+
+@pytest.mark.parametrize("task", [name for name in ANSWERS if ANSWERS[name] is not Text])
+def test_kept_answers_are_accepted(generator: Generator, task: str) -> None:
+    for text in draws(generator, kept_schema(task, 3), 24, max_tokens=90):
+        value = read(ANSWERS[task], text, 3)
+        assert not isinstance(value, Rejected) or value.reason == REPEATED
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 20])
