@@ -119,6 +119,8 @@ class Decoding:
             for name, (fine, wanted) in bounds.items()
             if not fine
         ]
+        if self.stop and self.schema is not None:
+            problems.append("stop: would cut an answer that keeps to a schema, regex or choice. Leave one of them out.")
         if problems:
             raise RecipeError("how to decode", problems)
 

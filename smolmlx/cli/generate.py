@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,6 +124,8 @@ def command(
     tokenizer = Tokenizer(options.tokenizer_folder(base.folder, [adapter] if adapter else []))
     prompts = _read(prompt, source, system)
     tokens = [_encode(tokenizer, messages, raw, variables) for messages in prompts]
+    context = base.config.get("max_position_embeddings")
+    _check_lengths(tokens, context, source)
     choice = options.choose(backend, device)
     with console.status("loading the model"):
         generator = choice.backend.generator(
@@ -138,18 +141,32 @@ def command(
         for completion in generator.generate(tokens, how):
             found.append(completion)
             on_done(len(found))
-    console.note(_rate(found, time.perf_counter() - began))
+    console.note(_rate(found, time.perf_counter() - began, context))
     found.sort(key=lambda completion: completion.index)
     _write(prompts, found, output, as_json)
 
 
-def _rate(found: list[Completion], seconds: float) -> str:
+def _check_lengths(tokens: list[list[int]], context: int | None, source: str | None) -> None:
+    """Refuse prompts without a token, and those that leave no room for an answer."""
+    wanted = "at least 1" if context is None else f"1 to {context - 1}, as the model's context is {context}"
+    bad = [(n, len(ids)) for n, ids in enumerate(tokens, 1) if not ids or (context is not None and len(ids) >= context)]
+    if bad and source is None:
+        raise RecipeError(f"--prompt: {bad[0][1]} tokens; expected {wanted}.")
+    if bad:
+        problems = [f"row {number}: {length} tokens" for number, length in bad[:20]]
+        problems += [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
+        raise DataError(f"{source}: prompts must have {wanted}", problems)
+
+
+def _rate(found: list[Completion], seconds: float, context: int | None) -> str:
     """Say what was generated and how fast."""
     tokens, forced = sum(len(one.ids) for one in found), sum(one.num_forced for one in found)
     cut = sum(not one.finished for one in found)
     parts = [f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"]
     parts += [f"{forced:,} of them forced by the schema"] if forced else []
     parts += [f"{cut} of {len(found)} answers ended by --max-tokens"] if cut else []
+    past = sum(one.num_prompt + len(one.ids) > (context or math.inf) for one in found)
+    parts += [f"{past} ran past the model's context of {context}: pass a smaller --max-tokens"] if past else []
     return "; ".join(parts)
 
 

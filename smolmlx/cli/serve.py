@@ -56,13 +56,14 @@ def command(
     missing = [adapter for adapter in adapters if not Path(adapter).is_dir()]
     if missing:
         raise RecipeError(f"--adapter {missing[0]}: no such folder.")
-    served = names(model, [Path(adapter) for adapter in adapters])
+    folders = [Path(adapter) for adapter in adapters]
+    served = names(model, folders)
     tokenizer = Tokenizer(options.tokenizer_folder(base.folder, adapters))
     listener = _listen(host, port)
     choice = options.choose(backend, device)
     loading = Loading(device or choice.device, quantize=quantize)
     with console.status("loading the model"):
-        worker = Worker(lambda: choice.backend.generator(base, None, tokenizer, loading), batch_size)
+        worker = Worker(lambda: choice.backend.generator(base, None, tokenizer, loading), batch_size, folders)
     app = make_app(Service(worker, tokenizer, served, base.config.get("max_position_embeddings")))
     listener.listen(2048)  # uvicorn's own backlog; from here on nobody who was told the address is refused
     at = f"http://{host}:{listener.getsockname()[1]}"

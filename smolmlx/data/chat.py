@@ -239,9 +239,12 @@ class Tokenizer:
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise DataError(f"the chat template refuses these messages: {error}") from error
 
-    def prompt(self, messages: Sequence[Message], **variables: Any) -> str:
-        """Render what a server would feed the model before it answers."""
-        return self.render(messages, generation_prompt=True, **variables)
+    def prompt(self, messages: Sequence[Message], /, **variables: Any) -> str:
+        """Render what a server would feed the model before it answers; raises as `render` does.
+
+        Variables are the user's own: one called `messages` is refused as any that the template has already.
+        """
+        return _Generation_strip(self._render_marked(messages, True, variables))
 
 
 def _Generation_strip(text: str) -> str:

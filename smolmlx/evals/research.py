@@ -24,7 +24,7 @@ from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.evals.suites import Difference
 from smolmlx.tasks.registry import Registry
 from smolmlx.tasks.replies import Rejected, read, read_freely, render
-from smolmlx.tasks.schemas import ANSWERS, Text, Value, plain, retrieval_schema
+from smolmlx.tasks.schemas import ANSWERS, Text, Value, kept_schema, plain
 
 RANDOM = "random control"
 METRICS = ("valid", "index_accuracy", "set_f1", "rouge_l")
@@ -180,7 +180,7 @@ def answer(
 def _schema(row: ResearchRow) -> Constraint | None:
     if ANSWERS[row.task] is Text:
         return None
-    return retrieval_schema(row.num_passages) if row.task == "retrieval" else ANSWERS[row.task]
+    return kept_schema(row.task, row.num_passages)
 
 
 def _in_json(registry: Registry, row: ResearchRow) -> tuple[Mapping[str, Any], ...]:

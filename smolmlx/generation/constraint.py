@@ -24,16 +24,17 @@ def read_constraint(schema: str | None, regex: str | None, choices: Sequence[str
     Raises:
         RecipeError: more than one is asked for, it cannot be read, or it cannot be kept to, by name.
     """
-    given = [name for name, value in (("--schema", schema), ("--regex", regex), ("--choice", choices)) if value]
+    asked = {"--schema": schema is not None, "--regex": regex is not None, "--choice": bool(choices)}
+    given = [name for name, there in asked.items() if there]
     if len(given) > 1:
         raise RecipeError(f"{' and '.join(given)}: an answer keeps to one of them. Leave the others out.")
     if not given:
         return None
     found: Constraint
-    if schema:
+    if schema is not None:
         found = _read_file(Path(schema)) if Path(schema).is_file() else _import(schema)
     else:
-        found = Regex(regex) if regex else OneOf(tuple(choices))
+        found = Regex(regex) if regex is not None else OneOf(tuple(choices))
     check(found)
     return found
 
@@ -50,14 +51,15 @@ def _read_file(path: Path) -> Constraint:
 
 def _import(name: str) -> Constraint:
     module, _, kind = name.partition(":")
-    if not kind:
+    if not all(part.isidentifier() for part in (*module.split("."), kind)):
         raise RecipeError(f"--schema {name}: no such file, and not a Pydantic model's module:Class.")
     here = str(Path.cwd())
     sys.path.insert(0, here)  # as `python -m` does, for a model that lies in the user's folder
     try:
         found = getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"--schema {name}: cannot be imported from {here} ({error}).") from error
+    except Exception as error:  # the user's own module runs here
+        why = f"{type(error).__name__}: {error}"
+        raise RecipeError(f"--schema {name}: cannot be imported from {here} ({why}).") from error
     finally:
         sys.path.remove(here)
     if not (isinstance(found, type) and issubclass(found, BaseModel)):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel
+from pydantic import BaseModel, PydanticUserError
 
 from smolmlx.backend import Constraint, OneOf, Regex
 from smolmlx.data.chat import Tokenizer
@@ -203,34 +203,66 @@ def to_source(constraint: Constraint) -> str:
     """
     matcher = _library().LLMatcher
     if isinstance(constraint, Regex):
-        # Always matched whole, so anchors say nothing new.
-        return str(matcher.grammar_from_regex(constraint.pattern.removeprefix("^").removesuffix("$")))
+        if not constraint.pattern:
+            raise RecipeError("regex: expected a pattern, got an empty text.")
+        return str(matcher.grammar_from_regex(_without_anchors(constraint.pattern)))
     if isinstance(constraint, OneOf):
         if not constraint.options or not all(constraint.options):
             raise RecipeError("choice: expected one or more texts, none of them empty.")
         return str(matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, constraint.options))))
     if isinstance(constraint, type) and issubclass(constraint, BaseModel):
-        constraint = constraint.model_json_schema()
+        try:
+            constraint = constraint.model_json_schema()
+        except PydanticUserError as error:
+            raise RecipeError(f"schema: {constraint!r} has no JSON schema: {error.message}.") from error
     if not isinstance(constraint, Mapping):
         raise RecipeError(f"schema: expected a JSON schema, a Pydantic model, Regex or OneOf; got {constraint!r}.")
-    _refuse_loose(constraint)
-    return str(matcher.grammar_from_json_schema(dict(constraint), overrides=_LAYOUT))
+    return str(matcher.grammar_from_json_schema(_tighten(constraint), overrides=_LAYOUT))
 
 
-def _refuse_loose(schema: Any) -> None:
-    """Refuse what llguidance takes but does not hold: free property names may come twice, and then count once."""
+def _without_anchors(pattern: str) -> str:
+    """Take ^ and $ off, which say nothing new of what is always matched whole; an escaped dollar is text."""
+    body = pattern.removesuffix("$")
+    num_backslashes = len(body) - len(body.rstrip("\\"))
+    return (pattern if num_backslashes % 2 else body).removeprefix("^")
+
+
+def _tighten(schema: Any) -> Any:
+    """Return a schema of the same meaning that llguidance holds, or refuse what it takes but does not hold.
+
+    Free property names may come twice, and then count once. And a declared name may come again as a free one whose letters are
+    escaped, "\\u0061" for "a"; names that keep to a pattern are never escaped so.
+    """
     if not isinstance(schema, Mapping):
-        return
-    fewest = schema.get("minProperties", 0)
-    if isinstance(fewest, int) and fewest > max(1, len(schema.get("required", ()))):
+        return schema
+    fewest, required = schema.get("minProperties", 0), schema.get("required", [])
+    if not isinstance(required, list):
+        raise RecipeError(f"schema: required: got {required!r}, expected a list of names in the object they belong to.")
+    if isinstance(fewest, int) and fewest > max(1, len(required)):
         raise RecipeError(_fault({}, "it uses ['minProperties'] beyond what is required"))
+    found = dict(schema)
     for key, value in schema.items():
         if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
-            for inner in value.values():
-                _refuse_loose(inner)
+            found[key] = {name: _tighten(inner) for name, inner in value.items()}
         elif key in _SCHEMAS:
-            for inner in value if isinstance(value, list) else [value]:
-                _refuse_loose(inner)
+            found[key] = [_tighten(inner) for inner in value] if isinstance(value, list) else _tighten(value)
+    others = found.get("additionalProperties", True)
+    if others is not False and found.get("patternProperties"):
+        raise RecipeError(_fault({}, "it uses ['patternProperties'] without additionalProperties: false"))
+    if others is not False and isinstance(found.get("properties"), dict) and found["properties"]:
+        found["patternProperties"] = {f"(?s)^{_none_of(list(found['properties']))}$": others}
+        found["additionalProperties"] = False
+    return found
+
+
+def _none_of(names: Sequence[str]) -> str:
+    """Return a pattern of all texts but these."""
+    tails: dict[str, list[str]] = {}
+    for name in filter(None, names):
+        tails.setdefault(f"\\x{{{ord(name[0]):x}}}", []).append(name[1:])
+    ways = [f"[^{''.join(tails)}].*" if tails else "..*"]
+    ways += [f"{first}{_none_of(rest)}" for first, rest in tails.items()]
+    return f"({'|'.join(ways)})" + ("" if "" in names else "?")
 
 
 def check(constraint: Constraint) -> None:
@@ -265,6 +297,8 @@ def _fault(constraint: Constraint, message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     cause = next((line for line in lines if line.startswith("error:")), lines[0]).removeprefix("error: ")
     cause = cause.replace("Unimplemented keys: ", "it uses ").replace('"', "'")
+    if cause.endswith("are not disjoint"):
+        cause = "its patternProperties overlap, or it joins by allOf or $ref objects that each leave other names free"
     if isinstance(constraint, Regex):
         return (
             f"regex {constraint.pattern!r}: {cause}. Patterns are Rust's: no look-around, no back-references, no \\b."

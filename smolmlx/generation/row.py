@@ -58,7 +58,9 @@ class Row:
 
     def start(self) -> list[int]:
         """Return what is fed first: the prompt's last token, and what the grammar puts in front of any choice."""
-        return [self.prompt[-1], *self._take_forced()]
+        fed = [self.prompt[-1], *self._take_forced()]
+        self._tell()  # the grammar may have written all of the answer
+        return fed
 
     def take(self, token: int) -> list[int]:
         """Add a chosen token; return what is fed next, that token and those the grammar then forces; none when over."""

@@ -20,7 +20,7 @@ from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.research.budget import Asked, Budget, Fill, fill_numbered, fill_pair, fill_single
 from smolmlx.tasks.registry import Registry, read_registry
 from smolmlx.tasks.replies import Rejected, read, read_freely
-from smolmlx.tasks.schemas import ANSWERS, Text, Value, retrieval_schema
+from smolmlx.tasks.schemas import ANSWERS, Text, Value, kept_schema
 
 if TYPE_CHECKING:
     from smolmlx.api import Model, Run
@@ -93,6 +93,7 @@ class BatchResearcher:
     def find_relevant(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[RetrievalResult]:
         """Find which of its passages answers each question: its index from 0, or None, and why."""
         for question, passages in asked:
+            _refuse_one_text(passages)
             if not 1 <= len(passages) <= _MOST_PASSAGES:
                 raise DataError(
                     f"find_relevant({question!r}): {len(passages)} passages; expected 1 to {_MOST_PASSAGES}."
@@ -125,11 +126,11 @@ class BatchResearcher:
         if not self.constrained or ANSWERS[task] is Text:
             return [(None, list(range(len(asked))))] if asked else []
         if task != "retrieval":
-            return [(ANSWERS[task].model_json_schema(), list(range(len(asked))))] if asked else []
+            return [(kept_schema(task, 1), list(range(len(asked))))] if asked else []
         sizes: dict[int, list[int]] = {}
         for row, one in enumerate(asked):
             sizes.setdefault(len(one.passages), []).append(row)
-        return [(retrieval_schema(size), rows) for size, rows in sizes.items()]
+        return [(kept_schema(task, size), rows) for size, rows in sizes.items()]
 
     def _decoding(self, task: str, schema: Mapping[str, Any] | None) -> dict[str, Any]:
         given = {field.name: getattr(self.sampling, field.name) for field in fields(Decoding) if field.name != "schema"}
@@ -233,17 +234,24 @@ def _open(model: Any, backend: str, device: str | None) -> tuple[Answering, int 
 
 
 def _each(passages: Sequence[str]) -> list[Asked]:
-    if isinstance(passages, str):
-        raise DataError("expected a list of passages, got one text: ask PaperResearcher itself about a single passage.")
+    _refuse_one_text(passages)
     return [Asked({}, (passage,)) for passage in passages]
+
+
+def _refuse_one_text(passages: Sequence[str]) -> None:
+    """Refuse a text where a list belongs: its letters would be taken for passages."""
+    if isinstance(passages, str):
+        raise DataError("expected a list of passages, got one text: write [text], or ask about a single passage.")
 
 
 def _refuse_blank(task: str, asked: Sequence[Asked]) -> None:
     problems = []
     for number, one in enumerate(asked):
-        problems += [f"row {number}: {name} is blank" for name, text in one.fixed.items() if not text.strip()]
-        problems += [
-            f"row {number}: passage {i + 1} is blank" for i, text in enumerate(one.passages) if not text.strip()
-        ]
+        texts = {**one.fixed, **{f"passage {i}": text for i, text in enumerate(one.passages, 1)}}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                problems.append(f"row {number}: {name}: got {type(text).__name__}, expected a text")
+            elif not text.strip():
+                problems.append(f"row {number}: {name} is blank")
     if problems:
         raise DataError(task, problems[:20])

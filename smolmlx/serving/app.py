@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from smolmlx.backend import Completion
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError, SmolError
 from smolmlx.serving.requests import Ask, ChatAsk, TextAsk, explain
-from smolmlx.serving.worker import Event, Job, Worker
+from smolmlx.serving.worker import Event, Failure, Job, Worker
 
 _PAGE = Path(__file__).with_name("page.html")
 
@@ -53,6 +53,10 @@ class _Call:
 
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model}
+
+    def cancel(self) -> None:
+        for job in self.jobs:
+            job.cancel()
 
 
 def make_app(service: Service) -> Starlette:
@@ -98,14 +102,17 @@ async def _answer(service: Service, request: Request, kind: type[Ask]) -> Respon
         return _error(400, str(error))
     # The first event says whether the request can be honoured at all, while the status can still be chosen.
     first = await call.events.get()
-    if isinstance(first[1], SmolError):
-        return _error(400, str(first[1]))
     events = _until_done(call, first, request)
-    if ask.stream:
+    if ask.stream and not isinstance(first[1], Failure):
         usage = ask.stream_options is not None and ask.stream_options.include_usage
         return StreamingResponse(_stream(call, events, usage), media_type="text/event-stream")
-    done = [one async for one in events if isinstance(one[1], Completion)]
-    answers = {index: event for index, event in done if isinstance(event, Completion)}
+    answers: dict[int, Completion] = {}
+    async for index, event in events:
+        if isinstance(event, Failure):
+            await events.aclose()
+            return _error(event.status, event.message)
+        if isinstance(event, Completion):
+            answers[index] = event
     kind_name = "chat.completion" if call.chat else "text_completion"
     choices = [_choice(call, index, answers[index].text, answers[index]) for index in sorted(answers)]
     return JSONResponse({**call.head(kind_name), "choices": choices, "usage": _usage(list(answers.values()))})
@@ -142,7 +149,9 @@ def _begin(service: Service, ask: Ask) -> _Call:
     return _Call(f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", model, chat, jobs, events)
 
 
-async def _until_done(call: _Call, first: tuple[int, Event], request: Request) -> AsyncIterator[tuple[int, Event]]:
+async def _until_done(
+    call: _Call, first: tuple[int, Event], request: Request
+) -> AsyncGenerator[tuple[int, Event], None]:
     """Yield events until every job is done; a client that goes away ends its jobs."""
     left = len(call.jobs)
     event = first
@@ -155,8 +164,7 @@ async def _until_done(call: _Call, first: tuple[int, Event], request: Request) -
             event = await _next(call, request)
     finally:
         if left:
-            for job in call.jobs:
-                job.cancel()
+            call.cancel()
 
 
 async def _next(call: _Call, request: Request) -> tuple[int, Event]:
@@ -176,8 +184,9 @@ async def _stream(call: _Call, events: AsyncIterator[tuple[int, Event]], usage: 
             delta = {"index": job.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
             yield _line({**head, "choices": [delta]})
     async for index, event in events:
-        if isinstance(event, SmolError):
-            yield _line({"error": {"message": str(event), "type": "invalid_request_error"}})
+        if isinstance(event, Failure):
+            call.cancel()
+            yield _line({"error": {"message": event.message, "type": _kind(event.status)}})
             return
         if isinstance(event, Completion):
             done.append(event)
@@ -215,5 +224,9 @@ def _line(tree: Mapping[str, Any]) -> str:
 
 
 def _error(status: int, message: str) -> Response:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": None, "param": None}}, status_code=status)
+    body = {"message": message, "type": _kind(status), "code": None, "param": None}
+    return JSONResponse({"error": body}, status_code=status)
+
+
+def _kind(status: int) -> str:
+    return "invalid_request_error" if status < 500 else "server_error"

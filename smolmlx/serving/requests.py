@@ -114,7 +114,7 @@ class Ask(BaseModel):
             if self.response_format.json_schema is None:
                 raise RecipeError("response_format: type json_schema needs json_schema.schema.")
             found.append(self.response_format.json_schema.tree)
-        found += [Regex(self.regex)] if self.regex else []
+        found += [Regex(self.regex)] if self.regex is not None else []
         found += [OneOf(tuple(self.choice))] if self.choice is not None else []
         if len(found) > 1:
             raise RecipeError("response_format, regex, choice: an answer keeps to one of them.")
@@ -152,7 +152,7 @@ class ChatAsk(Ask):
 class TextAsk(Ask):
     """Body of /v1/completions."""
 
-    prompt: str | list[str]
+    prompt: str | Annotated[list[str], Field(min_length=1)]
 
 
 def explain(error: ValidationError) -> str:

@@ -205,7 +205,7 @@ def read_registry(path: Path | None = None) -> Registry:
         tree: Any = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     try:
         return Registry.model_validate(tree)

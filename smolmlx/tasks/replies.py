@@ -83,7 +83,7 @@ def read_freely(task: str, reply: str, num_passages: int = 20) -> Value:
     """Return what a reply to a task holds, without bounds: metrics.md's tolerant parsers, JSON and Python lists."""
     found = _parse(ANSWERS[task], reply, num_passages)
     if ANSWERS[task] is Bullets:
-        return found or parse_bullets(reply)
+        return found or (() if _is_blank_list(reply) else parse_bullets(reply))
     return reply.strip() if found is None else found
 
 
@@ -144,6 +144,13 @@ def _bullets(reply: str) -> tuple[str, ...]:
         return tuple(plain(item) for item in items if item.strip())
     numbered = tuple(match.strip() for match in _NUMBERED.findall(reply))
     return bullet_lines(reply) or (numbered if len(numbered) > 1 else ())
+
+
+def _is_blank_list(reply: str) -> bool:
+    """Whether a reply is a list without a point, rather than a text that is one."""
+    tree = load_json(reply) if reply.lstrip().startswith(("{", "[", "```")) else None
+    items = next(iter(tree.values()), None) if isinstance(tree, dict) else tree
+    return isinstance(items, list) and all(isinstance(item, str) and not item.strip() for item in items)
 
 
 def _notes(reply: str) -> Notes | None:

@@ -28,6 +28,7 @@ Value = str | tuple[str, ...] | tuple[QAPair, ...] | tuple[Triplet, ...] | Retri
 
 _Line = Annotated[str, Field(min_length=1, max_length=300)]
 _Name = Annotated[str, Field(min_length=1, max_length=120)]
+_NOT_BLANK = r"[^\s\x00-\x1f]"
 _Long = Annotated[str, Field(min_length=1, max_length=160)]
 
 
@@ -150,6 +151,25 @@ def retrieval_schema(num_passages: int) -> dict[str, Any]:
     tree = Retrieval.model_json_schema()
     tree["properties"]["passage"] = {"enum": [*range(1, num_passages + 1), None]}
     return tree
+
+
+def kept_schema(task: str, num_passages: int) -> dict[str, Any]:
+    """Return the JSON schema that an engine keeps an answer to: the task's, and no text in it is blank.
+
+    Servers are not asked for the latter: not all of them take a pattern beside a length.
+    """
+    tree = retrieval_schema(num_passages) if task == "retrieval" else ANSWERS[task].model_json_schema()
+    found: dict[str, Any] = _without_blanks(tree)
+    return found
+
+
+def _without_blanks(tree: Any) -> Any:
+    if isinstance(tree, list):
+        return [_without_blanks(inner) for inner in tree]
+    if not isinstance(tree, dict):
+        return tree
+    found = {key: _without_blanks(inner) for key, inner in tree.items()}
+    return {**found, "pattern": _NOT_BLANK} if found.get("minLength") else found
 
 
 def to_answer(schema: type[Answer], value: Value) -> Answer:

@@ -58,10 +58,14 @@ class TestSchema:
 
     @pytest.mark.parametrize("task", ANSWERS)
     def test_answers_of_every_task_are_whole_however_few_tokens_there_are(
-        self, generator: backend.Generator, prompts: list[list[int]], task: str
+        self, lab: Lab, generator: backend.Generator, prompts: list[list[int]], task: str
     ) -> None:
+        """Hundreds of draws over all tasks on one of the real engines; the numpy one has a thousand in tests/core."""
         schema = ANSWERS[task]
-        for completion in run(generator, prompts, schema=schema, max_tokens=90, temperature=1.0):
+        many = prompts * (5 if lab.name == "mlx" else 1)
+        found = run(generator, many, schema=schema, max_tokens=90, temperature=1.0, batch_size=len(many))
+        assert len(found) == len(many)
+        for completion in found:
             assert completion.finished
             schema.model_validate_json(completion.text)
 
@@ -97,6 +101,12 @@ class TestSchema:
     def test_a_single_choice_needs_no_step(self, generator: backend.Generator, prompts: list[list[int]]) -> None:
         for completion in run(generator, prompts, schema=OneOf(("stone",))):
             assert completion.text == "stone" and completion.num_forced == len(completion.ids) and completion.finished
+
+    def test_forced_text_is_streamed(self, generator: backend.Generator, prompts: list[list[int]]) -> None:
+        pieces: list[str] = []
+        how = Decoding(schema=OneOf(("stone",)))
+        assert list(generator.generate(prompts[:1], how, lambda index, text: pieces.append(text)))
+        assert "".join(pieces) == "stone"
 
     @pytest.mark.parametrize(
         ("schema", "named"),
@@ -196,6 +206,10 @@ class TestOptions:
         with pytest.raises(RecipeError) as caught:
             Decoding(max_tokens=0, top_p=0, min_p=2, stop=("",))
         assert len(caught.value.problems) == 4
+
+    def test_a_stop_text_would_cut_what_must_be_whole(self) -> None:
+        with pytest.raises(RecipeError, match="stop: would cut an answer"):
+            Decoding(stop=("e",), schema=OneOf(("yes", "yep")))
 
 
 class TestBatches:

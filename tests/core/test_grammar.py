@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from pydantic import BaseModel
 
 import lab as labs
 from smolmlx import backend
@@ -20,7 +21,8 @@ from smolmlx.errors import RecipeError
 from smolmlx.generation.constraint import read_constraint
 from smolmlx.generation.grammar import Grammars, check, pack, unpack
 from smolmlx.models import open_model
-from smolmlx.tasks.schemas import ANSWERS, Question, retrieval_schema
+from smolmlx.tasks.replies import REPEATED, Rejected, read
+from smolmlx.tasks.schemas import ANSWERS, Question, Text, kept_schema, retrieval_schema
 
 SUPPORTED: dict[str, Any] = {
     "enum": {"enum": ["a", 1, None, True, {"b": [1]}]},
@@ -43,6 +45,13 @@ SUPPORTED: dict[str, Any] = {
         "properties": {"a": {"type": "integer"}, "b": {"type": "null"}},
         "required": ["b"],
         "additionalProperties": False,
+    },
+    "other names": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": {"type": "boolean"},
+        "maxProperties": 3,
     },
     "additionalProperties": {"type": "object", "additionalProperties": {"type": "integer"}, "maxProperties": 3},
     "minProperties": {
@@ -73,6 +82,11 @@ SUPPORTED: dict[str, Any] = {
     "annotations": {"title": "T", "description": "D", "examples": [1], "default": 1, "type": "integer", "deprecated": True},
     "anything": {},
 }  # fmt: skip
+FORMATS = jsonschema.FormatChecker()
+_rfc3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+FORMATS.checks("date-time")(lambda text: _rfc3339.fullmatch(text) is not None)  # jsonschema's own needs a package
 REFUSED: dict[str, Any] = {
     "not": {"not": {"type": "string"}},
     "if": {"if": {"type": "string"}, "then": {"minLength": 1}},
@@ -87,9 +101,21 @@ REFUSED: dict[str, Any] = {
     "oneOf": {"oneOf": [{"type": "number"}, {"type": "integer"}]},
     "shoe-size": {"type": "string", "format": "shoe-size"},
     "minProperties": {"items": {"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 2}},
+    "patternProperties": {"type": "object", "patternProperties": {"a": {"type": "integer"}}},
+    "allOf": {"allOf": [{"properties": {"a": {"type": "integer"}}}, {"properties": {"b": {"type": "integer"}}}]},
     "http://elsewhere/x": {"$ref": "http://elsewhere/x"},
     "minimum": {"type": "integer", "minimum": 5, "maximum": 2},
 }
+
+
+class _NoSchema(BaseModel):
+    call: Callable[[], int]
+
+
+BROKEN: list[Any] = [
+    {"type": "strin"}, {"enum": []}, Regex("[a-z"), Regex(""), OneOf(("",)), 3, "x", _NoSchema,
+    {"type": "object", "properties": {"a": {"type": "string", "required": True}}},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +149,22 @@ def test_a_thousand_draws_of_task_schemas_are_valid(generator: Generator, task: 
     assert len(set(found)) > 20
 
 
+def test_no_item_is_blank_where_an_engine_keeps_it(grammars: Grammars) -> None:
+    for schema, fits in ((kept_schema("bullets", 1), False), (ANSWERS["bullets"], True)):
+        walk = grammars.compile(schema, 200).start()
+        for token in grammars.tokenizer.encode('{"bullets": ["'):
+            walk.take(token)
+        ids = grammars.tokenizer.encode(' "]}')
+        assert (walk._matcher.try_consume_tokens(ids) == len(ids)) == fits
+
+
+@pytest.mark.parametrize("task", [name for name in ANSWERS if ANSWERS[name] is not Text])
+def test_kept_answers_are_accepted(generator: Generator, task: str) -> None:
+    for text in draws(generator, kept_schema(task, 3), 24, max_tokens=90):
+        value = read(ANSWERS[task], text, 3)
+        assert not isinstance(value, Rejected) or value.reason == REPEATED
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 20])
 def test_retrieval_names_only_passages_that_there_are(generator: Generator, size: int) -> None:
     found = {json.loads(text)["passage"] for text in draws(generator, retrieval_schema(size), 64)}
@@ -131,9 +173,25 @@ def test_retrieval_names_only_passages_that_there_are(generator: Generator, size
 
 @pytest.mark.parametrize("feature", SUPPORTED)
 def test_features_that_are_kept_to(generator: Generator, feature: str) -> None:
-    validator = jsonschema.Draft202012Validator(SUPPORTED[feature])
+    validator = jsonschema.Draft202012Validator(SUPPORTED[feature], format_checker=FORMATS)
     for text in draws(generator, SUPPORTED[feature], 24, max_tokens=80):
         validator.validate(json.loads(text))
+
+
+@pytest.mark.parametrize("pattern", [r"cost: [0-9]{2}\$", r"^[ab]{3}\\$", r"^x[0-9]$"])
+def test_only_anchors_are_taken_off_a_pattern(generator: Generator, pattern: str) -> None:
+    for text in draws(generator, Regex(pattern), 4):
+        assert re.fullmatch(pattern, text)
+
+
+def test_a_declared_name_does_not_come_again_with_escapes(grammars: Grammars) -> None:
+    others = {"properties": {"a": {"type": "integer"}, "ab": {}}, "additionalProperties": {"type": "boolean"}}
+    taken = {'{"a": 1, "\\u0061": true}': False, '{"a": 1, "a": true}': False, '{"a": 1, "b": 1}': False}
+    taken |= dict.fromkeys(('{"a": 1, "b": true}', '{"a": 1, "abc": true}', '{"a": 1, "\\n": true, "": false}'), True)
+    for text, fits in taken.items():
+        walk = grammars.compile(others, 200).start()
+        ids = grammars.tokenizer.encode(text)
+        assert fits == (walk._matcher.try_consume_tokens(ids) == len(ids) and walk.whole), text
 
 
 @pytest.mark.parametrize("feature", REFUSED)
@@ -143,7 +201,7 @@ def test_features_that_are_refused_by_name(feature: str) -> None:
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("schema", [{"type": "strin"}, {"enum": []}, Regex("[a-z"), OneOf(("",)), 3, "x"])
+@pytest.mark.parametrize("schema", BROKEN)
 def test_what_is_no_schema_is_refused(schema: Any) -> None:
     with pytest.raises(RecipeError):
         check(schema)
@@ -199,9 +257,16 @@ class TestRead:
             (("missing.json", None, ()), "no such file"),
             (("json:loads", None, ()), "BaseModel"),
             (("nowhere:X", None, ()), "cannot be imported"),
+            ((":X", None, ()), "no such file"),
+            ((".foo:X", None, ()), "no such file"),
+            (("", None, ()), "no such file"),
+            (("broken:X", None, ()), "cannot be imported from .*NameError"),
+            ((None, "", ()), "got an empty text"),
             ((None, "a", ("b",)), "--regex and --choice"),
         ],
     )
-    def test_refuses(self, given: tuple[Any, ...], said: str) -> None:
+    def test_refuses(self, given: tuple[Any, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "broken.py").write_text("nothing_is_called_this\n")
+        monkeypatch.chdir(tmp_path)
         with pytest.raises(RecipeError, match=said):
             read_constraint(*given)

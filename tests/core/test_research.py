@@ -84,6 +84,9 @@ def test_json_answers_and_nonsense(tokenizer: Tokenizer) -> None:
     pairs = {"pairs": [{"question": "a?", "answer": "b"}]}
     assert ask(tokenizer, json.dumps(pairs))[0].generate_qa_pairs(PASSAGE) == [QAPair("a?", "b")]
     assert ask(tokenizer, "I do not know")[0].generate_qa_pairs(PASSAGE) == []
+    for nothing in ('{"bullets": [" "]}', '{"bullets": []}', '[""]'):
+        assert ask(tokenizer, nothing)[0].extract_bullets(PASSAGE) == []
+    assert ask(tokenizer, "See [1].")[0].extract_bullets(PASSAGE) == ["See [1]."]
     assert ask(tokenizer, "(a, b)")[0].extract_triplets(PASSAGE) == []
     assert len(ask(tokenizer, "\n".join(f"- {i}" for i in range(9)))[0].extract_bullets(PASSAGE)) == 9
 
@@ -139,6 +142,10 @@ def test_bad_questions_are_refused(tokenizer: Tokenizer) -> None:
         researcher.find_relevant("Which?", [])
     with pytest.raises(DataError, match="expected a list of passages"):
         researcher.batch.extract_bullets(PASSAGE)
+    with pytest.raises(DataError, match="expected a list of passages"):
+        researcher.find_relevant("Which?", PASSAGE)
+    with pytest.raises(DataError, match="passage 1: got int, expected a text"):
+        researcher.rephrase(3)  # type: ignore[arg-type]
     assert not model.prompts
 
 

@@ -95,6 +95,9 @@ def test_faults_are_named(tmp_path: Path, change: dict[str, Any], says: str) -> 
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         read_registry(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        read_registry(tmp_path / "latin.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(RecipeError, match="not valid YAML"):
         read_registry(tmp_path / "broken.yaml")

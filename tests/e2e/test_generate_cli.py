@@ -48,11 +48,22 @@ def test_streamed_equals_whole(call: Call, tiny_model: Path, engine: str) -> Non
         (("--regex", "a", "--choice", "b"), "--regex and --choice"),
         (("--schema", "nothing.json"), "no such file"),
         (("--stream", "--json"), "--stream"),
+        (("--regex", ""), "empty text"),
+        (("--choice", "yes", "--stop", "e"), "stop"),
+        (("--raw", "--prompt", ""), "--prompt: 0 tokens"),
+        (("--prompt", "red " * 3000), "the model's context is"),
     ],
 )
 def test_refusals_come_before_any_model(call: Call, tiny_model: Path, options: tuple[str, ...], said: str) -> None:
     code, out, err = call("generate", "--model", tiny_model, "--prompt", "red", *options)
     assert code == 2 and said in err and not out and "engine" not in err
+
+
+def test_rows_that_do_not_fit_are_named(call: Call, tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "red " * times}]} for times in (1, 3000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = call("generate", "--model", tiny_model, "--input", "rows.jsonl")
+    assert code == 4 and not out and "row 2: " in err and "row 1: " not in err
 
 
 def test_chat(call: Call, tiny_model: Path, engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
