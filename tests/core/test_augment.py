@@ -7,6 +7,7 @@ import email.utils
 import functools
 import json
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -428,6 +429,13 @@ def test_an_engine_in_this_process(tiny_model: Path, tmp_path: Path) -> None:
     assert totals.done == totals.jobs == 12 and totals.prompt_tokens > 500 and totals.completion_tokens > 12
     assert totals.attempts_refused["cut off"] > 0
     assert dict(too_long.totals.rejected) == {TOO_LONG: 12}
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "augment.py"
+    monkeypatch.setattr(sys, "argv", [path.name, "--rows", "50"])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "rows/s" in capsys.readouterr().out
 
 
 def test_journal(tmp_path: Path) -> None:
