@@ -5,6 +5,7 @@ What cannot be used is left out with a reason, so that one broken file of a thou
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,15 +14,18 @@ from pathlib import Path
 
 from smolmlx.data.clean import text_hash
 from smolmlx.data.formats import read_rows
+from smolmlx.data.splits import SPLITS
 from smolmlx.errors import DataError
 from smolmlx.synth.markup import TO_TEXT, html_text, pdf_text, suffix_of
 
+MADE_BY = "smolmlx data chunk"
 ROWS = (".jsonl", ".jsonl.gz")
 SUFFIXES = (*TO_TEXT, ".pdf", *ROWS)
 
 NO_TEXT = "no text"
 DUPLICATE = "same text as another document"
 UNREADABLE = "cannot be read"
+CHUNKS = f"chunks, made by `{MADE_BY}`"
 _INPUT = re.compile(r"(?<!\\)\\(?:input|include|subfile)\s*\{([^}]+)\}")
 _COMMENT = re.compile(r"(?<!\\)%.*")
 _CHARSET = re.compile(rb"<meta[^>]+charset=[\"']?([\w-]+)", re.IGNORECASE)
@@ -53,7 +57,8 @@ class LeftOut:
 def read_documents(names: Sequence[str], left_out: LeftOut) -> Iterator[Document]:
     """Yield the documents of files and folders in the order of their paths, each text once.
 
-    A LaTeX file that another one includes is part of that document. Keeps a hash per document.
+    A LaTeX file that another one includes is part of that document. Files that `data chunk` wrote are left out: chunks
+    of documents that may be read here too would come into other splits than theirs. Keeps a hash per document.
 
     Raises:
         DataError: a name that is no file or folder, a kind of file that is not known, or a missing library.
@@ -64,6 +69,9 @@ def read_documents(names: Sequence[str], left_out: LeftOut) -> Iterator[Document
     for path, name in files:
         if path.resolve() in parts:
             continue
+        if _are_chunks(path):
+            left_out.note(CHUNKS, name)
+            continue
         for document in _read(path, name, left_out):
             if not document.text:
                 left_out.note(NO_TEXT, document.id, "scanned?" if path.suffix.lower() == ".pdf" else "")
@@ -71,6 +79,19 @@ def read_documents(names: Sequence[str], left_out: LeftOut) -> Iterator[Document
                 left_out.note(DUPLICATE, document.id, first)
             else:
                 yield document
+
+
+def _are_chunks(path: Path) -> bool:
+    return path.name in {f"{split}.jsonl" for split in SPLITS} and read_made_by(path.parent) == MADE_BY
+
+
+def read_made_by(folder: Path) -> str | None:
+    """Return which command wrote a folder's manifest; None without one."""
+    try:
+        tree = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(tree.get("made_by")) if isinstance(tree, dict) else None
 
 
 def _find(names: Sequence[str]) -> list[tuple[Path, str]]:

@@ -488,6 +488,16 @@ def test_store_refuses_what_is_no_chunk(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("", "no chunks"),
         ('{"text":"a","split":"x"}', "unknown split"),
+        ('{"text":"a"}\n{"text":"a","start":"abc"}', r"rows.jsonl:2: start 'abc': expected a number of words"),
+        ('{"text":"a","words":-1}', r"rows.jsonl:1: words -1: expected"),
+        (
+            '{"text":"a","id":"x"}\n{"text":"b"}\n{"text":"c","id":"x"}',
+            r"jsonl:3: chunk id 'x' is that of .*jsonl:1 too",
+        ),
+        (
+            '{"text":"a","document":"d","split":"train"}\n{"text":"b","document":"d","split":"test"}',
+            r"jsonl:2: document 'd' is in split 'test' here and in 'train' at .*jsonl:1",
+        ),
     ]:
         (tmp_path / "rows.jsonl").write_text(text)
         with pytest.raises(DataError, match=says):

@@ -18,7 +18,7 @@ from smolmlx.data.splits import Method
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.synth import markup
 from smolmlx.synth.chunks import Cut, cut_text, write_chunks
-from smolmlx.synth.documents import DUPLICATE, NO_TEXT, UNREADABLE, Document, LeftOut, decode, read_documents
+from smolmlx.synth.documents import CHUNKS, DUPLICATE, NO_TEXT, UNREADABLE, Document, LeftOut, decode, read_documents
 
 
 def words(count: int, name: str = "w") -> str:
@@ -197,6 +197,21 @@ def test_splits_are_by_document_and_repeatable(tmp_path: Path) -> None:
     assert {entry["id"]: entry["split"] for entry in made["document_list"]} == {d: s.pop() for d, s in homes.items()}
     other = write_chunks([str(source)], tmp_path / "a", Cut(50, 10), Method((1.0, 0.0), seed=4))
     assert set(other["files"]) == {"train"} and not (tmp_path / "a" / "test.jsonl").exists()
+
+
+def test_chunks_are_no_documents(tmp_path: Path) -> None:
+    """Read a second time with the documents they were cut from, they would come into other splits."""
+    source = library(tmp_path / "in")
+    made = [write_chunks([str(source)], source, Cut(50, 10), Method()) for _ in range(2)]
+    assert made[0]["files"] == made[1]["files"] and made[1]["documents"] == 20
+    assert [entry["document"] for entry in made[1]["left_out"][CHUNKS]] == [
+        "test.jsonl",
+        "train.jsonl",
+        "validation.jsonl",
+    ]
+    below = write_chunks([str(source)], source / "part0" / "chunks", Cut(50, 10), Method())
+    again = write_chunks([str(tmp_path)], tmp_path / "out", Cut(50, 10), Method())
+    assert below["documents"] == again["documents"] == 20 and len(again["left_out"][CHUNKS]) == 6
 
 
 def test_same_names_in_two_folders(tmp_path: Path) -> None:
