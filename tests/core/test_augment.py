@@ -285,6 +285,20 @@ def test_a_request_that_is_refused_is_rejected_alone(store: ChunkStore, tmp_path
     assert server.seen.requests == result.totals.jobs
 
 
+@pytest.mark.parametrize(("refuses", "form"), [((), "json_schema"), (("json_schema",), "json_object")])
+def test_one_refused_prompt_changes_no_format(
+    store: ChunkStore, tmp_path: Path, refuses: tuple[str, ...], form: str
+) -> None:
+    notes: list[str] = []
+    with serving(Behaviour(too_long=0, refuses=refuses)) as server:
+        runtime = ServerRuntime(server.url, "rule", limits=Limits(concurrency=1), on_note=notes.append)
+        result = augment(workshop(store, 0.3, tasks=("bullets",)), runtime, tmp_path / "out")
+    asked = [(body.get("response_format") or {}).get("type") for body in server.seen.bodies]
+    assert asked[:3] == ["json_schema", "json_object", None] and asked[-1] == form
+    assert len(notes) == len(refuses)
+    assert dict(result.totals.rejected) == {"http 400": 1} and result.totals.accepted == result.totals.jobs - 1
+
+
 @pytest.mark.parametrize(
     ("status", "says"), [(401, "the key is missing or wrong"), (404, "Check the address and --model")]
 )
