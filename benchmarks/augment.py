@@ -35,7 +35,7 @@ SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 class Stub:
     """A model that answers at once, always acceptably."""
 
-    name, model, together, concurrency, company = "stub", "stub", 1, 64, False
+    name, model, together, concurrency = "stub", "stub", 1, 64
 
     async def __aenter__(self) -> Stub:
         return self

@@ -76,7 +76,6 @@ class ServerRuntime:
 
     name = "server"
     together = 1
-    company = False
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -31,7 +32,7 @@ from smolmlx.evals.notes import strict_compliance
 from smolmlx.evals.parsers import parse_retrieval
 from smolmlx.evals.suites import rows_from_records
 from smolmlx.models import open_model
-from smolmlx.synth.augment import augment, outline
+from smolmlx.synth.augment import Totals, augment, outline
 from smolmlx.synth.chunks import Cut, write_chunks
 from smolmlx.synth.jobs import GAP, Order, Workshop, chance, excerpt, take_out
 from smolmlx.synth.journal import Journal, Record
@@ -97,7 +98,7 @@ def published(folder: Path) -> dict[str, bytes]:
 class Canned:
     """A runtime in the process whose answers are a function of the request."""
 
-    name, model, concurrency, company = "server", "rule", 4, False
+    name, model, concurrency = "server", "rule", 4
 
     def __init__(self, answer: Callable[[Request], Reply], together: int = 1) -> None:
         self.answer, self.together, self.asked = answer, together, list[Request]()
@@ -393,29 +394,28 @@ def test_every_attempt_has_a_seed_of_its_own(store: ChunkStore, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("together", [1, 7])
-def test_interrupted_calls_are_made_again_whole(store: ChunkStore, tmp_path: Path, together: int) -> None:
-    """A runtime whose answers depend on the row in its call still leaves the same rows after an interruption."""
-
-    class ByRow(Canned):
-        company = True
+def test_interrupted_calls_of_any_size_leave_the_same_rows(store: ChunkStore, tmp_path: Path, together: int) -> None:
+    class Stopping(Canned):
         left = 10**9
 
         async def ask(self, requests: Any) -> list[Reply]:
-            await super().ask(requests)
             self.left -= 1
             if self.left < 0:
                 raise RunError("stopped")
-            return [Reply("" if (r.seed + i) % 3 == 0 else f"- {r.seed} {i}") for i, r in enumerate(requests)]
+            return await super().ask(requests)
+
+    def answer(request: Request) -> Reply:
+        return Reply("" if request.seed % 3 == 0 else f"- {request.seed}")
 
     made = workshop(store, tasks=("bullets",))
-    augment(made, ByRow(lambda r: Reply(), together), tmp_path / "whole", attempts=3)
-    cut = ByRow(lambda r: Reply(), together)
+    augment(made, Stopping(answer, together), tmp_path / "whole", attempts=3)
+    cut = Stopping(answer, together)
     cut.left = 5
     with pytest.raises(RunError, match="stopped"):
         augment(made, cut, tmp_path / "out", attempts=3)
     lines = (tmp_path / "out" / "journal.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "out" / "journal.jsonl").write_bytes(b"".join([*lines[::2], lines[1][:20]]))  # half, and a cut line
-    augment(made, ByRow(lambda r: Reply(), together), tmp_path / "out", attempts=3)
+    augment(made, Stopping(answer, together), tmp_path / "out", attempts=3)
     assert published(tmp_path / "out") == published(tmp_path / "whole")
 
 
@@ -434,11 +434,30 @@ def test_an_engine_in_this_process(tiny_model: Path, tmp_path: Path) -> None:
         )
         results = [
             augment(made, LocalRuntime(generator, tokenizer, "tiny", batch_size=size), tmp_path / f"out{i}")
-            for i, size in enumerate((4, 4))
+            for i, size in enumerate((4, 3))
         ]
+        seen: list[int] = []
+
+        def stop_early(totals: Totals) -> None:
+            seen.append(totals.done)
+            if totals.done == 5:
+                raise RunError("stopped")
+
+        with pytest.raises(RunError, match="stopped"):
+            local = LocalRuntime(generator, tokenizer, "tiny", batch_size=4)
+            augment(made, local, tmp_path / "out2", on_progress=stop_early)
+        journal = tmp_path / "out2" / "journal.jsonl"
+        assert seen == [0, 1, 2, 3, 4, 5] and len(journal.read_text().splitlines()) == 5  # each kept as it ended
+        augment(made, LocalRuntime(generator, tokenizer, "tiny", batch_size=4), tmp_path / "out2")
+        broken = LocalRuntime(generator, tokenizer, "tiny", batch_size=4)
+        with (
+            pytest.raises(BackendError, match="no memory"),
+            mock.patch.object(generator.batcher(1).__class__, "run", side_effect=BackendError("no memory")),
+        ):
+            augment(made, broken, tmp_path / "broken")
         short = LocalRuntime(generator, tokenizer, "tiny", context=40)
         too_long = augment(made, short, tmp_path / "short")
-    assert published(tmp_path / "out0") == published(tmp_path / "out1")
+    assert published(tmp_path / "out0") == published(tmp_path / "out1") == published(tmp_path / "out2")
     totals = results[0].totals
     assert totals.done == totals.jobs == 12 and totals.prompt_tokens > 500 and totals.completion_tokens > 12
     assert totals.attempts_refused["cut off"] > 0
