@@ -27,6 +27,8 @@ from smolmlx.synth.runtimes import Reply, Request, Runtime
 from smolmlx.tasks.replies import CUT_OFF, Rejected, read
 
 MADE_BY = "smolmlx data augment"
+_UNSAID = {"quantize": "none"}
+"""Settings that folders of earlier versions do not name."""
 JOURNAL, SETTINGS, MANIFEST = "journal.jsonl", "settings.json", "manifest.json"
 
 
@@ -246,6 +248,7 @@ def _settings(workshop: Workshop) -> dict[str, Any]:
         "prompt_version": workshop.registry.prompt_version,
         "model": order.model,
         "runtime": order.runtime,
+        "quantize": order.quantize,
         "seed": order.seed,
         "layout": order.layout,
     }
@@ -255,7 +258,7 @@ def _claim(out_dir: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder that holds rows of other settings, or anything else this module would write over."""
     path = out_dir / SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = {**_UNSAID, **json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError):
         names = [JOURNAL, MANIFEST, *(f"{split}.jsonl" for split in SPLITS)]
         present = [name for name in names if (out_dir / name).exists()]

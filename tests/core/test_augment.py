@@ -501,6 +501,8 @@ def test_folders_of_other_settings_are_refused(store: ChunkStore, tmp_path: Path
     augment(workshop(store, 0.2, tasks=("bullets",)), runtime, tmp_path / "out")
     with pytest.raises(RecipeError, match=r"begun with other settings.*\n.*seed: 0 there, 5 now"):
         augment(workshop(store, 0.2, tasks=("bullets",), seed=5), runtime, tmp_path / "out")
+    with pytest.raises(RecipeError, match="quantize: none there, 4bit now"):
+        augment(workshop(store, 0.2, tasks=("bullets",), quantize="4bit"), runtime, tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train.jsonl").write_text("{}\n")
     with pytest.raises(RecipeError, match=r"holds train.jsonl"):
@@ -663,6 +665,19 @@ def test_command(
         (("chunks",), 2, "Missing argument"),
         (("chunks", "out", "--server", "localhost:80"), 2, "expected an address such as"),
         (("chunks", "out", "--server", "http://x/v1", "--adapter", "a"), 2, "no effect with --server"),
+        (
+            ("chunks", "out", "--server", "http://x/v1", "--batch-size", "4"),
+            2,
+            "--batch-size 4: has no effect with --server",
+        ),
+        (("chunks", "out", "--server", "http://x/v1", "--quantize", "none"), 2, "--quantize none: has no effect with"),
+        (("chunks", "out", "--server", "http://x/v1", "--batch-requests", "9"), 2, "no effect without --batch"),
+        (("chunks", "out", "--server", "http://x/v1", "--batch", "--concurrency", "9"), 2, "no effect with --batch"),
+        (("chunks", "out", "--model", "tiny", "--batch"), 2, "--batch: needs --server URL"),
+        (("chunks", "out", "--model", "tiny", "--concurrency", "9", "--retries", "1"), 2, "data augment: 2 problems"),
+        (("chunks", "out", "--dry-run", "--model", "nonsense"), 2, "nonsense: no such model folder"),
+        (("chunks", "out", "--dry-run", "--adapter", "nowhere"), 2, "--adapter nowhere: no such folder"),
+        (("chunks", "out", "--dry-run", "--backend", "nope"), 3, "--backend nope: unknown engine"),
         (("chunks", "out", "--model", "tiny", "--task", "bulets"), 2, "Did you mean 'bullets'?"),
         (("chunks", "out", "--model", "tiny", "--tasks-file", "no.yaml"), 2, "no.yaml: cannot be read"),
         (("chunks", "out", "--model", "./nowhere"), 2, "no such model folder"),
