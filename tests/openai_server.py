@@ -56,7 +56,8 @@ class Behaviour:
     hang_seconds: float = 1.0
     refuses: tuple[str, ...] = ()
     """response_format types that are answered with 400."""
-    ignores_format: bool = False
+    too_long: int | None = None
+    """The n-th request's prompt, from 0, is answered with 400 in whatever form it is asked."""
     status: int | None = None
     """Answer everything with this status."""
     after: int = 0
@@ -178,6 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(how.status, {"error": {"message": "told to"}})
             return
         form = (body.get("response_format") or {}).get("type")
+        if how.too_long is not None and list(self.server.seen.asked).index(key) == how.too_long:
+            self._send(400, {"error": {"message": "maximum context length"}})
+            return
         if form in how.refuses:
             self._send(400, {"error": {"message": f"response_format {form} is not supported"}})
             return

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from smolmlx.cli import options
 from smolmlx.errors import DataError, RecipeError, RunError, nearest
@@ -167,7 +169,37 @@ def augment(source: Path | None, out_dir: Path | None, print_tasks: bool, as_jso
         raise click.UsageError(
             "Missing argument 'CHUNKS' or 'OUT_DIR'. Try: smolmlx data augment chunks rows --model MODEL"
         )
+    context = click.get_current_context()
+    passed = [name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    _refuse_idle(passed, given)
     _Augmenting(source, out_dir, as_json, **given).run()
+
+
+_SERVER = ("concurrency", "timeout", "retries", "per_minute", "response_format", "batch", "batch_requests")
+_ENGINE = ("adapter", "batch_size", "quantize", "backend", "device")
+_IDLE: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str], ...] = (
+    (
+        (*_SERVER, "key_variable"),
+        lambda given: not given["server"],
+        "needs --server URL; an engine here has no use for it",
+    ),
+    (_ENGINE, lambda given: bool(given["server"]), "has no effect with --server; start the server with it"),
+    (("batch_requests",), lambda given: given["server"] and not given["batch"], "has no effect without --batch"),
+    (("concurrency", "per_minute"), lambda given: given["batch"], "has no effect with --batch"),
+)
+"""Options, when they would do nothing, and why."""
+
+
+def _refuse_idle(passed: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raises RecipeError for options on the command line that would do nothing, all of them."""
+    problems = [
+        f"--{name.replace('_', '-')} {given[name]}".removesuffix(" True") + f": {why}."
+        for names, idle, why in _IDLE
+        for name in passed
+        if name in names and idle(given)
+    ]
+    if problems:
+        raise RecipeError("data augment", problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,21 +244,22 @@ class _Augmenting:
             store = ChunkStore(self.source)
         with store:
             if self.dry_run:
+                self._check_engine()
                 order = Order(self._tasks(registry.tasks), self.seed, self.layout, self.model or "", "")
                 workshop = Workshop(store, registry, order)
                 self._show_plan(workshop, outline(workshop))
                 return
             runtime = self._runtime()
-            order = Order(self._tasks(registry.tasks), self.seed, self.layout, runtime.model, runtime.name)
+            order = Order(
+                self._tasks(registry.tasks), self.seed, self.layout, runtime.model, runtime.name, self.quantize
+            )
             self._show(self._make(Workshop(store, registry, order), runtime))
 
     def _check(self) -> None:
         if not self.model and not self.server and not self.dry_run:
             raise RecipeError("data augment: pass --model M for an engine here, or --server URL, or --dry-run.")
-        if self.server and self.adapter:
-            raise RecipeError(f"--adapter {self.adapter}: has no effect with --server; start the server with it.")
-        if self.batch and not self.server:
-            raise RecipeError("--batch: needs --server URL, a server with the batch endpoint of the OpenAI API.")
+        if self.adapter and not Path(self.adapter).is_dir():
+            raise RecipeError(f"--adapter {self.adapter}: no such folder.")
         unknown = [
             f"--task {task}: unknown.{nearest(task, (*MADE, *ON_REQUEST))} Known: {', '.join((*MADE, *ON_REQUEST))}"
             for task in self.tasks
@@ -234,6 +267,18 @@ class _Augmenting:
         ]
         if unknown:
             raise RecipeError("data augment", unknown)
+
+    def _check_engine(self) -> None:
+        """Refuse what a run would refuse of a model and engine here, short of loading them or asking the hub."""
+        from smolmlx import backend
+        from smolmlx.models import find_model
+
+        if self.server:
+            return
+        if self.model and (Path(self.model).is_dir() or self.model.count("/") != 1):
+            find_model(self.model)
+        if self.backend != "auto":
+            backend.choose(self.backend, self.device)
 
     def _tasks(self, known: Any) -> tuple[str, ...]:
         """Tasks asked for, in the registry's own order so that the order of options changes nothing."""
@@ -249,8 +294,6 @@ class _Augmenting:
         from smolmlx.synth.runtimes import LocalRuntime
 
         base = find_model(str(self.model))
-        if self.adapter and not Path(self.adapter).is_dir():
-            raise RecipeError(f"--adapter {self.adapter}: no such folder.")
         tokenizer = Tokenizer(options.tokenizer_folder(base.folder, [self.adapter] if self.adapter else []))
         choice = options.choose(self.backend, self.device)
         with console.status("loading the model"):

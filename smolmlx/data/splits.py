@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def check_method(method: Method) -> None:
     what = "shares" if method.counts is None else "counts"
     if not 2 <= len(sizes) <= len(SPLITS):
         problems.append(f"{what} {_joined(sizes)}: give two or three numbers, for train, validation and test")
-    if any(size < 0 for size in sizes) or not sum(sizes):
+    if not all(math.isfinite(size) and size >= 0 for size in sizes) or not sum(sizes):
         problems.append(f"{what} {_joined(sizes)}: they must be positive, or 0 for a split that is not wanted")
     elif method.counts is None and abs(sum(sizes) - 1) > 1e-6:
         problems.append(f"shares {_joined(sizes)}: they add up to {sum(sizes):g}, and must add up to 1")

@@ -6,7 +6,7 @@ tokens depend neither on its place nor on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -96,7 +96,7 @@ class Batcher:
             )
         return Row(index, prompt, how, self.tokenizer, grammar, on_text)
 
-    def run(self, rows: Sequence[Row], more: Callable[[], Sequence[Row]] | None = None) -> Iterator[Row]:
+    def run(self, rows: Sequence[Row], more: Callable[[], Sequence[Row]] | None = None) -> Generator[Row, None, None]:
         """Yield rows as they are over, in any order; `more` is asked at each step for rows that have come since."""
         how = replace(rows[0].how if rows else Decoding(), batch_size=self.batch_size)
         with self.guard([row.prompt for row in rows], how):

@@ -27,6 +27,8 @@ from smolmlx.synth.runtimes import Reply, Request, Runtime
 from smolmlx.tasks.replies import CUT_OFF, Rejected, read
 
 MADE_BY = "smolmlx data augment"
+_UNSAID = {"quantize": "none"}
+"""Settings that folders of earlier versions do not name."""
 JOURNAL, SETTINGS, MANIFEST = "journal.jsonl", "settings.json", "manifest.json"
 
 
@@ -107,7 +109,7 @@ def augment(
         raise RecipeError(
             f"{workshop.store.source}: no job in {len(workshop.store)} chunks. Give more text, or another seed.{reasons}"
         )
-    settings = {**_settings(workshop), "attempts": attempts, "together": runtime.together if runtime.company else 1}
+    settings = {**_settings(workshop), "attempts": attempts}
     _claim(out_dir, settings)
     with Journal(out_dir / JOURNAL, planned.total) as journal:
         totals = Totals(planned.total)
@@ -149,23 +151,20 @@ class _Run:
                 await asyncio.gather(*workers, return_exceptions=True)
 
     def _units(self) -> Iterator[list[Job]]:
-        """Yield the calls of a full run that have a job left; with all their jobs where a call decides how rows are sampled."""
+        """Yield what is left to do, one call at a time."""
         unit: list[Job] = []
         for job in self.workshop.jobs():
+            if self.journal.is_done(job.number):
+                continue
             if job.task == "continuation":  # needs no model, so no place in a call
-                if not self.journal.is_done(job.number):
-                    yield [job]
+                yield [job]
                 continue
             unit.append(job)
             if len(unit) == self.runtime.together:
-                yield from self._left(unit)
+                yield unit
                 unit = []
-        yield from self._left(unit)
-
-    def _left(self, unit: list[Job]) -> Iterator[list[Job]]:
-        """Yield what a call has to ask, if anything."""
-        if left := [job for job in unit if not self.journal.is_done(job.number)]:
-            yield unit if self.runtime.company else left
+        if unit:
+            yield unit
 
     async def _work(self, units: Iterator[list[Job]]) -> None:
         for unit in units:  # shared by all workers: each takes the next
@@ -223,9 +222,7 @@ class _Run:
         reasons: dict[int, list[str]],
         tokens: dict[int, list[int]],
     ) -> None:
-        """Write what became of a job, unless an earlier run has."""
-        if self.journal.is_done(job.number):
-            return
+        """Write what became of a job."""
         said = reasons[job.number]
         record = Record(job.number, self.workshop.key(job), state, rows, said, *tokens[job.number])
         self.journal.append(record)
@@ -251,6 +248,7 @@ def _settings(workshop: Workshop) -> dict[str, Any]:
         "prompt_version": workshop.registry.prompt_version,
         "model": order.model,
         "runtime": order.runtime,
+        "quantize": order.quantize,
         "seed": order.seed,
         "layout": order.layout,
     }
@@ -260,7 +258,7 @@ def _claim(out_dir: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder that holds rows of other settings, or anything else this module would write over."""
     path = out_dir / SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = {**_UNSAID, **json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError):
         names = [JOURNAL, MANIFEST, *(f"{split}.jsonl" for split in SPLITS)]
         present = [name for name in names if (out_dir / name).exists()]

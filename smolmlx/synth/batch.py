@@ -52,7 +52,6 @@ class BatchRuntime:
 
     name = "server"
     concurrency = 4
-    company = False
 
     def __init__(
         self,

@@ -24,9 +24,8 @@ from smolmlx.data.clean import json_line, replacing
 from smolmlx.data.splits import LEFT_OUT, SPLITS, Method, assign, check_method
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.rundir import writing
-from smolmlx.synth.documents import LeftOut, read_documents
+from smolmlx.synth.documents import MADE_BY, LeftOut, read_documents, read_made_by
 
-MADE_BY = "smolmlx data chunk"
 _WORD = re.compile(r"\S+")
 
 
@@ -111,15 +110,6 @@ def _check_folder(out_dir: Path) -> None:
     present = [name for name in (*(f"{split}.jsonl" for split in SPLITS), "manifest.json") if (out_dir / name).exists()]
     if present and read_made_by(out_dir) != MADE_BY:
         raise RecipeError(f"{out_dir}: holds {', '.join(present)}, not written by `{MADE_BY}`. Choose another folder.")
-
-
-def read_made_by(folder: Path) -> str | None:
-    """Return which command wrote a folder's manifest; None without one."""
-    try:
-        tree = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return str(tree.get("made_by")) if isinstance(tree, dict) else None
 
 
 def _draft(

@@ -5,23 +5,27 @@ What cannot be used is left out with a reason, so that one broken file of a thou
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from smolmlx.data.clean import text_hash
 from smolmlx.data.formats import read_rows
+from smolmlx.data.splits import SPLITS
 from smolmlx.errors import DataError
 from smolmlx.synth.markup import TO_TEXT, html_text, pdf_text, suffix_of
 
+MADE_BY = "smolmlx data chunk"
 ROWS = (".jsonl", ".jsonl.gz")
 SUFFIXES = (*TO_TEXT, ".pdf", *ROWS)
 
 NO_TEXT = "no text"
 DUPLICATE = "same text as another document"
 UNREADABLE = "cannot be read"
+CHUNKS = f"chunks, made by `{MADE_BY}`"
 _INPUT = re.compile(r"(?<!\\)\\(?:input|include|subfile)\s*\{([^}]+)\}")
 _COMMENT = re.compile(r"(?<!\\)%.*")
 _CHARSET = re.compile(rb"<meta[^>]+charset=[\"']?([\w-]+)", re.IGNORECASE)
@@ -39,6 +43,17 @@ class Document:
     """Hash of its words, lower-cased: two documents with one digest say the same."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A file that was named or found."""
+
+    path: Path
+    name: str
+    """What its documents are called: unique, and without the folders above what was named."""
+    top: Path
+    """The folder that was named, or that the named file lies in."""
+
+
 @dataclass(slots=True)
 class LeftOut:
     """Documents that are not used: where, and why."""
@@ -53,30 +68,46 @@ class LeftOut:
 def read_documents(names: Sequence[str], left_out: LeftOut) -> Iterator[Document]:
     """Yield the documents of files and folders in the order of their paths, each text once.
 
-    A LaTeX file that another one includes is part of that document. Keeps a hash per document.
+    A LaTeX file that another one includes is part of that document. Files that `data chunk` wrote are left out: chunks
+    of documents that may be read here too would come into other splits than theirs. Keeps a hash per document.
 
     Raises:
         DataError: a name that is no file or folder, a kind of file that is not known, or a missing library.
     """
     files = _find(names)
-    parts = _included([path for path, _ in files if suffix_of(path) == ".tex"])
+    parts = _included([file for file in files if suffix_of(file.path) == ".tex"])
     seen: dict[str, str] = {}
-    for path, name in files:
-        if path.resolve() in parts:
+    for file in files:
+        if file.path.resolve() in parts:
             continue
-        for document in _read(path, name, left_out):
+        if _are_chunks(file.path):
+            left_out.note(CHUNKS, file.name)
+            continue
+        for document in _read(file, left_out):
             if not document.text:
-                left_out.note(NO_TEXT, document.id, "scanned?" if path.suffix.lower() == ".pdf" else "")
+                left_out.note(NO_TEXT, document.id, "scanned?" if file.path.suffix.lower() == ".pdf" else "")
             elif (first := seen.setdefault(document.digest, document.id)) != document.id:
                 left_out.note(DUPLICATE, document.id, first)
             else:
                 yield document
 
 
-def _find(names: Sequence[str]) -> list[tuple[Path, str]]:
-    """Return every file with the name its documents get: unique, and without the folders above what was named."""
+def _are_chunks(path: Path) -> bool:
+    return path.name in {f"{split}.jsonl" for split in SPLITS} and read_made_by(path.parent) == MADE_BY
+
+
+def read_made_by(folder: Path) -> str | None:
+    """Return which command wrote a folder's manifest; None without one."""
+    try:
+        tree = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(tree.get("made_by")) if isinstance(tree, dict) else None
+
+
+def _find(names: Sequence[str]) -> list[_Source]:
     problems: list[str] = []
-    found: dict[Path, str] = {}
+    found: dict[Path, _Source] = {}
     for name in names:
         root = Path(name).expanduser()
         if root.is_dir():
@@ -85,21 +116,21 @@ def _find(names: Sequence[str]) -> list[tuple[Path, str]]:
             if not visible:
                 problems.append(f"{name}: no document in this folder (looked for {', '.join(SUFFIXES)})")
             for path in visible:
-                found.setdefault(path, path.relative_to(root).as_posix())
+                found.setdefault(path, _Source(path, path.relative_to(root).as_posix(), root))
         elif not root.is_file():
             problems.append(f"{name}: no such file or folder")
         elif suffix_of(root) not in SUFFIXES:
             problems.append(f"{name}: unknown kind of document. Known: {', '.join(SUFFIXES)}")
         else:
-            found.setdefault(root, root.name)
+            found.setdefault(root, _Source(root, root.name, root.parent))
     if problems:
         raise DataError("documents", problems)
-    taken = Counter(found.values())
-    return [(path, name if taken[name] == 1 else path.as_posix()) for path, name in found.items()]
+    taken = Counter(file.name for file in found.values())
+    return [file if taken[file.name] == 1 else replace(file, name=file.path.as_posix()) for file in found.values()]
 
 
-def _read(path: Path, name: str, left_out: LeftOut) -> Iterator[Document]:
-    suffix = suffix_of(path)
+def _read(file: _Source, left_out: LeftOut) -> Iterator[Document]:
+    path, name, suffix = file.path, file.name, suffix_of(file.path)
     if suffix in ROWS:
         yield from _read_rows(path, name, left_out)
         return
@@ -109,7 +140,7 @@ def _read(path: Path, name: str, left_out: LeftOut) -> Iterator[Document]:
             text = pdf_text(data)
         else:
             source = decode(data, html=TO_TEXT[suffix] is html_text)
-            text = TO_TEXT[suffix](_with_inputs(source, path.parent, path.parent, 0) if suffix == ".tex" else source)
+            text = TO_TEXT[suffix](_with_inputs(source, file, (path.resolve(),)) if suffix == ".tex" else source)
     except OSError as error:
         left_out.note(UNREADABLE, name, str(error.strerror or error))
     except DataError as error:
@@ -159,40 +190,63 @@ def decode(data: bytes, html: bool = False) -> str:
         raise DataError(f"not in {encoding} ({error}); convert it with iconv -t UTF-8") from error
 
 
-def _included(files: Sequence[Path]) -> set[Path]:
-    """Return the LaTeX files that another of `files` takes in, directly or not."""
+def _included(files: Sequence[_Source]) -> set[Path]:
+    """Return the LaTeX files that another of `files` takes in, directly or not; of two that do so mutually, the later."""
     found: set[Path] = set()
-    for path in files:
-        found |= _inputs(path, path.parent, {path.resolve()}) - {path.resolve()}
+    for file in files:
+        own = file.path.resolve()
+        if own not in found:
+            found |= _inputs(file) - {own}
     return found
 
 
-def _inputs(path: Path, root: Path, seen: set[Path]) -> set[Path]:
-    source = _COMMENT.sub("", path.read_text(encoding="utf-8", errors="replace"))
-    targets = [_input_path(match[1], root, path.parent) for match in _INPUT.finditer(source)]
-    for target in targets:
-        if target is not None and target.resolve() not in seen:
-            seen.add(target.resolve())
-            _inputs(target, root, seen)
+def _inputs(file: _Source) -> set[Path]:
+    """Return what `_with_inputs` may put into a file, itself included."""
+    seen, level = {file.path.resolve()}, [file.path]
+    for _ in range(_DEEPEST_INPUT):
+        found = dict.fromkeys(target for path in level for target in _targets(path, file))
+        level = [target for target in found if target not in seen]
+        seen.update(level)
     return seen
 
 
-def _with_inputs(source: str, root: Path, folder: Path, depth: int) -> str:
-    """Put the text of included files in their place; one that is missing is left out."""
+def _targets(path: Path, file: _Source) -> list[Path]:
+    try:
+        source = _COMMENT.sub("", path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:  # said where its text is read
+        return []
+    found = [_input_path(match[1].strip(), file, path.parent) for match in _INPUT.finditer(source)]
+    return [target for target in found if target is not None]
+
+
+def _with_inputs(source: str, file: _Source, chain: tuple[Path, ...]) -> str:
+    """Put the text of included files in their place; one that is missing, or takes itself in, is left out.
+
+    Args:
+        chain: the files that led here, the one whose text this is last.
+    """
 
     def insert(match: re.Match[str]) -> str:
-        target = _input_path(match[1], root, folder)
-        if target is None or depth >= _DEEPEST_INPUT:
+        target = _input_path(match[1].strip(), file, chain[-1].parent)
+        if target is None or target in chain or len(chain) > _DEEPEST_INPUT:
             return ""
-        return _with_inputs(decode(target.read_bytes()), root, target.parent, depth + 1)
+        return _with_inputs(decode(target.read_bytes()), file, (*chain, target))
 
     return _INPUT.sub(insert, _COMMENT.sub("", source))
 
 
-def _input_path(name: str, root: Path, folder: Path) -> Path | None:
-    """Look a file up as LaTeX does: from the main file's folder, with .tex added; then from the including file's."""
-    for place in (root, folder):
-        for candidate in (place / name.strip(), place / f"{name.strip()}.tex"):
-            if candidate.is_file():
-                return candidate
+def _input_path(name: str, file: _Source, folder: Path) -> Path | None:
+    """Look a file up as LaTeX does: from the main file's folder, with .tex added; then from the including file's.
+
+    What lies outside the folder that was named is not found: a stranger's document must not take in any file there is.
+    """
+    top = file.top.resolve()
+    for place in (file.path.parent, folder):
+        for candidate in (place / name, place / f"{name}.tex"):
+            try:
+                target = candidate.resolve()
+                if target.is_relative_to(top) and target.is_file():
+                    return target
+            except (OSError, RuntimeError):  # a name that no file can have, or links in a circle
+                continue
     return None

@@ -66,6 +66,8 @@ class Order:
     layout: str = "messages"
     model: str = ""
     runtime: str = ""
+    quantize: str = "none"
+    """How the model was quantized here; a server says nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)

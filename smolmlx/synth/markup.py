@@ -141,7 +141,11 @@ def markdown_text(source: str) -> str:
 
 
 def html_text(source: str) -> str:
-    """Return the text of an HTML page: its article or main part where it has one, without menus and scripts."""
+    """Return the text of an HTML page: its article or main part where it has one, without menus and scripts.
+
+    Raises:
+        DataError: elements in elements beyond Python's stack.
+    """
     try:
         from selectolax.lexbor import LexborHTMLParser
     except ImportError as error:
@@ -150,7 +154,10 @@ def html_text(source: str) -> str:
     page = LexborHTMLParser(source)
     articles = page.css("article")
     root = page.css_first("main") or (articles[0] if len(articles) == 1 else None) or page.body
-    return tidy("".join(_pieces(root))) if root is not None else ""
+    try:
+        return tidy("".join(_pieces(root))) if root is not None else ""
+    except RecursionError as error:
+        raise DataError("cannot be read as HTML: elements are nested too deeply") from error
 
 
 def _pieces(node: LexborNode, verbatim: bool = False) -> Iterator[str]:
@@ -234,22 +241,22 @@ def pdf_text(data: bytes) -> str:
     """Return the text of a PDF: words that were divided at a line's end joined, running heads and page numbers out.
 
     Raises:
-        DataError: not a PDF, or one that needs a password.
+        DataError: not a PDF, one that needs a password, or one with a broken page.
     """
     try:
         import pypdfium2
     except ImportError as error:
         raise _missing("PDF", "pypdfium2") from error
 
+    pages: list[str] = []
     try:
-        document = pypdfium2.PdfDocument(data)
+        with closing(pypdfium2.PdfDocument(data)) as document:
+            for number in range(len(document)):
+                with closing(document[number]) as page, closing(page.get_textpage()) as text:
+                    pages.append(text.get_text_bounded().replace("\r\n", "\n"))
     except pypdfium2.PdfiumError as error:
-        raise DataError(f"cannot be read as PDF: {error}") from error
-    with closing(document):
-        pages = []
-        for number in range(len(document)):
-            with closing(document[number]) as page, closing(page.get_textpage()) as text:
-                pages.append(text.get_text_bounded().replace("\r\n", "\n"))
+        where = f", page {len(pages) + 1}" if pages else ""
+        raise DataError(f"cannot be read as PDF{where}: {error}") from error
     return join_pages(pages)
 
 

@@ -20,7 +20,7 @@ from smolmlx.data.notes import OOD_SPLIT, SPLITS, validate_notes
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.evals.notes import strict_compliance
 from smolmlx.models import files_root
-from smolmlx.synth.chunks import read_made_by
+from smolmlx.synth.documents import read_made_by
 from smolmlx.synth.flaws import ISSUES, Neighbours, NotesRow, find_flaws, gap, read_note, spoil
 from smolmlx.synth.notes import Dice, note_words
 

@@ -6,15 +6,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from smolmlx.backend import Decoding, Generator
 from smolmlx.data.chat import Tokenizer
 from smolmlx.tasks.schemas import Answer
 
+if TYPE_CHECKING:
+    from smolmlx.generation.row import Row
+
+_TURNS = 4
+"""Turns of the loop in which who asked keeps an answer and brings the next request, so that its place is not left empty."""
 TOO_LONG = "prompt too long for the model"
 
 
@@ -50,11 +56,9 @@ class Runtime(Protocol):
     name: str
     model: str
     together: int
-    """Requests of one call. Calls are the same from run to run, so that a batch may decide how a row is sampled."""
+    """Requests of one call."""
     concurrency: int
     """Calls at a time."""
-    company: bool
-    """Whether the requests of a call bear on each other's answers, so that a call is only ever repeated whole."""
 
     async def __aenter__(self) -> Runtime: ...
     async def __aexit__(
@@ -65,11 +69,10 @@ class Runtime(Protocol):
 
 
 class LocalRuntime:
-    """An engine's generator in this process, given whole batches."""
+    """An engine's generator in this process: one running batch, which requests join as places fall free."""
 
     name = "local"
-    concurrency = 1
-    company = True
+    together = 1
 
     def __init__(
         self,
@@ -85,10 +88,11 @@ class LocalRuntime:
         Args:
             context: most tokens of prompt and answer together, where the model has such a bound.
         """
-        self.generator, self.tokenizer, self.model = generator, tokenizer, model
-        self.context, self.batch_size = context, batch_size
-        # Twice the batch: rows that end early make room for others, and a kill loses little.
-        self.together = 2 * batch_size
+        self.tokenizer, self.model, self.context, self.concurrency = tokenizer, model, context, batch_size
+        self._batcher = generator.batcher(batch_size)
+        self._waiting: list[Row] = []
+        self._asked: dict[Row, asyncio.Future[None]] = {}
+        self._running: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> LocalRuntime:
         return self
@@ -96,38 +100,58 @@ class LocalRuntime:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
 
     async def ask(self, requests: Sequence[Request]) -> list[Reply]:
-        prompts = [self.tokenizer.encode(self.tokenizer.prompt([_user(request)])) for request in requests]
-        replies = [Reply(rejected=TOO_LONG)] * len(requests)
-        groups: dict[Request, list[int]] = {}
-        for row, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
-            # A model of few tokens has room for its answer, and so for most of a chunk, if that takes a third at most.
-            most = request.max_tokens if self.context is None else min(request.max_tokens, self.context // 3)
-            if self.context is None or len(ids) + most <= self.context:
-                groups.setdefault(replace(request, prompt="", seed=0, max_tokens=most), []).append(row)
-        for kind, rows in groups.items():
-            how = _decoding(kind, requests[rows[0]].seed, self.batch_size)
-            for done in self.generator.generate([prompts[row] for row in rows], how):
-                row = rows[done.index]
-                replies[row] = Reply(
-                    done.text, len(prompts[row]), len(done.ids), cut=not done.finished or done.shortened
-                )
-                await asyncio.sleep(0)  # a place to be interrupted
-        return replies
+        return list(await asyncio.gather(*map(self._ask, requests)))
+
+    async def _ask(self, request: Request) -> Reply:
+        prompt = self.tokenizer.encode(self.tokenizer.prompt([_user(request)]))
+        # A model of few tokens has room for its answer, and so for most of a chunk, if that takes a third at most.
+        most = request.max_tokens if self.context is None else min(request.max_tokens, self.context // 3)
+        if self.context is not None and len(prompt) + most > self.context:
+            return Reply(rejected=TOO_LONG)
+        # Every row is row 0 of its own seed: what it draws depends on no other.
+        row = self._batcher.make_row(0, prompt, _decoding(request, most))
+        self._waiting.append(row)
+        self._asked[row] = asyncio.get_running_loop().create_future()
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run())
+            self._running.add_done_callback(self._tell_failure)
+        try:
+            await self._asked[row]
+        finally:
+            row.cancel()  # over by now, unless who asked was stopped
+        done = row.completion()
+        return Reply(done.text, len(prompt), len(done.ids), cut=not done.finished or done.shortened)
+
+    async def _run(self) -> None:
+        """Answer what waits, and what comes while it is answered."""
+        with contextlib.closing(self._batcher.run(self._take(), self._take)) as ended:
+            for row in ended:
+                if not (answered := self._asked.pop(row)).done():
+                    answered.set_result(None)
+                for _ in range(_TURNS):
+                    await asyncio.sleep(0)
+
+    def _take(self) -> list[Row]:
+        rows, self._waiting = self._waiting, []
+        return rows
+
+    def _tell_failure(self, running: asyncio.Task[None]) -> None:
+        if not running.cancelled() and (error := running.exception()) is not None:
+            for answered in self._asked.values():
+                if not answered.done():
+                    answered.set_exception(error)
+                    answered.exception()  # asyncio would warn of one that nobody was left to see
 
 
 def _user(request: Request) -> dict[str, str]:
     return {"role": "user", "content": request.prompt}
 
 
-def _decoding(request: Request, seed: int, batch_size: int) -> Decoding:
+def _decoding(request: Request, max_tokens: int) -> Decoding:
     """Return how to decode: kept to the request's schema, so that an answer is always whole."""
-    return Decoding(
-        batch_size=batch_size,
-        max_tokens=request.max_tokens,
-        temperature=request.temperature,
-        seed=seed,
-        schema=request.schema,
-    )
+    return Decoding(max_tokens=max_tokens, temperature=request.temperature, seed=request.seed, schema=request.schema)

@@ -76,7 +76,6 @@ class ServerRuntime:
 
     name = "server"
     together = 1
-    company = False
 
     def __init__(
         self,
@@ -133,7 +132,8 @@ class ServerRuntime:
         """Ask the server which models it has, and settle on one.
 
         Raises:
-            BackendError: not reachable, closed to this key, or not the model asked for.
+            BackendError: not reachable, closed to this key, or no model was named and it has not exactly one. A name that it
+                does not list is kept: services answer to more names than they list.
         """
         return asyncio.run(self._find_model())
 
@@ -164,12 +164,19 @@ class ServerRuntime:
 
     async def _ask(self, request: Request) -> Reply:
         tries = rate_limits = 0
+        refused: set[Format] = set()
         while True:
             await self._turn()
-            outcome = await self._try(request)
+            form = next(form for form in self._formats if form not in refused)
+            outcome = await self._try(request, form)
             if outcome.reply is not None:
+                self._settle(form)
                 return outcome.reply
             if not outcome.again:
+                refused.add(form)
+                if self._may_be_the_format(form) and not refused.issuperset(self._formats):
+                    self.traffic.retries[f"no {form}"] += 1
+                    continue
                 return Reply(rejected=outcome.reason)
             self.traffic.retries[outcome.reason] += 1
             limited = outcome.reason == "http 429"
@@ -194,11 +201,10 @@ class ServerRuntime:
         if self.limits.per_minute is not None:
             self._not_before = time.monotonic() + 60 / self.limits.per_minute
 
-    async def _try(self, request: Request) -> _Outcome:
+    async def _try(self, request: Request, form: Format) -> _Outcome:
         import httpx2
 
         assert self._client is not None
-        form = self._formats[0]
         self.traffic.requests += 1
         try:
             posting = self._client.post(f"{self.url}/chat/completions", json=chat_body(request, self.model, form))
@@ -209,7 +215,7 @@ class ServerRuntime:
             return _Outcome(reason=f"connection: {type(error).__name__}")
         status = response.status_code
         if status == 200:
-            return self._read(response, form)
+            return _read(response)
         if status == 429 and "insufficient_quota" in response.text:
             raise BackendError(
                 f"--server {self.url}: the quota is used up. The same command goes on once there is more."
@@ -218,27 +224,20 @@ class ServerRuntime:
             raise self._closed(status)
         if status in AGAIN:
             return _Outcome(reason=f"http {status}", pause=_asked_pause(response), counts=status != 429)
-        if not self._format_works and form == self._formats[0] and len(self._formats) > 1:
-            return self._drop_format(form, status)
-        if form != self._formats[0]:  # another request has just found that the server does not take this format
-            return _Outcome(reason=f"no {form}", pause=0.0, counts=False)
         return _Outcome(reason=f"http {status}", again=False)
 
-    def _drop_format(self, form: Format, status: int) -> _Outcome:
-        self._formats.pop(0)
-        self.on_note(f"{self.url}: does not take response_format {form} (http {status}); asking for {self._formats[0]}")
-        return _Outcome(reason=f"no {form}", pause=0.0, counts=False)
+    def _may_be_the_format(self, form: Format) -> bool:
+        """Whether a refusal may be due to `form`: nothing was answered so far, or only what asked for another."""
+        return not self._format_works or form not in self._formats
 
-    def _read(self, response: httpx2.Response, form: Format) -> _Outcome:
-        try:
-            reply = read_completion(response.json())
-        except ValueError:
-            reply = None
-        if reply is None:
-            return _Outcome(reason=BAD_BODY)
-        if form == self._formats[0]:
-            self._format_works = True
-        return _Outcome(reply)
+    def _settle(self, form: Format) -> None:
+        """Ask for `form` from now on: a request was answered with it, and was refused with those before it."""
+        if self._format_works:
+            return
+        self._format_works = True
+        while self._formats[0] != form:
+            dropped = self._formats.pop(0)
+            self.on_note(f"{self.url}: does not take response_format {dropped}; asking for {self._formats[0]}")
 
     def _closed(self, status: int) -> BackendError:
         what = f"http {status}, {_CLOSED[status]}"
@@ -246,6 +245,14 @@ class ServerRuntime:
             "Check the address and --model." if status == 404 else "Put the key into the variable --key-variable names."
         )
         return BackendError(f"--server {self.url}, model {self.model}: {what}. {hint}")
+
+
+def _read(response: httpx2.Response) -> _Outcome:
+    try:
+        reply = read_completion(response.json())
+    except ValueError:
+        reply = None
+    return _Outcome(reason=BAD_BODY) if reply is None else _Outcome(reply)
 
 
 def _model_names(response: httpx2.Response) -> list[str]:

@@ -7,7 +7,9 @@ import json
 from array import array
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from smolmlx.data.splits import SPLITS
 from smolmlx.errors import DataError
@@ -26,8 +28,8 @@ class ChunkStore:
         self.source = source
         self._files: list[tuple[Path, BinaryIO]] = []
         self._offsets, self._lines, self._file, self._document = array("q"), array("q"), array("b"), array("q")
-        self._starts, self._words = array("q"), array("q")
-        self._documents: dict[tuple[str, str], list[int]] = {}
+        self._starts, self._words, self._ids = array("q"), array("q"), array("q")
+        self._documents: dict[str, list[int]] = {}
         self._splits: dict[str, array[int]] = {}
         self._split_names: list[str] = []
         self._document_chunks: list[list[int]] = []
@@ -37,6 +39,7 @@ class ChunkStore:
                 self._index(path, digest)
             if not len(self):
                 raise DataError(f"{source}: no chunks. Make some with: smolmlx data chunk DOCUMENTS {source}")
+            self._check_ids()
         except DataError:
             self.close()
             raise
@@ -49,19 +52,25 @@ class ChunkStore:
         for number, line in enumerate(file, 1):
             digest.update(line)
             if line.strip():
-                self._add(_parse(line, path, number), len(self._files) - 1, offset)
                 self._lines.append(number)
+                self._add(_parse(line, path, number), len(self._files) - 1, offset)
             offset += len(line)
 
     def _add(self, chunk: Chunk, file: int, offset: int) -> None:
         number = len(self._offsets)
-        mine = self._documents.setdefault((chunk.split, chunk.document), [])
+        self._offsets.append(offset)
+        self._file.append(file)
+        mine = self._documents.setdefault(chunk.document, [])
         if not mine:
             self._document_chunks.append(mine)
             mine.append(len(self._document_chunks) - 1)  # a list begins with its own number
+        elif (other := self._split_names[mine[1]]) != chunk.split:
+            raise DataError(
+                f"{self._place(number)}: document '{chunk.document}' is in split '{chunk.split}' here and in '{other}' "
+                f"at {self._place(mine[1])}. A document belongs to one split; make chunks with `smolmlx data chunk`."
+            )
         mine.append(number)
-        self._offsets.append(offset)
-        self._file.append(file)
+        self._ids.append(hash(chunk.id))
         self._document.append(mine[0])
         self._starts.append(chunk.start)
         self._words.append(chunk.words)
@@ -69,6 +78,21 @@ class ChunkStore:
             self._splits[chunk.split] = array("q")
         self._splits[chunk.split].append(number)
         self._split_names.append(chunk.split)
+
+    def _place(self, number: int) -> str:
+        return f"{self._files[self._file[number]][0]}:{self._lines[number]}"
+
+    def _check_ids(self) -> None:
+        """Refuse two chunks of one name; hashes first, since names of millions would fill the memory."""
+        hashes = np.frombuffer(self._ids, np.int64)
+        order = np.argsort(hashes, kind="stable")
+        for at in np.flatnonzero(np.diff(hashes[order]) == 0):
+            first, second = int(order[at]), int(order[at + 1])
+            if self[first].id == self[second].id:
+                raise DataError(
+                    f"{self._place(second)}: chunk id '{self[second].id}' is that of {self._place(first)} too. Rows are "
+                    "named after their chunk: give each its own `id`, or none."
+                )
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -131,12 +155,19 @@ def _parse(line: bytes, path: Path, number: int) -> Chunk:
     split = row.get("split") or (path.stem if path.stem in SPLITS else SPLITS[0])
     if split not in SPLITS:
         raise DataError(f"{path}:{number}: unknown split '{split}' (known: {', '.join(SPLITS)})")
-    words = row.get("words")
+    words = _whole(row, "words", path, number)
     return Chunk(
         id=str(row.get("id") or own),
         text=row["text"],
         document=str(row.get("document") or row.get("id") or own),
         split=str(split),
-        start=int(row.get("start") or 0),
-        words=words if isinstance(words, int) else len(row["text"].split()),
+        start=_whole(row, "start", path, number) or 0,
+        words=len(row["text"].split()) if words is None else words,
     )
+
+
+def _whole(row: dict[str, Any], field: str, path: Path, number: int) -> int | None:
+    value = row.get(field)
+    if value is not None and not (isinstance(value, int) and 0 <= value < 2**53):
+        raise DataError(f"{path}:{number}: {field} {value!r}: expected a number of words, 0 or more.")
+    return value

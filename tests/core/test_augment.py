@@ -7,6 +7,7 @@ import email.utils
 import functools
 import json
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -30,7 +32,7 @@ from smolmlx.evals.notes import strict_compliance
 from smolmlx.evals.parsers import parse_retrieval
 from smolmlx.evals.suites import rows_from_records
 from smolmlx.models import open_model
-from smolmlx.synth.augment import augment, outline
+from smolmlx.synth.augment import Totals, augment, outline
 from smolmlx.synth.chunks import Cut, write_chunks
 from smolmlx.synth.jobs import GAP, Order, Workshop, chance, excerpt, take_out
 from smolmlx.synth.journal import Journal, Record
@@ -96,7 +98,7 @@ def published(folder: Path) -> dict[str, bytes]:
 class Canned:
     """A runtime in the process whose answers are a function of the request."""
 
-    name, model, concurrency, company = "server", "rule", 4, False
+    name, model, concurrency = "server", "rule", 4
 
     def __init__(self, answer: Callable[[Request], Reply], together: int = 1) -> None:
         self.answer, self.together, self.asked = answer, together, list[Request]()
@@ -284,6 +286,20 @@ def test_a_request_that_is_refused_is_rejected_alone(store: ChunkStore, tmp_path
     assert server.seen.requests == result.totals.jobs
 
 
+@pytest.mark.parametrize(("refuses", "form"), [((), "json_schema"), (("json_schema",), "json_object")])
+def test_one_refused_prompt_changes_no_format(
+    store: ChunkStore, tmp_path: Path, refuses: tuple[str, ...], form: str
+) -> None:
+    notes: list[str] = []
+    with serving(Behaviour(too_long=0, refuses=refuses)) as server:
+        runtime = ServerRuntime(server.url, "rule", limits=Limits(concurrency=1), on_note=notes.append)
+        result = augment(workshop(store, 0.3, tasks=("bullets",)), runtime, tmp_path / "out")
+    asked = [(body.get("response_format") or {}).get("type") for body in server.seen.bodies]
+    assert asked[:3] == ["json_schema", "json_object", None] and asked[-1] == form
+    assert len(notes) == len(refuses)
+    assert dict(result.totals.rejected) == {"http 400": 1} and result.totals.accepted == result.totals.jobs - 1
+
+
 @pytest.mark.parametrize(
     ("status", "says"), [(401, "the key is missing or wrong"), (404, "Check the address and --model")]
 )
@@ -378,29 +394,28 @@ def test_every_attempt_has_a_seed_of_its_own(store: ChunkStore, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("together", [1, 7])
-def test_interrupted_calls_are_made_again_whole(store: ChunkStore, tmp_path: Path, together: int) -> None:
-    """A runtime whose answers depend on the row in its call still leaves the same rows after an interruption."""
-
-    class ByRow(Canned):
-        company = True
+def test_interrupted_calls_of_any_size_leave_the_same_rows(store: ChunkStore, tmp_path: Path, together: int) -> None:
+    class Stopping(Canned):
         left = 10**9
 
         async def ask(self, requests: Any) -> list[Reply]:
-            await super().ask(requests)
             self.left -= 1
             if self.left < 0:
                 raise RunError("stopped")
-            return [Reply("" if (r.seed + i) % 3 == 0 else f"- {r.seed} {i}") for i, r in enumerate(requests)]
+            return await super().ask(requests)
+
+    def answer(request: Request) -> Reply:
+        return Reply("" if request.seed % 3 == 0 else f"- {request.seed}")
 
     made = workshop(store, tasks=("bullets",))
-    augment(made, ByRow(lambda r: Reply(), together), tmp_path / "whole", attempts=3)
-    cut = ByRow(lambda r: Reply(), together)
+    augment(made, Stopping(answer, together), tmp_path / "whole", attempts=3)
+    cut = Stopping(answer, together)
     cut.left = 5
     with pytest.raises(RunError, match="stopped"):
         augment(made, cut, tmp_path / "out", attempts=3)
     lines = (tmp_path / "out" / "journal.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "out" / "journal.jsonl").write_bytes(b"".join([*lines[::2], lines[1][:20]]))  # half, and a cut line
-    augment(made, ByRow(lambda r: Reply(), together), tmp_path / "out", attempts=3)
+    augment(made, Stopping(answer, together), tmp_path / "out", attempts=3)
     assert published(tmp_path / "out") == published(tmp_path / "whole")
 
 
@@ -419,15 +434,41 @@ def test_an_engine_in_this_process(tiny_model: Path, tmp_path: Path) -> None:
         )
         results = [
             augment(made, LocalRuntime(generator, tokenizer, "tiny", batch_size=size), tmp_path / f"out{i}")
-            for i, size in enumerate((4, 4))
+            for i, size in enumerate((4, 3))
         ]
+        seen: list[int] = []
+
+        def stop_early(totals: Totals) -> None:
+            seen.append(totals.done)
+            if totals.done == 5:
+                raise RunError("stopped")
+
+        with pytest.raises(RunError, match="stopped"):
+            local = LocalRuntime(generator, tokenizer, "tiny", batch_size=4)
+            augment(made, local, tmp_path / "out2", on_progress=stop_early)
+        journal = tmp_path / "out2" / "journal.jsonl"
+        assert seen == [0, 1, 2, 3, 4, 5] and len(journal.read_text().splitlines()) == 5  # each kept as it ended
+        augment(made, LocalRuntime(generator, tokenizer, "tiny", batch_size=4), tmp_path / "out2")
+        broken = LocalRuntime(generator, tokenizer, "tiny", batch_size=4)
+        with (
+            pytest.raises(BackendError, match="no memory"),
+            mock.patch.object(generator.batcher(1).__class__, "run", side_effect=BackendError("no memory")),
+        ):
+            augment(made, broken, tmp_path / "broken")
         short = LocalRuntime(generator, tokenizer, "tiny", context=40)
         too_long = augment(made, short, tmp_path / "short")
-    assert published(tmp_path / "out0") == published(tmp_path / "out1")
+    assert published(tmp_path / "out0") == published(tmp_path / "out1") == published(tmp_path / "out2")
     totals = results[0].totals
     assert totals.done == totals.jobs == 12 and totals.prompt_tokens > 500 and totals.completion_tokens > 12
     assert totals.attempts_refused["cut off"] > 0
     assert dict(too_long.totals.rejected) == {TOO_LONG: 12}
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "augment.py"
+    monkeypatch.setattr(sys, "argv", [path.name, "--rows", "50"])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "rows/s" in capsys.readouterr().out
 
 
 def test_journal(tmp_path: Path) -> None:
@@ -460,6 +501,8 @@ def test_folders_of_other_settings_are_refused(store: ChunkStore, tmp_path: Path
     augment(workshop(store, 0.2, tasks=("bullets",)), runtime, tmp_path / "out")
     with pytest.raises(RecipeError, match=r"begun with other settings.*\n.*seed: 0 there, 5 now"):
         augment(workshop(store, 0.2, tasks=("bullets",), seed=5), runtime, tmp_path / "out")
+    with pytest.raises(RecipeError, match="quantize: none there, 4bit now"):
+        augment(workshop(store, 0.2, tasks=("bullets",), quantize="4bit"), runtime, tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train.jsonl").write_text("{}\n")
     with pytest.raises(RecipeError, match=r"holds train.jsonl"):
@@ -480,6 +523,16 @@ def test_store_refuses_what_is_no_chunk(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("", "no chunks"),
         ('{"text":"a","split":"x"}', "unknown split"),
+        ('{"text":"a"}\n{"text":"a","start":"abc"}', r"rows.jsonl:2: start 'abc': expected a number of words"),
+        ('{"text":"a","words":-1}', r"rows.jsonl:1: words -1: expected"),
+        (
+            '{"text":"a","id":"x"}\n{"text":"b"}\n{"text":"c","id":"x"}',
+            r"jsonl:3: chunk id 'x' is that of .*jsonl:1 too",
+        ),
+        (
+            '{"text":"a","document":"d","split":"train"}\n{"text":"b","document":"d","split":"test"}',
+            r"jsonl:2: document 'd' is in split 'test' here and in 'train' at .*jsonl:1",
+        ),
     ]:
         (tmp_path / "rows.jsonl").write_text(text)
         with pytest.raises(DataError, match=says):
@@ -612,6 +665,19 @@ def test_command(
         (("chunks",), 2, "Missing argument"),
         (("chunks", "out", "--server", "localhost:80"), 2, "expected an address such as"),
         (("chunks", "out", "--server", "http://x/v1", "--adapter", "a"), 2, "no effect with --server"),
+        (
+            ("chunks", "out", "--server", "http://x/v1", "--batch-size", "4"),
+            2,
+            "--batch-size 4: has no effect with --server",
+        ),
+        (("chunks", "out", "--server", "http://x/v1", "--quantize", "none"), 2, "--quantize none: has no effect with"),
+        (("chunks", "out", "--server", "http://x/v1", "--batch-requests", "9"), 2, "no effect without --batch"),
+        (("chunks", "out", "--server", "http://x/v1", "--batch", "--concurrency", "9"), 2, "no effect with --batch"),
+        (("chunks", "out", "--model", "tiny", "--batch"), 2, "--batch: needs --server URL"),
+        (("chunks", "out", "--model", "tiny", "--concurrency", "9", "--retries", "1"), 2, "data augment: 2 problems"),
+        (("chunks", "out", "--dry-run", "--model", "nonsense"), 2, "nonsense: no such model folder"),
+        (("chunks", "out", "--dry-run", "--adapter", "nowhere"), 2, "--adapter nowhere: no such folder"),
+        (("chunks", "out", "--dry-run", "--backend", "nope"), 3, "--backend nope: unknown engine"),
         (("chunks", "out", "--model", "tiny", "--task", "bulets"), 2, "Did you mean 'bullets'?"),
         (("chunks", "out", "--model", "tiny", "--tasks-file", "no.yaml"), 2, "no.yaml: cannot be read"),
         (("chunks", "out", "--model", "./nowhere"), 2, "no such model folder"),

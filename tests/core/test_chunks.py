@@ -18,7 +18,7 @@ from smolmlx.data.splits import Method
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.synth import markup
 from smolmlx.synth.chunks import Cut, cut_text, write_chunks
-from smolmlx.synth.documents import DUPLICATE, NO_TEXT, UNREADABLE, Document, LeftOut, decode, read_documents
+from smolmlx.synth.documents import CHUNKS, DUPLICATE, NO_TEXT, UNREADABLE, Document, LeftOut, decode, read_documents
 
 
 def words(count: int, name: str = "w") -> str:
@@ -125,6 +125,40 @@ def test_latex_inputs_are_one_document(tmp_path: Path) -> None:
     assert found["main.tex"].text.split() == ["Start.", "Part", "A", "Part", "C", "End."]
 
 
+def test_latex_inputs_stay_in_the_folder_that_was_named(tmp_path: Path) -> None:
+    (tmp_path / "secret.tex").write_text("Secret")
+    source = tmp_path / "in"
+    (source / "one").mkdir(parents=True)
+    (source / "shared.tex").write_text("Shared")
+    outside = f"\\input{{{tmp_path}/secret.tex}} \\input{{../../secret}} \\input{{/etc/hostname}}"
+    (source / "one" / "main.tex").write_text(f"Start {outside} \\input{{../shared}} \\input{{{'x' * 300}}} end.")
+    found, left_out = read(source)
+    assert {name: document.text.split() for name, document in found.items()} == {
+        "one/main.tex": ["Start", "Shared", "end."]
+    }
+    assert not left_out.entries
+    found, _ = read(source / "one" / "main.tex")
+    assert found["main.tex"].text.split() == ["Start", "end."]
+
+
+def test_latex_files_that_take_each_other_in_are_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.tex").write_text("A \\input{b}")
+    (tmp_path / "b.tex").write_text("B \\input{a} \\input{b}")
+    found, _ = read(tmp_path)
+    assert {name: document.text.split() for name, document in found.items()} == {"a.tex": ["A", "B"]}
+
+
+def test_a_broken_document_stops_no_other(tmp_path: Path) -> None:
+    whole = make_pdf([["One."], ["Two."]])
+    (tmp_path / "page.pdf").write_bytes(whole.replace(b"/Type /Page /Parent 2 0 R", b"/Type /Nope /Parent 9 0 R"))
+    (tmp_path / "deep.html").write_text("<div>" * 3000 + "text")
+    (tmp_path / "good.txt").write_text("good")
+    found, left_out = read(tmp_path)
+    assert "good.txt" in found and "deep.html" not in found
+    details = {where: detail for reason, where, detail in left_out.entries if reason == UNREADABLE}
+    assert "nested too deeply" in details["deep.html"] and "cannot be read as PDF" in details["page.pdf"]
+
+
 def test_pdf(tmp_path: Path) -> None:
     body = [["Journal of Tests", f"Page {i} tells some-", f"thing about tea {i}.", f"{i}"] for i in range(1, 6)]
     (tmp_path / "a.pdf").write_bytes(make_pdf(body))
@@ -199,6 +233,21 @@ def test_splits_are_by_document_and_repeatable(tmp_path: Path) -> None:
     assert set(other["files"]) == {"train"} and not (tmp_path / "a" / "test.jsonl").exists()
 
 
+def test_chunks_are_no_documents(tmp_path: Path) -> None:
+    """Read a second time with the documents they were cut from, they would come into other splits."""
+    source = library(tmp_path / "in")
+    made = [write_chunks([str(source)], source, Cut(50, 10), Method()) for _ in range(2)]
+    assert made[0]["files"] == made[1]["files"] and made[1]["documents"] == 20
+    assert [entry["document"] for entry in made[1]["left_out"][CHUNKS]] == [
+        "test.jsonl",
+        "train.jsonl",
+        "validation.jsonl",
+    ]
+    below = write_chunks([str(source)], source / "part0" / "chunks", Cut(50, 10), Method())
+    again = write_chunks([str(tmp_path)], tmp_path / "out", Cut(50, 10), Method())
+    assert below["documents"] == again["documents"] == 20 and len(again["left_out"][CHUNKS]) == 6
+
+
 def test_same_names_in_two_folders(tmp_path: Path) -> None:
     library(tmp_path / "x", 2)
     library(tmp_path / "y", 3)
@@ -230,6 +279,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "1 document(s) cannot fill the splits" in (said := capsys.readouterr().err) and "--shares 1,0" in said
     assert data(monkeypatch, "chunk", "one.md", "alone", "--shares", "1,0") == 0
     assert data(monkeypatch, "chunk", "one.md", "alone", "--shares", "a") == 2
+    assert data(monkeypatch, "chunk", "one.md", "alone", "--shares", "nan,1") == 2
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train.jsonl").write_text("{}")
     assert data(monkeypatch, "chunk", source, "mine") == 2
