@@ -125,6 +125,8 @@ def prepare(
     changes = find_changes(opened, weights)
     code = _pick_dtype(weights, dtype)
     tied = weights.tied and not _breaks_tie(changes, weights, untie)
+    if weights.tied and not tied:
+        changes = {**changes, HEAD_WEIGHT: _head_terms(changes, weights)}
     notes = []
     if weights.quantized:
         notes.append("the base was quantized: its weights are whole again, and larger")
@@ -152,13 +154,13 @@ def _pick_dtype(weights: Weights, dtype: str) -> str:
 
 def _breaks_tie(changes: Changes, weights: Weights, untie: bool) -> bool:
     """Whether an adapter changes head and embedding differently though the base ties them."""
-    if not weights.tied or HEAD_WEIGHT not in changes:
-        return False
     embedding = _embedding_name(weights)
-    terms, others = changes[HEAD_WEIGHT], changes.get(embedding, ())
+    terms, others = _head_terms(changes, weights), list(changes.get(embedding, ()))
+    if not weights.tied or terms == others:
+        return False
     stored = weights.find(embedding)
     assert stored is not None
-    same = len(terms) == len(others) and all(
+    same = all(
         np.array_equal(
             _total(terms, weights.rows(stored, rows), rows), _total(others, weights.rows(stored, rows), rows)
         )
@@ -168,10 +170,16 @@ def _breaks_tie(changes: Changes, weights: Weights, untie: bool) -> bool:
         return False
     if not untie:
         raise RecipeError(
-            "this adapter changes the head and not the embedding alike, and the base ties them, so no tied model equals it."
+            "this adapter changes head and embedding differently, and the base ties them, so no tied model equals it."
             " Pass --untie to write both, or train with ensure_weight_tying."
         )
     return True
+
+
+def _head_terms(changes: Changes, weights: Weights) -> list[Term]:
+    """Return what changes a tied head: mlx-lm calls the embedding for it, PEFT leaves it the base's."""
+    followed = [term for term in changes.get(_embedding_name(weights), ()) if term.adapter.form == "mlx"]
+    return [*changes.get(HEAD_WEIGHT, ()), *followed]
 
 
 def _embedding_name(weights: Weights) -> str:

@@ -168,8 +168,17 @@ def test_linear_combination(bases: dict[str, Path], tmp_path: Path) -> None:
         np.testing.assert_array_equal(off[name], first[name])
 
 
-def test_a_tie_is_kept_or_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    adapter = stock.train_peft(bases["llama-tied"], tmp_path / "head", target_modules=["q_proj", "lm_head"])
+ONE_SIDE: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "whole embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("side", ONE_SIDE)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_tie_is_kept_or_refused(side: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = stock.train_peft(bases["llama-tied"], tmp_path / "adapter", **ONE_SIDE[side])
     base = open_model(bases["llama-tied"])
     with pytest.raises(RecipeError, match="--untie"):
         merge(base, [(adapter, 1.0)], tmp_path / "refused")
@@ -178,6 +187,21 @@ def test_a_tie_is_kept_or_refused(bases: dict[str, Path], tmp_path: Path) -> Non
     wanted = stock.peft_logits(bases["llama-tied"], adapter)
     for logits in stock.LOGITS.values():
         np.testing.assert_allclose(logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+def test_an_embedding_of_mlx_lm_changes_a_tied_head_too(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT's leaves the head alone, so the two together give two weights."""
+    base = open_model(bases["llama-tied"])
+    theirs = stock.train_mlx(bases["llama-tied"], tmp_path / "mlx", keys=["self_attn.v_proj", "model.embed_tokens"])
+    assert merge(base, [(theirs, 1.0)], tmp_path / "alone").tied
+    wanted = stock.mlx_logits(bases["llama-tied"], theirs)
+    np.testing.assert_allclose(stock.mlx_logits(tmp_path / "alone", None), wanted, atol=1e-4, rtol=0)
+    other = stock.train_peft(bases["llama-tied"], tmp_path / "peft", **ONE_SIDE["embedding"])
+    assert merge(base, [(theirs, 1.0), (other, 0.0)], tmp_path / "off").tied
+    merge(base, [(theirs, 1.0), (other, 1.0)], tmp_path / "both", untie=True)
+    alone, both = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
+    np.testing.assert_array_equal(both["lm_head.weight"], alone["model.embed_tokens.weight"])
+    assert not np.array_equal(both["model.embed_tokens.weight"], alone["model.embed_tokens.weight"])
 
 
 def test_tied_weight_stored_as_the_head_alone(bases: dict[str, Path], tmp_path: Path) -> None:
