@@ -15,6 +15,7 @@ from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters import tensors, to_mlx, to_peft
 from smolmlx.adapters.adapter import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, SIDE_FILES, Adapter
 from smolmlx.adapters.base import Weights
+from smolmlx.adapters.delta import find_changes
 from smolmlx.adapters.names import SAME_EXPERTS, SAME_NAMES
 from smolmlx.adapters.target import BULK, KEY, Origin, Target, recall, remember
 from smolmlx.adapters.tensors import TensorFile
@@ -63,8 +64,8 @@ def convert(
     base = base or adapters.recorded_base(adapter)
     weights = Weights(base) if base else None
     if weights:
-        check_fits(adapter, weights)
         _refuse_other_experts(adapter, weights)
+        find_changes([(adapter, 1.0)], weights)
     origin, changed = (None, None) if fresh else recall(adapter)
     build = to_mlx.build if to == "mlx" else to_peft.build
     with publish(out) as temporary:
@@ -113,31 +114,6 @@ def copy_side_files(source: Path, out: Path) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file() and not (out / name).exists():
             shutil.copyfile(source / name, out / name)
-
-
-def check_fits(adapter: Adapter, weights: Weights) -> None:
-    """Compare every adapted shape with the base's.
-
-    Raises:
-        RecipeError: made for another base.
-    """
-    problems = []
-    for module in adapter.modules:
-        if module.kind == "experts":
-            continue
-        stored = weights.find(f"{module.path}.weight")
-        a, b = (adapter.file.entries[name].shape for name in (module.a, module.b))
-        ends = (a[0], b[1]) if adapter.form == "mlx" else (a[1], b[0])
-        wanted = ends if module.kind == "embedding" else ends[::-1]
-        if stored is None:
-            problems.append(f"{module.path}: the base has no such weight.")
-        elif weights.shape(stored) != wanted:
-            problems.append(
-                f"{module.path}: adapts a weight of {list(wanted)}, the base's is {list(weights.shape(stored))}."
-            )
-    if problems:
-        shown = problems[:5] + ([f"and {len(problems) - 5} more."] if problems[5:] else [])
-        raise RecipeError(f"{adapter.folder}: made for another base than {weights.model.name}", shown)
 
 
 def _refuse_other_experts(adapter: Adapter, weights: Weights) -> None:

@@ -249,6 +249,40 @@ def test_an_adapter_of_other_weights_is_refused(bases: dict[str, Path], tmp_path
     merge(open_model(bases["llama-tied"]), [(folder, 1.0)], tmp_path / "out")
 
 
+def test_an_adapter_of_other_shapes_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Rows too many were once cut, and rows of a larger vocabulary dropped, without a word."""
+    wide = stock.make_base("llama-tied", tmp_path / "wide", num_key_value_heads=4, vocab_size=72)
+    base = open_model(bases["llama-tied"])
+    heads = stock.train_peft(wide, tmp_path / "heads", target_modules=["q_proj", "v_proj"])
+    tokens = stock.train_peft(wide, tmp_path / "tokens", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    for folder, word in (
+        (heads, r"v_proj.*\[32, 32\], the base's is \[16, 32\]"),
+        (tokens, r"embed_tokens.*\[72, 32\], the base's is \[64, 32\]"),
+        (tokens, "saved beside the adapter"),
+    ):
+        with pytest.raises(RecipeError, match=word):
+            merge(base, [(folder, 1.0)], tmp_path / "out")
+        with pytest.raises(RecipeError, match=word):
+            analyze(folder, base)
+
+
+def test_another_number_of_experts_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    more = stock.make_base("qwen3-moe", tmp_path / "more", num_experts=6)
+    config = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    adapter = stock.train_peft(more, tmp_path / "peft", **config)
+    with pytest.raises(RecipeError, match="6 experts, the base has 4"):
+        merge(open_model(bases["qwen3-moe"]), [(adapter, 1.0)], tmp_path / "out")
+
+
+def test_a_trained_copy_of_the_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = stock.train_peft(bases["qwen3"], tmp_path / "peft", target_modules=["q_proj", "embed_tokens"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"][3] += 1
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="trained or resized"):
+        merge(open_model(bases["qwen3"]), [(adapter, 1.0)], tmp_path / "out")
+
+
 def test_never_beside_other_files(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = stock.train_peft(bases["qwen3"], tmp_path / "peft", target_modules=LINEAR)
     with pytest.raises(RecipeError, match="not empty"):
