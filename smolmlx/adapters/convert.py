@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters import tensors, to_mlx, to_peft
-from smolmlx.adapters.adapter import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, SIDE_FILES, Adapter
+from smolmlx.adapters.adapter import ADAPTER_SIDE_FILES, CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, SIDE_FILES, Adapter
 from smolmlx.adapters.base import Weights
 from smolmlx.adapters.delta import find_changes
 from smolmlx.adapters.names import SAME_EXPERTS, SAME_NAMES
@@ -74,7 +75,7 @@ def convert(
         if target is None or not restored:
             target = build(adapter, weights)
             _write(temporary, to, target, adapter)
-        copy_side_files(folder, temporary)
+        copy_side_files(folder, temporary, ADAPTER_SIDE_FILES)
     notes = [*target.notes, *([changed] if changed else []), *_doubt(adapter, base)]
     if origin and not restored:
         notes.append(f"its weights were changed since the conversion, or {BULK} is missing, so it is converted afresh")
@@ -109,9 +110,9 @@ def refuse_used(out: Path) -> None:
         raise RecipeError(f"{out}: already there and not empty. Choose another folder, or remove it first.")
 
 
-def copy_side_files(source: Path, out: Path) -> None:
+def copy_side_files(source: Path, out: Path, names: Sequence[str] = SIDE_FILES) -> None:
     """Copy tokenizer, template and generation config where the source folder has them."""
-    for name in SIDE_FILES:
+    for name in names:
         if (source / name).is_file() and not (out / name).exists():
             shutil.copyfile(source / name, out / name)
 

@@ -30,6 +30,7 @@ from smolmlx.rundir import publish
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES = {code: name for name, code in DTYPES.items()}
+GENERATION = "generation_config.json"
 _SHARD_BYTES = 5_000_000_000
 ERASED = 0.05
 """A change that loses more than this share of its norm to rounding is reported."""
@@ -88,7 +89,7 @@ def merge(
         _write_shards(temporary, made.tensors)
         _write_json(temporary / "config.json", made.config)
         copy_side_files(made.tokenizer, temporary)
-        copy_side_files(base.folder, temporary)
+        copy_side_files(base.folder, temporary, [GENERATION])  # no more: a template of the base's would win
         _write_generation(temporary, base.folder)
     return made.report(out)
 
@@ -301,10 +302,10 @@ def _brings_tokenizer(folder: Path) -> bool:
 
 def _write_generation(folder: Path, base: Path) -> None:
     """Set the ids that end an answer: the template's end of turn, the tokenizer's eos, and what the base already listed."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION
     found: dict[str, Any] = tensors.read_json(path) if path.is_file() else {}
     ids: list[Any] = list(Tokenizer(folder).eos_ids) if (folder / "tokenizer.json").is_file() else []
-    known = tensors.read_json(base / "generation_config.json") if (base / "generation_config.json").is_file() else {}
+    known = tensors.read_json(base / GENERATION) if (base / GENERATION).is_file() else {}
     for listed in (known.get("eos_token_id"), tensors.read_json(folder / "config.json").get("eos_token_id")):
         ids += listed if isinstance(listed, list) else [listed]
     ids = [i for i in dict.fromkeys(ids) if i is not None]
