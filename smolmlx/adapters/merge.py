@@ -122,6 +122,7 @@ def prepare(
     for folder, _ in adapters:
         check_base(base, folder)
     weights = Weights(base)
+    _refuse_other_tie(weights)
     opened = [(read(folder), weight) for folder, weight in adapters]
     changes = find_changes(opened, weights)
     code = _pick_dtype(weights, dtype)
@@ -151,6 +152,15 @@ def _pick_dtype(weights: Weights, dtype: str) -> str:
         if weights.is_float(name):
             sizes[weights.dtype(name)] = sizes.get(weights.dtype(name), 0) + int(np.prod(weights.shape(name)))
     return max(sizes, key=lambda code: sizes[code]) if sizes else "F32"
+
+
+def _refuse_other_tie(weights: Weights) -> None:
+    if weights.tied and weights.find(_embedding_name(weights)) is None:
+        kind = weights.model.config.get("model_type")
+        raise RecipeError(
+            f"{weights.model.name}: ties its head to an embedding that is not called embed_tokens ({kind}), which is not"
+            " merged here. Merge with PEFT: PeftModel.merge_and_unload()."
+        )
 
 
 def _breaks_tie(changes: Changes, weights: Weights, untie: bool) -> bool:

@@ -218,6 +218,27 @@ def test_tied_weight_stored_as_the_head_alone(bases: dict[str, Path], tmp_path: 
     np.testing.assert_allclose(stock.mlx_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "qwen3"])
+def test_a_config_that_does_not_say_whether_it_is_tied(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Configs of transformers 4 leave out what is the type's default, which is tied for Gemma and Cohere."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(bases[name] / "model.safetensors")
+    config = json.loads((bases[name] / "config.json").read_text())
+    tied = config.pop("tie_word_embeddings")
+    (folder / "config.json").write_text(json.dumps(config))
+    done = merge(open_model(folder), [], tmp_path / "merged")
+    assert done.tied == tied == (name != "qwen3")
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] == tied
+
+
+def test_a_tie_to_an_embedding_of_another_name_is_refused(tmp_path: Path) -> None:
+    save_file({"transformer.word_embeddings.weight": np.ones((8, 4), np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "bloom", "tie_word_embeddings": true}')
+    with pytest.raises(RecipeError, match="not called embed_tokens"):
+        merge(open_model(tmp_path), [], tmp_path / "out")
+
+
 def test_full_weights_of_mlx_lm(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "full"
     folder.mkdir()

@@ -196,6 +196,13 @@ class TestRefusals:
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(RecipeError, match="not valid JSON"):
             models.find_model(str(tmp_path))
+        (tmp_path / "config.json").write_text("[]")
+        with pytest.raises(RecipeError, match="expected a JSON table"):
+            models.find_model(str(tmp_path))
+
+    def test_a_name_too_long_for_a_path(self) -> None:
+        with pytest.raises(RecipeError, match="no such model folder"):
+            models.find_model("m" * 5000)
 
     @pytest.mark.parametrize("keep", [4, 40, -10], ids=["no header", "half a header", "half the data"])
     def test_truncated_weights(self, tmp_path: Path, keep: int) -> None:
