@@ -17,7 +17,7 @@ import numpy as np
 
 from smolmlx.adapters.tensors import Floats, TensorFile, Words, read_json, to_floats
 from smolmlx.errors import RecipeError
-from smolmlx.models import BASE_FILE, BaseModel, find_model, open_model
+from smolmlx.models import BASE_FILE, BaseModel, find_model, local_folder, open_model
 
 PEFT_WEIGHTS, MLX_WEIGHTS, CONFIG = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
 SIDE_FILES = (
@@ -147,8 +147,9 @@ def _why_no_weights(folder: Path) -> str:
 def recorded_base(adapter: Adapter) -> BaseModel | None:
     """Return the base that the adapter names, if it is a folder on this machine; nothing is downloaded."""
     name = adapter.base_name
-    if name and (Path(name) / "config.json").is_file():
-        return open_model(Path(name), name)
+    folder = local_folder(name) if name else None
+    if folder and (folder / "config.json").is_file():
+        return open_model(folder, name)
     return None
 
 

@@ -119,7 +119,9 @@ def prepare(
     base: BaseModel, adapters: Sequence[tuple[Path, float]], *, dtype: str = "auto", untie: bool = False
 ) -> Prepared:
     """Plan a merge; see `merge`."""
-    for folder, _ in adapters:
+    for folder, weight in adapters:
+        if not tensors.is_number(weight):
+            raise RecipeError(f"--weight {weight} of {folder}: expected a number that float32 holds.")
         check_base(base, folder)
     weights = Weights(base)
     _refuse_other_tie(weights)

@@ -85,6 +85,8 @@ def test_exit_codes(trained: Path, tmp_path: Path) -> None:
     assert nameless.returncode == 2 and "--model M" in nameless.stderr
     uneven = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", 1, "--weight", 2)
     assert uneven.returncode == 2 and "--weight" in uneven.stderr
+    nowhere = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", "nan")
+    assert nowhere.returncode == 2 and "--weight nan" in nowhere.stderr
 
 
 def test_merge_brings_tokenizer_template_and_eos(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
