@@ -160,6 +160,8 @@ def _all_spots(adapter: Adapter, weight: float, weights: Weights, problems: list
 def _misfits(name: str, term: Term, weights: Weights) -> list[str]:
     stored = weights.find(name)
     assert stored is not None
+    if not weights.is_float(stored):
+        return [f"{name}: stored as {weights.dtype(stored)} in the base; read here are floats of 16, 32 and 64 bits."]
     if weights.shape(stored) == term.shape:
         return []
     return [f"{name}: adapts a weight of {list(term.shape)}, the base's is {list(weights.shape(stored))}."]

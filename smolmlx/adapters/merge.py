@@ -153,7 +153,8 @@ def _pick_dtype(weights: Weights, dtype: str) -> str:
     for name in weights.names:
         if weights.is_float(name):
             sizes[weights.dtype(name)] = sizes.get(weights.dtype(name), 0) + int(np.prod(weights.shape(name)))
-    return max(sizes, key=lambda code: sizes[code]) if sizes else "F32"
+    code = max(sizes, key=lambda code: sizes[code]) if sizes else "F32"
+    return code if code in _NAMES else "F32"  # of float64
 
 
 def _refuse_other_tie(weights: Weights) -> None:

@@ -89,8 +89,9 @@ def _modules(file: TensorFile, rank: int, scale: float, dora: bool) -> tuple[lis
         if not fits:
             problems.append(f"{path}: lora_a is {list(a)} and lora_b {list(b)}, which do not fit rank {rank}.")
             continue
-        if "m" in leaves and kind == "linear" and file.entries[leaves["m"]].shape != (b[1],):
-            problems.append(f"{path}: m is {list(file.entries[leaves['m']].shape)}, expected [{b[1]}].")
+        rows = a[0] if kind == "embedding" else b[1]
+        if "m" in leaves and file.entries[leaves["m"]].shape != (rows,):
+            problems.append(f"{path}: m is {list(file.entries[leaves['m']].shape)}, expected [{rows}].")
             continue
         modules.append(Module(path, kind, rank, scale, leaves["a"], leaves["b"], leaves.get("m")))
     return modules, problems

@@ -57,6 +57,12 @@ def read(folder: Path, config: Mapping[str, Any], file: TensorFile) -> Adapter:
             modules.append(module)
         problems += problem
     problems += _unmatched(modules, config)
+    columns = [m.path for m in modules if m.m and m.kind == "embedding"]
+    if columns and not problems:
+        raise RecipeError(
+            f"{folder}: {columns[0]}: DoRA on an embedding: PEFT's magnitude is per column there, mlx-lm's and this program's per"
+            " row. Merge with PEFT: PeftModel.merge_and_unload()."
+        )
     if config.get("use_dora"):
         problems += [f"{m.path}: no lora_magnitude_vector, though use_dora is set." for m in modules if not m.m]
     else:
@@ -133,11 +139,8 @@ def _is_rank(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for a message; Python refuses to write an integer of thousands of digits."""
-    try:
-        return repr(value)[:200]
-    except ValueError:
-        return "an integer of thousands of digits"
+    """Return the start of a value, which may be a number of thousands of digits."""
+    return repr(value)[:200]
 
 
 def _compiles(pattern: str) -> bool:

@@ -96,7 +96,9 @@ class TensorFile:
 
 
 def to_floats(words: Words, dtype: str) -> Floats:
-    """Return float32 values of F32, F16 or BF16 words."""
+    """Return float32 values of F64, F32, F16 or BF16 words."""
+    if dtype == "F64":
+        return words.view(np.float64).astype(np.float32)
     if dtype == "F32":
         return words.view(np.float32)
     if dtype == "F16":

@@ -156,8 +156,6 @@ def _refusals(adapter: Adapter, base: Weights | None, tied: bool | None) -> list
             " It plays no part afterwards: set it to 0 in adapter_config.json to convert."
         )
     embeddings = [path for path, module in modules.items() if module.kind == "embedding"]
-    if adapter.dora and embeddings:
-        problems.append(f"{embeddings[0]}: DoRA on an embedding: PEFT's magnitude is per column, mlx-lm's per row.")
     per_expert = [path for path in modules if re.search(r"\.experts\.\d+\.", path)]
     if per_expert:
         problems.append(

@@ -204,6 +204,49 @@ def test_an_embedding_of_mlx_lm_changes_a_tied_head_too(bases: dict[str, Path], 
     assert not np.array_equal(both["model.embed_tokens.weight"], alone["model.embed_tokens.weight"])
 
 
+def test_dora_on_an_embedding(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT's magnitude is per column, which was taken for one per row; mlx-lm's is per row."""
+    config = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
+    adapter = stock.train_peft(bases["llama-untied"], tmp_path / "peft", **config)
+    for look in (
+        lambda: merge(open_model(bases["llama-untied"]), [(adapter, 1.0)], tmp_path / "out"),
+        lambda: analyze(adapter),
+    ):
+        with pytest.raises(RecipeError, match=r"embed_tokens: DoRA on an embedding: .* per column"):
+            look()
+    theirs = stock.train_mlx(
+        bases["llama-untied"], tmp_path / "mlx", kind="dora", keys=["self_attn.q_proj", "model.embed_tokens"]
+    )
+    merge(open_model(bases["llama-untied"]), [(theirs, 1.0)], tmp_path / "merged")
+    wanted = stock.mlx_logits(bases["llama-untied"], theirs)
+    np.testing.assert_allclose(stock.mlx_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+def test_a_base_of_float64(bases: dict[str, Path], tmp_path: Path) -> None:
+    """It came out as it was, the adapter left out, and was called float32."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((bases["qwen2"] / "config.json").read_bytes())
+    tensors = load_file(bases["qwen2"] / "model.safetensors")
+    save_file({name: value.astype(np.float64) for name, value in tensors.items()}, base / "model.safetensors")
+    adapter = stock.train_peft(bases["qwen2"], tmp_path / "peft", target_modules=LINEAR)
+    assert merge(open_model(base), [(adapter, 1.0)], tmp_path / "merged").dtype == "float32"
+    merge(open_model(bases["qwen2"]), [(adapter, 1.0)], tmp_path / "wanted")
+    merged, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "wanted"))
+    assert all(np.array_equal(merged[name], wanted[name]) and merged[name].dtype == np.float32 for name in wanted)
+
+
+def test_a_base_of_another_type_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((bases["qwen2"] / "config.json").read_bytes())
+    tensors = load_file(bases["qwen2"] / "model.safetensors")
+    save_file({name: value.astype(np.int8) for name, value in tensors.items()}, base / "model.safetensors")
+    adapter = stock.train_peft(bases["qwen2"], tmp_path / "peft", target_modules=LINEAR)
+    with pytest.raises(RecipeError, match="stored as I8"):
+        merge(open_model(base), [(adapter, 1.0)], tmp_path / "merged")
+
+
 def test_tied_weight_stored_as_the_head_alone(bases: dict[str, Path], tmp_path: Path) -> None:
     """mlx-lm and llama.cpp fail on such a folder; the merged one has the embedding."""
     folder = tmp_path / "base"
