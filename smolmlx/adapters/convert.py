@@ -65,8 +65,8 @@ def convert(
     base = base or adapters.recorded_base(adapter)
     weights = Weights(base) if base else None
     if weights:
-        _refuse_other_experts(adapter, weights)
         find_changes([(adapter, 1.0)], weights)
+        _refuse_other_experts(adapter, weights)
     origin, changed = (None, None) if fresh else recall(adapter)
     build = to_mlx.build if to == "mlx" else to_peft.build
     with publish(out) as temporary:
@@ -74,6 +74,7 @@ def convert(
         restored = target is not None and origin is not None and _restore(temporary, to, target, origin)
         if target is None or not restored:
             target = build(adapter, weights)
+            _name_base(target, base)
             _write(temporary, to, target, adapter)
         copy_side_files(folder, temporary, ADAPTER_SIDE_FILES)
     notes = [*target.notes, *([changed] if changed else []), *_doubt(adapter, base)]
@@ -88,6 +89,13 @@ def _write(folder: Path, to: str, target: Target, adapter: Adapter) -> None:
     (folder / CONFIG).write_text(json.dumps(target.config, indent=2) + "\n", encoding="utf-8")
     if target.bulk:
         tensors.write(folder / BULK, target.bulk, {})
+
+
+def _name_base(target: Target, base: BaseModel | None) -> None:
+    """Write the base that was passed into the config of an adapter that names none."""
+    if base and not target.config["base_model_name_or_path"]:
+        known = {"base_model_name_or_path": base.name, "revision": base.revision}
+        target.config |= {**known, "model": base.name} if "model" in target.config else known
 
 
 def _restore(folder: Path, to: str, target: Target, origin: Origin) -> bool:

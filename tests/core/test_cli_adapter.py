@@ -85,6 +85,9 @@ def test_exit_codes(trained: Path, tmp_path: Path) -> None:
     assert nameless.returncode == 2 and "--model M" in nameless.stderr
     uneven = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", 1, "--weight", 2)
     assert uneven.returncode == 2 and "--weight" in uneven.stderr
+    for verb, out, flag in (("merge", ["never"], "model"), ("convert", ["never"], "base"), ("analyze", [], "model")):
+        idle = smolmlx("adapter", verb, trained, *(tmp_path / name for name in out), "--revision", "nonsense")
+        assert idle.returncode == 2 and f"has no effect without --{flag}" in idle.stderr
     nowhere = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", "nan")
     assert nowhere.returncode == 2 and "--weight nan" in nowhere.stderr
 
@@ -135,6 +138,22 @@ def test_a_converted_adapter_still_knows_its_base(trained: Path, tiny_model: Pat
         assert (tmp_path / name / BASE_FILE).read_bytes() == (adapter / BASE_FILE).read_bytes()
     merge(open_model(tiny_model), [(tmp_path / "mlx", 1.0)], tmp_path / "merged")
     assert not (tmp_path / "merged" / BASE_FILE).exists()
+
+
+@pytest.mark.parametrize("form", ["mlx", "peft"])
+def test_a_conversion_names_the_base_that_was_passed(
+    form: str, trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    convert(trained / "adapter", adapter, fresh=True) if form == "mlx" else shutil.copytree(
+        trained / "adapter", adapter
+    )
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for key in ("model", "base_model_name_or_path"):
+        config.pop(key, None)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    convert(adapter, tmp_path / "out", base=open_model(tiny_model))
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
 
 
 def test_analyze_as_table_csv_and_chart(trained: Path, tmp_path: Path) -> None:
