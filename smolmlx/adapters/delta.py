@@ -110,7 +110,7 @@ def find_changes(adapters: Sequence[tuple[Adapter, float]], weights: Weights) ->
     """Return stored weight name -> what changes it.
 
     Raises:
-        RecipeError: made for another base: a module that it lacks, or has in another shape.
+        RecipeError: made for another base: a module that it lacks, or has in another shape or under another name.
     """
     found: dict[str, list[Term]] = {}
     for adapter, weight in adapters:
@@ -149,6 +149,12 @@ def _all_spots(adapter: Adapter, weight: float, weights: Weights, problems: list
     for module in adapter.modules:
         spots = list(_spots(adapter, module, weight, weights))
         experts = {term.expert for _, term in spots if term.expert is not None}
+        if not spots and module.kind == "experts":
+            raise RecipeError(
+                f"{adapter.folder}: {module.path}: {weights.model.name} has no experts under a name known here"
+                f" ({weights.model.config.get('model_type')}), so they are neither converted nor merged. Merge with the library that"
+                f" made it: {'PeftModel.merge_and_unload()' if adapter.form == 'peft' else 'mlx_lm.fuse'}."
+            )
         if not spots:
             problems.append(f"{module.path}: the base has no such weight.")
         elif experts and len(experts) != (adapted := len(adapter.words(module)[0])):
