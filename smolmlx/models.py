@@ -218,9 +218,14 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
 def with_rope_theta(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config whose rope_theta stands at the top level, where mlx-lm looks for it.
 
-    transformers 5 saves it only inside `rope_parameters`; mlx-lm 0.32's Llama then silently uses 10000.
+    transformers 5 saves it only inside `rope_parameters`; mlx-lm 0.32's Llama then silently uses 10000. Gemma 3 has one
+    table for each kind of layer, and mlx-lm a name of its own for the local one.
     """
     rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+        local = rope.get("sliding_attention") or {}
+        tops = {"rope_theta": rope["full_attention"].get("rope_theta"), "rope_local_base_freq": local.get("rope_theta")}
+        return {**{name: theta for name, theta in tops.items() if theta is not None}, **config}
     if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
         return {**config, "rope_theta": rope["rope_theta"]}
     return dict(config)

@@ -115,6 +115,26 @@ def test_within_one_rounding_step(dtype: str, step: float, bases: dict[str, Path
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == dtype
 
 
+def test_gemma_3_keeps_its_two_kinds_of_position(tmp_path: Path) -> None:
+    """transformers nests them by kind of layer; mlx-lm knows other names, and took its defaults."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    }
+    base = stock.make_base("gemma3-64", tmp_path / "base", rope_parameters=rope)
+    config = json.loads((base / "config.json").read_text())
+    plain = {
+        name: value
+        for name, value in config.items()
+        if name not in ("rope_theta", "rope_local_base_freq", "rope_scaling")
+    }
+    (base / "config.json").write_text(json.dumps(plain))
+    merge(open_model(base), [], tmp_path / "merged")
+    wanted = stock.peft_logits(base, None)
+    for logits in stock.LOGITS.values():
+        np.testing.assert_allclose(logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
 def test_erased_change_is_reported(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = stock.train_peft(bases["llama-untied"], tmp_path / "peft", target_modules=LINEAR)
     base = open_model(bases["llama-untied"])

@@ -119,6 +119,9 @@ def test_rope_theta_is_lifted_to_the_top() -> None:
     assert models.with_rope_theta({"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}})["rope_theta"] == 1e5
     assert models.with_rope_theta({"rope_theta": 5, "rope_parameters": {"rope_theta": 7}})["rope_theta"] == 5
     assert models.with_rope_theta({"a": 1}) == {"a": 1}
+    nested = {"full_attention": {"rope_theta": 3e5}, "sliding_attention": {"rope_theta": 5e3}}
+    found = models.with_rope_theta({"rope_parameters": nested})
+    assert (found["rope_theta"], found["rope_local_base_freq"]) == (3e5, 5e3)
 
 
 def test_quantized_shapes_are_unpacked(tmp_path: Path) -> None:
