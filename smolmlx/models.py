@@ -52,7 +52,9 @@ class BaseModel:
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        """Whether head and embedding are one weight; a config that does not say (Gemma's do not) leaves it to the weights."""
+        said = self.config.get("tie_word_embeddings")
+        return "lm_head.weight" not in self.shapes if said is None else bool(said)
 
     @property
     def num_layers(self) -> int:
@@ -148,8 +150,9 @@ def find_model(name: str, revision: str | None = None) -> BaseModel:
         )
     if name == EMBEDDED:
         return open_model(embedded_folder(), name)
-    if Path(name).expanduser().is_dir():
-        return open_model(Path(name).expanduser(), name)
+    folder = local_folder(name)
+    if folder:
+        return open_model(folder, name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/")
     if looks_local:
         raise RecipeError(
@@ -157,6 +160,15 @@ def find_model(name: str, revision: str | None = None) -> BaseModel:
         )
     folder, commit = _download(name, revision)
     return open_model(folder, name, commit)
+
+
+def local_folder(name: str) -> Path | None:
+    """Return the folder that a name stands for, if it is one: names come from files of others, and may be no path at all."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):  # too long; the home of nobody
+        return None
 
 
 def open_model(folder: Path, name: str | None = None, revision: str | None = None) -> BaseModel:
@@ -181,8 +193,12 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{config_file}: not valid JSON ({error}). Download the file again.") from error
+    if not isinstance(config, dict):
+        raise RecipeError(
+            f"{config_file}: expected a JSON table, found a {type(config).__name__}. Download the file again."
+        )
     if not any(folder.glob("*.safetensors")):
         if any(folder.glob("*.gguf")):
             raise RecipeError(
@@ -202,9 +218,14 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
 def with_rope_theta(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config whose rope_theta stands at the top level, where mlx-lm looks for it.
 
-    transformers 5 saves it only inside `rope_parameters`; mlx-lm 0.32's Llama then silently uses 10000.
+    transformers 5 saves it only inside `rope_parameters`; mlx-lm 0.32's Llama then silently uses 10000. Gemma 3 has one
+    table for each kind of layer, and mlx-lm a name of its own for the local one.
     """
     rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+        local = rope.get("sliding_attention") or {}
+        tops = {"rope_theta": rope["full_attention"].get("rope_theta"), "rope_local_base_freq": local.get("rope_theta")}
+        return {**{name: theta for name, theta in tops.items() if theta is not None}, **config}
     if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
         return {**config, "rope_theta": rope["rope_theta"]}
     return dict(config)

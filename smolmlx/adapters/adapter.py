@@ -17,14 +17,16 @@ import numpy as np
 
 from smolmlx.adapters.tensors import Floats, TensorFile, Words, read_json, to_floats
 from smolmlx.errors import RecipeError
-from smolmlx.models import BaseModel, find_model, open_model
+from smolmlx.models import BASE_FILE, BaseModel, find_model, local_folder, open_model
 
 PEFT_WEIGHTS, MLX_WEIGHTS, CONFIG = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json",
 )  # fmt: skip
-"""What travels with an adapter or a model beside its weights; nothing else is copied."""
+"""What travels with a model beside its weights; nothing else is copied. The tokenizer's belong together."""
+ADAPTER_SIDE_FILES = (*SIDE_FILES, BASE_FILE)
+"""The same for an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +147,9 @@ def _why_no_weights(folder: Path) -> str:
 def recorded_base(adapter: Adapter) -> BaseModel | None:
     """Return the base that the adapter names, if it is a folder on this machine; nothing is downloaded."""
     name = adapter.base_name
-    if name and (Path(name) / "config.json").is_file():
-        return open_model(Path(name), name)
+    folder = local_folder(name) if name else None
+    if folder and (folder / "config.json").is_file():
+        return open_model(folder, name)
     return None
 
 

@@ -65,7 +65,7 @@ def analyze(folder: Path, base: BaseModel | None = None) -> list[LayerChange]:
 
 def _measure(name: str, term: Term, weights: Weights | None) -> LayerChange:
     stored = weights.find(name) if weights else None
-    shape = weights.shape(stored) if weights and stored else _shape(term)
+    shape = term.shape
     squares = base_squares = inner = 0.0
     largest = 0.0
     for rows in row_blocks(shape):
@@ -160,11 +160,6 @@ def draw(changes: list[LayerChange], path: Path) -> None:
         path.write_text(charts.to_svg(spec), encoding="utf-8")
     else:
         path.write_bytes(charts.to_png(spec))
-
-
-def _shape(term: Term) -> tuple[int, ...]:
-    left, right = term.low_rank()
-    return (*left.shape[:-1], right.shape[-1])
 
 
 def _low_rank_rows(term: Term, rows: slice) -> Floats:

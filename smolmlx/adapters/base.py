@@ -69,7 +69,7 @@ class Weights:
         return (*stored[:-1], stored[-1] * 32 // bits)
 
     def is_float(self, name: str) -> bool:
-        return name in self._packed or self.dtype(name) in FLOATS
+        return name in self._packed or self.dtype(name) in (*FLOATS, "F64")
 
     def words(self, name: str) -> Words:
         """Return an unquantized weight as stored."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters import tensors, to_mlx, to_peft
-from smolmlx.adapters.adapter import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, SIDE_FILES, Adapter
+from smolmlx.adapters.adapter import ADAPTER_SIDE_FILES, CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, SIDE_FILES, Adapter
 from smolmlx.adapters.base import Weights
+from smolmlx.adapters.delta import find_changes
 from smolmlx.adapters.names import SAME_EXPERTS, SAME_NAMES
 from smolmlx.adapters.target import BULK, KEY, Origin, Target, recall, remember
 from smolmlx.adapters.tensors import TensorFile
@@ -63,7 +65,7 @@ def convert(
     base = base or adapters.recorded_base(adapter)
     weights = Weights(base) if base else None
     if weights:
-        check_fits(adapter, weights)
+        find_changes([(adapter, 1.0)], weights)
         _refuse_other_experts(adapter, weights)
     origin, changed = (None, None) if fresh else recall(adapter)
     build = to_mlx.build if to == "mlx" else to_peft.build
@@ -72,8 +74,9 @@ def convert(
         restored = target is not None and origin is not None and _restore(temporary, to, target, origin)
         if target is None or not restored:
             target = build(adapter, weights)
+            _name_base(target, base)
             _write(temporary, to, target, adapter)
-        copy_side_files(folder, temporary)
+        copy_side_files(folder, temporary, ADAPTER_SIDE_FILES)
     notes = [*target.notes, *([changed] if changed else []), *_doubt(adapter, base)]
     if origin and not restored:
         notes.append(f"its weights were changed since the conversion, or {BULK} is missing, so it is converted afresh")
@@ -86,6 +89,13 @@ def _write(folder: Path, to: str, target: Target, adapter: Adapter) -> None:
     (folder / CONFIG).write_text(json.dumps(target.config, indent=2) + "\n", encoding="utf-8")
     if target.bulk:
         tensors.write(folder / BULK, target.bulk, {})
+
+
+def _name_base(target: Target, base: BaseModel | None) -> None:
+    """Write the base that was passed into the config of an adapter that names none."""
+    if base and not target.config["base_model_name_or_path"]:
+        known = {"base_model_name_or_path": base.name, "revision": base.revision}
+        target.config |= {**known, "model": base.name} if "model" in target.config else known
 
 
 def _restore(folder: Path, to: str, target: Target, origin: Origin) -> bool:
@@ -108,36 +118,11 @@ def refuse_used(out: Path) -> None:
         raise RecipeError(f"{out}: already there and not empty. Choose another folder, or remove it first.")
 
 
-def copy_side_files(source: Path, out: Path) -> None:
+def copy_side_files(source: Path, out: Path, names: Sequence[str] = SIDE_FILES) -> None:
     """Copy tokenizer, template and generation config where the source folder has them."""
-    for name in SIDE_FILES:
+    for name in names:
         if (source / name).is_file() and not (out / name).exists():
             shutil.copyfile(source / name, out / name)
-
-
-def check_fits(adapter: Adapter, weights: Weights) -> None:
-    """Compare every adapted shape with the base's.
-
-    Raises:
-        RecipeError: made for another base.
-    """
-    problems = []
-    for module in adapter.modules:
-        if module.kind == "experts":
-            continue
-        stored = weights.find(f"{module.path}.weight")
-        a, b = (adapter.file.entries[name].shape for name in (module.a, module.b))
-        ends = (a[0], b[1]) if adapter.form == "mlx" else (a[1], b[0])
-        wanted = ends if module.kind == "embedding" else ends[::-1]
-        if stored is None:
-            problems.append(f"{module.path}: the base has no such weight.")
-        elif weights.shape(stored) != wanted:
-            problems.append(
-                f"{module.path}: adapts a weight of {list(wanted)}, the base's is {list(weights.shape(stored))}."
-            )
-    if problems:
-        shown = problems[:5] + ([f"and {len(problems) - 5} more."] if problems[5:] else [])
-        raise RecipeError(f"{adapter.folder}: made for another base than {weights.model.name}", shown)
 
 
 def _refuse_other_experts(adapter: Adapter, weights: Weights) -> None:

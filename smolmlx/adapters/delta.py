@@ -14,7 +14,7 @@ import numpy as np
 from smolmlx.adapters import names
 from smolmlx.adapters.adapter import Adapter, Module
 from smolmlx.adapters.base import Weights
-from smolmlx.adapters.tensors import Floats
+from smolmlx.adapters.tensors import Floats, from_floats
 from smolmlx.errors import RecipeError
 
 _BLOCK_BYTES = 64 << 20
@@ -48,6 +48,24 @@ class Term:
             if self.expert is not None:
                 a, b = a[self.expert], b[self.expert]
         return a, b
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored weight that this term fits."""
+        if self.full is not None:
+            return self.adapter.file.entries[self.full].shape
+        assert self.module is not None
+        a, b = self.adapter.words(self.module)
+        if self.module.kind == "embedding":
+            return a.shape[0], b.shape[1]
+        if self.module.kind == "linear":
+            return b.shape[1], a.shape[0]
+        rows = b.shape[1]
+        if self.half is not None and self.module.path.endswith("gate_up_proj"):
+            rows //= 2
+        if self.stacked_half is not None:
+            rows *= 2
+        return (rows, a.shape[2]) if self.expert is not None else (a.shape[0], rows, a.shape[2])
 
     @cached_property
     def _magnitude(self) -> Floats:
@@ -92,26 +110,67 @@ def find_changes(adapters: Sequence[tuple[Adapter, float]], weights: Weights) ->
     """Return stored weight name -> what changes it.
 
     Raises:
-        RecipeError: a module that the base lacks.
+        RecipeError: made for another base: a module that it lacks, or has in another shape or under another name.
     """
     found: dict[str, list[Term]] = {}
-    problems = []
     for adapter, weight in adapters:
-        for path, tensor in adapter.full.items():
-            stored = weights.find(path)
-            if stored is None or weights.shape(stored) != adapter.file.entries[tensor].shape:
-                problems.append(f"{adapter.folder}: {path}: the base has no such weight of this shape.")
-                continue
-            found.setdefault(path, []).append(Term(adapter, None, weight, full=tensor))
-        for module in adapter.modules:
-            spots = list(_spots(adapter, module, weight, weights))
-            if not spots:
-                problems.append(f"{adapter.folder}: {module.path}: the base has no such weight.")
-            for name, term in spots:
-                found.setdefault(name, []).append(term)
-    if problems:
-        raise RecipeError(f"{weights.model.name}: not the base of this adapter", problems[:8])
+        problems = _copy_problems(adapter, weights)
+        for name, term in _all_spots(adapter, weight, weights, problems):
+            problems += _misfits(name, term, weights)
+            found.setdefault(name, []).append(term)
+        if problems:
+            shown = problems[:5] + ([f"and {len(problems) - 5} more."] if problems[5:] else [])
+            raise RecipeError(f"{adapter.folder}: made for another base than {weights.model.name}", shown)
     return found
+
+
+def _copy_problems(adapter: Adapter, weights: Weights) -> list[str]:
+    """Name weights saved beside the adapter that are not the base's own, as they must be to be left out."""
+    problems = []
+    for name, tensor in adapter.copies.items():
+        known, entry = weights.find(name), adapter.file.entries[tensor]
+        if known is None or weights.shape(known) != entry.shape:
+            problems.append(
+                f"{name}: saved beside the adapter as {list(entry.shape)}, the base's is"
+                f" {list(weights.shape(known)) if known else 'missing'} (a resized vocabulary?)."
+            )
+        elif not np.array_equal(adapter.file.words(tensor), from_floats(weights.floats(known), entry.dtype)):
+            problems.append(f"{name}: saved beside the adapter and not equal to the base's: it was trained or resized.")
+    return problems
+
+
+def _all_spots(adapter: Adapter, weight: float, weights: Weights, problems: list[str]) -> Iterator[tuple[str, Term]]:
+    """Yield what an adapter changes; what the base lacks goes to `problems`."""
+    for path, tensor in adapter.full.items():
+        if weights.find(path):
+            yield path, Term(adapter, None, weight, full=tensor)
+        else:
+            problems.append(f"{path}: the base has no such weight.")
+    for module in adapter.modules:
+        spots = list(_spots(adapter, module, weight, weights))
+        experts = {term.expert for _, term in spots if term.expert is not None}
+        if not spots and module.kind == "experts":
+            raise RecipeError(
+                f"{adapter.folder}: {module.path}: {weights.model.name} has no experts under a name known here"
+                f" ({weights.model.config.get('model_type')}), so they are neither converted nor merged. Merge with the library that"
+                f" made it: {'PeftModel.merge_and_unload()' if adapter.form == 'peft' else 'mlx_lm.fuse'}."
+            )
+        if not spots:
+            problems.append(f"{module.path}: the base has no such weight.")
+        elif experts and len(experts) != (adapted := len(adapter.words(module)[0])):
+            problems.append(f"{module.path}: adapts {adapted} experts, the base has {len(experts)}.")
+        else:
+            yield from spots
+
+
+def _misfits(name: str, term: Term, weights: Weights) -> list[str]:
+    stored = weights.find(name)
+    assert stored is not None
+    if not weights.is_float(stored):
+        return [f"{name}: stored as {weights.dtype(stored)} in the base; read here are floats of 16, 32 and 64 bits."]
+    if weights.shape(stored) == term.shape:
+        return []
+    return [f"{name}: adapts a weight of {list(term.shape)}, the base's is {list(weights.shape(stored))}."]
 
 
 def _spots(adapter: Adapter, module: Module, weight: float, weights: Weights) -> Iterator[tuple[str, Term]]:

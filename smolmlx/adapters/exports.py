@@ -16,7 +16,7 @@ from typing import Any
 from smolmlx import backend as backends
 from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters import awq, gguf_model, verification
-from smolmlx.adapters.adapter import CONFIG, PEFT_WEIGHTS
+from smolmlx.adapters.adapter import ADAPTER_SIDE_FILES, CONFIG, PEFT_WEIGHTS
 from smolmlx.adapters.convert import convert, copy_side_files, refuse_used
 from smolmlx.adapters.merge import Merged, merge, prepare
 from smolmlx.adapters.verification import Agreement, Sample
@@ -274,7 +274,7 @@ def uniform_adapter(folder: Path, work: Path, out: Path, base: BaseModel) -> Non
         out.mkdir()
         for name in (PEFT_WEIGHTS, CONFIG):
             shutil.copyfile(folder / name, out / name)
-        copy_side_files(folder, out)
+        copy_side_files(folder, out, ADAPTER_SIDE_FILES)
         return
     if found.form == "peft":
         folder = convert(folder, work / "mlx", "mlx", base).folder

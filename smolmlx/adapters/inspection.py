@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters.adapter import Adapter
+from smolmlx.models import local_folder
 
 _LOUD = 16.0
 """A scale from which even small weights speak over the base; mlx-lm's default is 20."""
@@ -52,7 +54,8 @@ def inspect(folder: Path) -> Inspection:
     config = found.config
     inner = config.get("lora_parameters")
     dropout = config.get("lora_dropout") or (inner.get("dropout") if isinstance(inner, dict) else 0.0) or 0.0
-    layers = {int(part) for m in found.modules for part in m.path.split(".") if part.isdigit()}
+    blocks = [re.search(r"\.(\d+)\.", module.path) for module in found.modules]  # a second number is an expert's
+    layers = {int(block[1]) for block in blocks if block}
     entries = found.file.entries
     revision = config.get("revision")
     return Inspection(
@@ -98,7 +101,7 @@ def _problems(found: Adapter) -> list[str]:
     base = found.base_name
     if not base:
         problems.append("no base model is recorded; whoever loads it must know it.")
-    elif base.startswith(("/", ".", "~")) and not Path(base).expanduser().is_dir():
+    elif base.startswith(("/", ".", "~")) and local_folder(base) is None:
         problems.append(
             f"its base is recorded as {base}, a folder that is not on this machine. Pass --base MODEL where asked."
         )

@@ -30,6 +30,7 @@ from smolmlx.rundir import publish
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES = {code: name for name, code in DTYPES.items()}
+GENERATION = "generation_config.json"
 _SHARD_BYTES = 5_000_000_000
 ERASED = 0.05
 """A change that loses more than this share of its norm to rounding is reported."""
@@ -88,7 +89,7 @@ def merge(
         _write_shards(temporary, made.tensors)
         _write_json(temporary / "config.json", made.config)
         copy_side_files(made.tokenizer, temporary)
-        copy_side_files(base.folder, temporary)
+        copy_side_files(base.folder, temporary, [GENERATION])  # no more: a template of the base's would win
         _write_generation(temporary, base.folder)
     return made.report(out)
 
@@ -118,13 +119,18 @@ def prepare(
     base: BaseModel, adapters: Sequence[tuple[Path, float]], *, dtype: str = "auto", untie: bool = False
 ) -> Prepared:
     """Plan a merge; see `merge`."""
-    for folder, _ in adapters:
+    for folder, weight in adapters:
+        if not tensors.is_number(weight):
+            raise RecipeError(f"--weight {weight} of {folder}: expected a number that float32 holds.")
         check_base(base, folder)
     weights = Weights(base)
+    _refuse_other_tie(weights)
     opened = [(read(folder), weight) for folder, weight in adapters]
     changes = find_changes(opened, weights)
     code = _pick_dtype(weights, dtype)
     tied = weights.tied and not _breaks_tie(changes, weights, untie)
+    if weights.tied and not tied:
+        changes = {**changes, HEAD_WEIGHT: _head_terms(changes, weights)}
     notes = []
     if weights.quantized:
         notes.append("the base was quantized: its weights are whole again, and larger")
@@ -147,18 +153,28 @@ def _pick_dtype(weights: Weights, dtype: str) -> str:
     for name in weights.names:
         if weights.is_float(name):
             sizes[weights.dtype(name)] = sizes.get(weights.dtype(name), 0) + int(np.prod(weights.shape(name)))
-    return max(sizes, key=lambda code: sizes[code]) if sizes else "F32"
+    code = max(sizes, key=lambda code: sizes[code]) if sizes else "F32"
+    return code if code in _NAMES else "F32"  # of float64
+
+
+def _refuse_other_tie(weights: Weights) -> None:
+    if weights.tied and weights.find(_embedding_name(weights)) is None:
+        kind = weights.model.config.get("model_type")
+        raise RecipeError(
+            f"{weights.model.name}: ties its head to an embedding that is not called embed_tokens ({kind}), which is not"
+            " merged here. Merge with PEFT: PeftModel.merge_and_unload()."
+        )
 
 
 def _breaks_tie(changes: Changes, weights: Weights, untie: bool) -> bool:
     """Whether an adapter changes head and embedding differently though the base ties them."""
-    if not weights.tied or HEAD_WEIGHT not in changes:
-        return False
     embedding = _embedding_name(weights)
-    terms, others = changes[HEAD_WEIGHT], changes.get(embedding, ())
+    terms, others = _head_terms(changes, weights), list(changes.get(embedding, ()))
+    if not weights.tied or terms == others:
+        return False
     stored = weights.find(embedding)
     assert stored is not None
-    same = len(terms) == len(others) and all(
+    same = all(
         np.array_equal(
             _total(terms, weights.rows(stored, rows), rows), _total(others, weights.rows(stored, rows), rows)
         )
@@ -168,10 +184,16 @@ def _breaks_tie(changes: Changes, weights: Weights, untie: bool) -> bool:
         return False
     if not untie:
         raise RecipeError(
-            "this adapter changes the head and not the embedding alike, and the base ties them, so no tied model equals it."
+            "this adapter changes head and embedding differently, and the base ties them, so no tied model equals it."
             " Pass --untie to write both, or train with ensure_weight_tying."
         )
     return True
+
+
+def _head_terms(changes: Changes, weights: Weights) -> list[Term]:
+    """Return what changes a tied head: mlx-lm calls the embedding for it, PEFT leaves it the base's."""
+    followed = [term for term in changes.get(_embedding_name(weights), ()) if term.adapter.form == "mlx"]
+    return [*changes.get(HEAD_WEIGHT, ()), *followed]
 
 
 def _embedding_name(weights: Weights) -> str:
@@ -293,10 +315,10 @@ def _brings_tokenizer(folder: Path) -> bool:
 
 def _write_generation(folder: Path, base: Path) -> None:
     """Set the ids that end an answer: the template's end of turn, the tokenizer's eos, and what the base already listed."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION
     found: dict[str, Any] = tensors.read_json(path) if path.is_file() else {}
     ids: list[Any] = list(Tokenizer(folder).eos_ids) if (folder / "tokenizer.json").is_file() else []
-    known = tensors.read_json(base / "generation_config.json") if (base / "generation_config.json").is_file() else {}
+    known = tensors.read_json(base / GENERATION) if (base / GENERATION).is_file() else {}
     for listed in (known.get("eos_token_id"), tensors.read_json(folder / "config.json").get("eos_token_id")):
         ids += listed if isinstance(listed, list) else [listed]
     ids = [i for i in dict.fromkeys(ids) if i is not None]

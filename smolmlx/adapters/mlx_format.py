@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smolmlx.adapters.adapter import Adapter, Module
-from smolmlx.adapters.tensors import FLOATS, TensorFile
+from smolmlx.adapters.tensors import FLOATS, TensorFile, is_number
 from smolmlx.errors import DataError, RecipeError
 
 _LEAVES = {"lora_a": "a", "lora_b": "b", "m": "m"}
@@ -49,9 +48,9 @@ def _parameters(folder: Path, config: Mapping[str, Any]) -> tuple[int, float]:
         problems.append(f"lora_parameters.rank: expected a positive integer, found {rank!r}.")
     if scale is None and "alpha" in found:
         problems.append("lora_parameters.scale: missing ('alpha' does not stand for it). Write scale = alpha / rank.")
-    elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
+    elif not is_number(scale):
         problems.append(f"lora_parameters.scale: expected a number, found {scale!r}.")
-    if type(dropout) not in (int, float):
+    if not is_number(dropout):
         problems.append(f"lora_parameters.dropout: expected a number, found {dropout!r}.")
     keys = found.get("keys")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
@@ -90,8 +89,9 @@ def _modules(file: TensorFile, rank: int, scale: float, dora: bool) -> tuple[lis
         if not fits:
             problems.append(f"{path}: lora_a is {list(a)} and lora_b {list(b)}, which do not fit rank {rank}.")
             continue
-        if "m" in leaves and kind == "linear" and file.entries[leaves["m"]].shape != (b[1],):
-            problems.append(f"{path}: m is {list(file.entries[leaves['m']].shape)}, expected [{b[1]}].")
+        rows = a[0] if kind == "embedding" else b[1]
+        if "m" in leaves and file.entries[leaves["m"]].shape != (rows,):
+            problems.append(f"{path}: m is {list(file.entries[leaves['m']].shape)}, expected [{rows}].")
             continue
         modules.append(Module(path, kind, rank, scale, leaves["a"], leaves["b"], leaves.get("m")))
     return modules, problems

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smolmlx.adapters.adapter import Adapter, Module
-from smolmlx.adapters.tensors import FLOATS, TensorFile
+from smolmlx.adapters.tensors import FLOATS, TensorFile, is_number
 from smolmlx.errors import DataError, RecipeError
 
 PREFIX = "base_model.model."
@@ -40,6 +40,7 @@ _REFUSED = {
     "alora_invocation_tokens": "aLoRA switches on after a token, which a merged or converted adapter cannot do",
     "use_qalora": "QALoRA pools its inputs before A",
 }
+_MAX_RANK = 1 << 31
 _OWN_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 
 
@@ -56,6 +57,12 @@ def read(folder: Path, config: Mapping[str, Any], file: TensorFile) -> Adapter:
             modules.append(module)
         problems += problem
     problems += _unmatched(modules, config)
+    columns = [m.path for m in modules if m.m and m.kind == "embedding"]
+    if columns and not problems:
+        raise RecipeError(
+            f"{folder}: {columns[0]}: DoRA on an embedding: PEFT's magnitude is per column there, mlx-lm's and this program's per"
+            " row. Merge with PEFT: PeftModel.merge_and_unload()."
+        )
     if config.get("use_dora"):
         problems += [f"{m.path}: no lora_magnitude_vector, though use_dora is set." for m in modules if not m.m]
     else:
@@ -97,18 +104,15 @@ def _refusals(config: Mapping[str, Any]) -> list[str]:
 
 def _bad_values(config: Mapping[str, Any]) -> list[str]:
     problems = []
-    if not (type(config.get("r", 8)) is int and config.get("r", 8) > 0):
-        problems.append(f"r: expected a positive integer, found {config.get('r')!r}.")
+    if not _is_rank(config.get("r", 8)):
+        problems.append(f"r: expected a positive integer, found {_shown(config['r'])}.")
     for key in ("lora_alpha", "lora_dropout"):
-        value = config.get(key, 0)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            problems.append(f"{key}: expected a number, found {value!r}.")
-    for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        if not is_number(config.get(key, 0)):
+            problems.append(f"{key}: expected a number, found {_shown(config[key])}.")
+    for key, is_good, what in (("rank_pattern", _is_rank, "positive integer"), ("alpha_pattern", is_number, "number")):
         patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(
-            isinstance(value, kind) and math.isfinite(value) for value in patterns.values()
-        ):
-            problems.append(f"{key}: expected a table of pattern: number, found {patterns!r}.")
+        if not isinstance(patterns, dict) or not all(is_good(value) for value in patterns.values()):
+            problems.append(f"{key}: expected a table of pattern: {what}, found {_shown(patterns)}.")
             continue
         problems += [
             f"{key}: {pattern!r} is not a regular expression." for pattern in patterns if not _compiles(pattern)
@@ -121,7 +125,22 @@ def _bad_values(config: Mapping[str, Any]) -> list[str]:
             isinstance(found, list) and not all(isinstance(item, str) for item in found)
         ):
             problems.append(f"{key}: expected names or one regular expression, found {found!r}.")
+    for key, kind in (("target_parameters", str), ("modules_to_save", str), ("layers_to_transform", int)):
+        found = config.get(key) or []
+        found = [found] if key == "layers_to_transform" and type(found) is int else found
+        if not isinstance(found, list) or any(type(item) is not kind for item in found):
+            what = "names" if kind is str else "layer numbers"
+            problems.append(f"{key}: expected a list of {what}, found {found!r}.")
     return problems
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < _MAX_RANK
+
+
+def _shown(value: Any) -> str:
+    """Return the start of a value, which may be a number of thousands of digits."""
+    return repr(value)[:200]
 
 
 def _compiles(pattern: str) -> bool:

@@ -31,6 +31,7 @@ FLOATS = ("F32", "F16", "BF16")
 _MAX_HEADER_BYTES = 32 << 20
 _MAX_CONFIG_BYTES = 8 << 20
 _MAX_DIMENSIONS = 8
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,9 @@ class TensorFile:
 
 
 def to_floats(words: Words, dtype: str) -> Floats:
-    """Return float32 values of F32, F16 or BF16 words."""
+    """Return float32 values of F64, F32, F16 or BF16 words."""
+    if dtype == "F64":
+        return words.view(np.float64).astype(np.float32)
     if dtype == "F32":
         return words.view(np.float32)
     if dtype == "F16":
@@ -171,7 +174,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     """Parse a JSON table; see `read_json`."""
     try:
-        tree = json.loads(text)
+        tree = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}). Fetch the file again.") from error
     if not isinstance(tree, dict):
@@ -186,7 +189,15 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
         raise _broken(path, "its header is not JSON") from error
     if not isinstance(tree, dict):
         raise _broken(path, "its header is not a table")
+    odd = [name for name in tree if not name.isascii() and any(0xD800 <= ord(letter) < 0xE000 for letter in name)]
+    if odd:
+        raise _broken(path, f"{odd[0]!r} is not a name: half a character")
     return tree
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a number that float32 holds."""
+    return type(value) in (int, float) and abs(value) <= _MAX_FLOAT32
 
 
 def _entry(path: Path, name: str, found: Any) -> Entry:

@@ -156,8 +156,6 @@ def _refusals(adapter: Adapter, base: Weights | None, tied: bool | None) -> list
             " It plays no part afterwards: set it to 0 in adapter_config.json to convert."
         )
     embeddings = [path for path, module in modules.items() if module.kind == "embedding"]
-    if adapter.dora and embeddings:
-        problems.append(f"{embeddings[0]}: DoRA on an embedding: PEFT's magnitude is per column, mlx-lm's per row.")
     per_expert = [path for path in modules if re.search(r"\.experts\.\d+\.", path)]
     if per_expert:
         problems.append(
@@ -190,20 +188,7 @@ def _tying_problems(
 
 
 def _copy_problems(adapter: Adapter, base: Weights | None) -> list[str]:
-    """A base weight saved beside the adapter may go only if it is the base's own."""
-    if not adapter.copies:
+    """A base weight saved beside the adapter may go only if it is the base's own; `find_changes` looks, with the base."""
+    if base is not None or not adapter.copies:
         return []
-    if base is None:
-        return [
-            f"{next(iter(adapter.copies))}: saved beside the adapter; pass --base MODEL to see that it is unchanged."
-        ]
-    problems = []
-    for name, tensor in adapter.copies.items():
-        known = base.find(name)
-        if known is None or base.shape(known) != adapter.file.entries[tensor].shape:
-            problems.append(
-                f"{name}: saved beside the adapter in another shape than the base's (a resized vocabulary?)."
-            )
-        elif not np.array_equal(adapter.file.floats(tensor), base.floats(known)):
-            problems.append(f"{name}: saved beside the adapter and not equal to the base's: it was trained or resized.")
-    return problems
+    return [f"{next(iter(adapter.copies))}: saved beside the adapter; pass --base MODEL to see that it is unchanged."]

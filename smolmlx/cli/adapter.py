@@ -94,7 +94,7 @@ def convert(adapter: str, out: str, to: str | None, base: str | None, revision: 
     from smolmlx.adapters.adapter import find_folder
     from smolmlx.adapters.convert import convert as run
 
-    done = run(find_folder(adapter), Path(out), to, _model(base, revision))
+    done = run(find_folder(adapter), Path(out), to, _model(base, revision, "--base"))
     for note in done.notes:
         console.note(note)
     if as_json:
@@ -221,9 +221,11 @@ def _print_changes(found: list[LayerChange]) -> None:
     )  # fmt: skip
 
 
-def _model(name: str | None, revision: str | None) -> BaseModel | None:
+def _model(name: str | None, revision: str | None, flag: str = "--model") -> BaseModel | None:
     from smolmlx.models import find_model
 
+    if revision and not name:
+        raise RecipeError(f"--revision {revision}: has no effect without {flag}.")
     return find_model(name, revision) if name else None
 
 

@@ -14,6 +14,7 @@ import stock
 from smolmlx import backend
 from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters.convert import convert
+from smolmlx.adapters.merge import merge
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.tokenizer_training import train_tokenizer
 from smolmlx.errors import DataError, RecipeError
@@ -212,8 +213,13 @@ def test_experts_of_a_model_with_other_names_are_refused(form: str, bases: dict[
         adapter = stock.train_peft(base, tmp_path / "adapter", steps=1, **targets)
     else:
         adapter = stock.train_mlx(base, tmp_path / "adapter")
-    with pytest.raises(RecipeError, match="mixtral"):
-        convert(adapter, tmp_path / "out", base=open_model(base))
+    advice = {"peft": "merge_and_unload", "mlx": "mlx_lm.fuse"}[form]
+    for make in (
+        lambda: convert(adapter, tmp_path / "out", base=open_model(base)),
+        lambda: merge(open_model(base), [(adapter, 1.0)], tmp_path / "out"),
+    ):
+        with pytest.raises(RecipeError, match=rf"\(mixtral\), so they are neither .*{advice}"):
+            make()
 
 
 def test_embedding_needs_the_base(bases: dict[str, Path], tmp_path: Path) -> None:

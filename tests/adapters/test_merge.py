@@ -115,6 +115,26 @@ def test_within_one_rounding_step(dtype: str, step: float, bases: dict[str, Path
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == dtype
 
 
+def test_gemma_3_keeps_its_two_kinds_of_position(tmp_path: Path) -> None:
+    """transformers nests them by kind of layer; mlx-lm knows other names, and took its defaults."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    }
+    base = stock.make_base("gemma3-64", tmp_path / "base", rope_parameters=rope)
+    config = json.loads((base / "config.json").read_text())
+    plain = {
+        name: value
+        for name, value in config.items()
+        if name not in ("rope_theta", "rope_local_base_freq", "rope_scaling")
+    }
+    (base / "config.json").write_text(json.dumps(plain))
+    merge(open_model(base), [], tmp_path / "merged")
+    wanted = stock.peft_logits(base, None)
+    for logits in stock.LOGITS.values():
+        np.testing.assert_allclose(logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
 def test_erased_change_is_reported(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = stock.train_peft(bases["llama-untied"], tmp_path / "peft", target_modules=LINEAR)
     base = open_model(bases["llama-untied"])
@@ -168,8 +188,17 @@ def test_linear_combination(bases: dict[str, Path], tmp_path: Path) -> None:
         np.testing.assert_array_equal(off[name], first[name])
 
 
-def test_a_tie_is_kept_or_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    adapter = stock.train_peft(bases["llama-tied"], tmp_path / "head", target_modules=["q_proj", "lm_head"])
+ONE_SIDE: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "whole embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("side", ONE_SIDE)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_tie_is_kept_or_refused(side: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = stock.train_peft(bases["llama-tied"], tmp_path / "adapter", **ONE_SIDE[side])
     base = open_model(bases["llama-tied"])
     with pytest.raises(RecipeError, match="--untie"):
         merge(base, [(adapter, 1.0)], tmp_path / "refused")
@@ -178,6 +207,64 @@ def test_a_tie_is_kept_or_refused(bases: dict[str, Path], tmp_path: Path) -> Non
     wanted = stock.peft_logits(bases["llama-tied"], adapter)
     for logits in stock.LOGITS.values():
         np.testing.assert_allclose(logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+def test_an_embedding_of_mlx_lm_changes_a_tied_head_too(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT's leaves the head alone, so the two together give two weights."""
+    base = open_model(bases["llama-tied"])
+    theirs = stock.train_mlx(bases["llama-tied"], tmp_path / "mlx", keys=["self_attn.v_proj", "model.embed_tokens"])
+    assert merge(base, [(theirs, 1.0)], tmp_path / "alone").tied
+    wanted = stock.mlx_logits(bases["llama-tied"], theirs)
+    np.testing.assert_allclose(stock.mlx_logits(tmp_path / "alone", None), wanted, atol=1e-4, rtol=0)
+    other = stock.train_peft(bases["llama-tied"], tmp_path / "peft", **ONE_SIDE["embedding"])
+    assert merge(base, [(theirs, 1.0), (other, 0.0)], tmp_path / "off").tied
+    merge(base, [(theirs, 1.0), (other, 1.0)], tmp_path / "both", untie=True)
+    alone, both = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
+    np.testing.assert_array_equal(both["lm_head.weight"], alone["model.embed_tokens.weight"])
+    assert not np.array_equal(both["model.embed_tokens.weight"], alone["model.embed_tokens.weight"])
+
+
+def test_dora_on_an_embedding(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT's magnitude is per column, which was taken for one per row; mlx-lm's is per row."""
+    config = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
+    adapter = stock.train_peft(bases["llama-untied"], tmp_path / "peft", **config)
+    for look in (
+        lambda: merge(open_model(bases["llama-untied"]), [(adapter, 1.0)], tmp_path / "out"),
+        lambda: analyze(adapter),
+    ):
+        with pytest.raises(RecipeError, match=r"embed_tokens: DoRA on an embedding: .* per column"):
+            look()
+    theirs = stock.train_mlx(
+        bases["llama-untied"], tmp_path / "mlx", kind="dora", keys=["self_attn.q_proj", "model.embed_tokens"]
+    )
+    merge(open_model(bases["llama-untied"]), [(theirs, 1.0)], tmp_path / "merged")
+    wanted = stock.mlx_logits(bases["llama-untied"], theirs)
+    np.testing.assert_allclose(stock.mlx_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+def test_a_base_of_float64(bases: dict[str, Path], tmp_path: Path) -> None:
+    """It came out as it was, the adapter left out, and was called float32."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((bases["qwen2"] / "config.json").read_bytes())
+    tensors = load_file(bases["qwen2"] / "model.safetensors")
+    save_file({name: value.astype(np.float64) for name, value in tensors.items()}, base / "model.safetensors")
+    adapter = stock.train_peft(bases["qwen2"], tmp_path / "peft", target_modules=LINEAR)
+    assert merge(open_model(base), [(adapter, 1.0)], tmp_path / "merged").dtype == "float32"
+    merge(open_model(bases["qwen2"]), [(adapter, 1.0)], tmp_path / "wanted")
+    merged, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "wanted"))
+    assert all(np.array_equal(merged[name], wanted[name]) and merged[name].dtype == np.float32 for name in wanted)
+
+
+def test_a_base_of_another_type_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((bases["qwen2"] / "config.json").read_bytes())
+    tensors = load_file(bases["qwen2"] / "model.safetensors")
+    save_file({name: value.astype(np.int8) for name, value in tensors.items()}, base / "model.safetensors")
+    adapter = stock.train_peft(bases["qwen2"], tmp_path / "peft", target_modules=LINEAR)
+    with pytest.raises(RecipeError, match="stored as I8"):
+        merge(open_model(base), [(adapter, 1.0)], tmp_path / "merged")
 
 
 def test_tied_weight_stored_as_the_head_alone(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -192,6 +279,27 @@ def test_tied_weight_stored_as_the_head_alone(bases: dict[str, Path], tmp_path: 
     merge(open_model(folder), [(adapter, 1.0)], tmp_path / "merged")
     wanted = stock.peft_logits(bases["llama-tied"], adapter)
     np.testing.assert_allclose(stock.mlx_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "qwen3"])
+def test_a_config_that_does_not_say_whether_it_is_tied(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Configs of transformers 4 leave out what is the type's default, which is tied for Gemma and Cohere."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(bases[name] / "model.safetensors")
+    config = json.loads((bases[name] / "config.json").read_text())
+    tied = config.pop("tie_word_embeddings")
+    (folder / "config.json").write_text(json.dumps(config))
+    done = merge(open_model(folder), [], tmp_path / "merged")
+    assert done.tied == tied == (name != "qwen3")
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] == tied
+
+
+def test_a_tie_to_an_embedding_of_another_name_is_refused(tmp_path: Path) -> None:
+    save_file({"transformer.word_embeddings.weight": np.ones((8, 4), np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "bloom", "tie_word_embeddings": true}')
+    with pytest.raises(RecipeError, match="not called embed_tokens"):
+        merge(open_model(tmp_path), [], tmp_path / "out")
 
 
 def test_full_weights_of_mlx_lm(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -223,6 +331,40 @@ def test_an_adapter_of_other_weights_is_refused(bases: dict[str, Path], tmp_path
     with pytest.raises(RecipeError, match="made for another base model"):
         merge(open_model(other), [(folder, 1.0)], tmp_path / "out")
     merge(open_model(bases["llama-tied"]), [(folder, 1.0)], tmp_path / "out")
+
+
+def test_an_adapter_of_other_shapes_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Rows too many were once cut, and rows of a larger vocabulary dropped, without a word."""
+    wide = stock.make_base("llama-tied", tmp_path / "wide", num_key_value_heads=4, vocab_size=72)
+    base = open_model(bases["llama-tied"])
+    heads = stock.train_peft(wide, tmp_path / "heads", target_modules=["q_proj", "v_proj"])
+    tokens = stock.train_peft(wide, tmp_path / "tokens", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    for folder, word in (
+        (heads, r"v_proj.*\[32, 32\], the base's is \[16, 32\]"),
+        (tokens, r"embed_tokens.*\[72, 32\], the base's is \[64, 32\]"),
+        (tokens, "saved beside the adapter"),
+    ):
+        with pytest.raises(RecipeError, match=word):
+            merge(base, [(folder, 1.0)], tmp_path / "out")
+        with pytest.raises(RecipeError, match=word):
+            analyze(folder, base)
+
+
+def test_another_number_of_experts_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    more = stock.make_base("qwen3-moe", tmp_path / "more", num_experts=6)
+    config = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    adapter = stock.train_peft(more, tmp_path / "peft", **config)
+    with pytest.raises(RecipeError, match="6 experts, the base has 4"):
+        merge(open_model(bases["qwen3-moe"]), [(adapter, 1.0)], tmp_path / "out")
+
+
+def test_a_trained_copy_of_the_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = stock.train_peft(bases["qwen3"], tmp_path / "peft", target_modules=["q_proj", "embed_tokens"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"][3] += 1
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="trained or resized"):
+        merge(open_model(bases["qwen3"]), [(adapter, 1.0)], tmp_path / "out")
 
 
 def test_never_beside_other_files(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -120,6 +120,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "tensors without target": (config(target_modules=["q_proj"]), "does not match"),
     "config not JSON": (text("adapter_config.json", b"{"), "not valid JSON"),
     "config a list": (text("adapter_config.json", b"[]"), "expected a JSON table"),
+    "config in UTF-16": (lambda folder: text("adapter_config.json", (folder / "adapter_config.json").read_text().encode("utf-16"))(folder), "not valid JSON"),
+    "half a character in a name": (header({"a\ud800": ENTRY}, bytes(8)), "half a character"),
     "config too deep": (text("adapter_config.json", b"[" * 100_000), "not valid JSON"),
     "config too long": (text("adapter_config.json", b" " * (9 << 20)), "at most"),
 }  # fmt: skip
@@ -135,6 +137,18 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "pattern not a regex": (config(rank_pattern={"(": 4}), "regular expression"),
     "patterns a list": (config(alpha_pattern=[1]), "expected a table"),
     "targets a number": (config(target_modules=3), "target_modules"),
+    "rank of a pattern 0": (config(rank_pattern={"q_proj": 0}), "rank_pattern: expected .* positive integer"),
+    "rank of a pattern below 0": (
+        config(rank_pattern={"q_proj": -1}, use_rslora=True),
+        "rank_pattern: expected .* positive integer",
+    ),
+    "huge rank": (config(r=10**400), "r: expected a positive integer"),
+    "huge alpha": (config(lora_alpha=10**400), "lora_alpha: expected a number"),
+    "alpha beyond float32": (config(lora_alpha=1e39), "lora_alpha: expected a number"),
+    "huge alpha of a pattern": (config(alpha_pattern={"q_proj": 10**400}), "alpha_pattern: expected a table"),
+    "layers as text": (config(layers_to_transform="01"), "layers_to_transform: expected a list of layer numbers"),
+    "parameters a number": (config(target_parameters=5), "target_parameters: expected a list of names"),
+    "whole modules a number": (config(modules_to_save=5), "modules_to_save: expected a list of names"),
 }
 
 
@@ -164,6 +178,8 @@ def test_refused(case: str, tmp_path: Path) -> None:
         (config(lora_parameters={"rank": 4, "alpha": 8, "dropout": 0.0}), "'alpha' does not stand for it"),
         (config(lora_parameters={"rank": 4, "scale": 2.0, "keys": ["self_attn.q_proj"]}), "not among"),
         (config(lora_parameters=None), "lora_parameters"),
+        (config(lora_parameters={"rank": 4, "scale": 10**400}), "scale: expected a number"),
+        (config(lora_parameters={"rank": 4, "scale": 2.0, "dropout": 10**400}), "dropout: expected a number"),
         (config(fine_tune_type="dora"), "m is missing"),
         (config(fine_tune_type="lokr"), "none of mlx-lm's"),
     ],
@@ -173,6 +189,13 @@ def test_broken_mlx_adapters(change: Change, word: str, tmp_path: Path) -> None:
     change(folder)
     with pytest.raises((DataError, RecipeError), match=word):
         convert(folder, tmp_path / "out")
+
+
+def test_a_base_whose_name_is_no_path(tmp_path: Path) -> None:
+    """One of 5000 letters ended as an OSError."""
+    folder = make_peft(tmp_path / "adapter", base_model_name_or_path="/" + "m" * 5000)
+    convert(folder, tmp_path / "out")
+    assert any("not on this machine" in problem for problem in inspect(folder).problems)
 
 
 def test_alpha_beside_scale_is_ignored(tmp_path: Path) -> None:
@@ -248,6 +271,14 @@ def test_a_path_in_a_config_is_only_a_name(tmp_path: Path) -> None:
     convert(folder, tmp_path / "mlx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "mlx"]
     assert sorted(path.name for path in (tmp_path / "mlx").iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+
+
+def test_inspection_tells_layers_from_experts(tmp_path: Path) -> None:
+    folder = make_peft(tmp_path / "adapter")
+    tensors = load_file(weights(folder))
+    moved = {name.replace("0.self_attn.q_proj", "0.mlp.experts.7.q_proj"): value for name, value in tensors.items()}
+    save_file(moved, weights(folder))
+    assert inspect(folder).layers == (0, 1)
 
 
 def test_inspection_names_problems(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_adapter_files import PATHS, make_mlx, make_peft
 
-from smolmlx.models import open_model
+from smolmlx.adapters.convert import convert
+from smolmlx.adapters.exports import uniform_adapter
+from smolmlx.adapters.merge import merge
+from smolmlx.data.chat import Tokenizer
+from smolmlx.models import BASE_FILE, open_model, write_base
 
 
 def smolmlx(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -80,6 +85,11 @@ def test_exit_codes(trained: Path, tmp_path: Path) -> None:
     assert nameless.returncode == 2 and "--model M" in nameless.stderr
     uneven = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", 1, "--weight", 2)
     assert uneven.returncode == 2 and "--weight" in uneven.stderr
+    for verb, out, flag in (("merge", ["never"], "model"), ("convert", ["never"], "base"), ("analyze", [], "model")):
+        idle = smolmlx("adapter", verb, trained, *(tmp_path / name for name in out), "--revision", "nonsense")
+        assert idle.returncode == 2 and f"has no effect without --{flag}" in idle.stderr
+    nowhere = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", "nan")
+    assert nowhere.returncode == 2 and "--weight nan" in nowhere.stderr
 
 
 def test_merge_brings_tokenizer_template_and_eos(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -95,14 +105,55 @@ def test_merge_brings_tokenizer_template_and_eos(trained: Path, tiny_model: Path
         "generation_config.json",
     } <= names
     assert not any(name.startswith("adapter") for name in names)
-    from smolmlx.data.chat import Tokenizer
-
     generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     found = generation["eos_token_id"]
     assert set(Tokenizer(tiny_model).eos_ids) <= set(found if isinstance(found, list) else [found])
     assert Tokenizer(tmp_path / "merged").template_text == Tokenizer(tiny_model).template_text
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert {value.dtype for value in merged.values()} == {np.dtype(np.float16)} and "lm_head.weight" not in merged
+
+
+def test_a_trained_template_wins_over_the_bases(tiny_model: Path, tmp_path: Path) -> None:
+    """A chat_template.jinja wins over tokenizer_config.json, so the base's must not come beside the adapter's."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_model / name, adapter / name)
+    merge(open_model(base), [(adapter, 1.0)], tmp_path / "merged")
+    trained, merged = Tokenizer(adapter), Tokenizer(tmp_path / "merged")
+    assert merged.template_text == trained.template_text
+    generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert set(trained.eos_ids) <= set(np.atleast_1d(generation["eos_token_id"]).tolist())
+
+
+def test_a_converted_adapter_still_knows_its_base(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained / "adapter", adapter)
+    write_base(open_model(tiny_model), adapter)
+    convert(adapter, tmp_path / "mlx")
+    uniform_adapter(adapter, tmp_path / "work", tmp_path / "uniform", open_model(tiny_model))
+    for name in ("mlx", "uniform"):
+        assert (tmp_path / name / BASE_FILE).read_bytes() == (adapter / BASE_FILE).read_bytes()
+    merge(open_model(tiny_model), [(tmp_path / "mlx", 1.0)], tmp_path / "merged")
+    assert not (tmp_path / "merged" / BASE_FILE).exists()
+
+
+@pytest.mark.parametrize("form", ["mlx", "peft"])
+def test_a_conversion_names_the_base_that_was_passed(
+    form: str, trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    convert(trained / "adapter", adapter, fresh=True) if form == "mlx" else shutil.copytree(
+        trained / "adapter", adapter
+    )
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for key in ("model", "base_model_name_or_path"):
+        config.pop(key, None)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    convert(adapter, tmp_path / "out", base=open_model(tiny_model))
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
 
 
 def test_analyze_as_table_csv_and_chart(trained: Path, tmp_path: Path) -> None:

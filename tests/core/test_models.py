@@ -119,6 +119,9 @@ def test_rope_theta_is_lifted_to_the_top() -> None:
     assert models.with_rope_theta({"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}})["rope_theta"] == 1e5
     assert models.with_rope_theta({"rope_theta": 5, "rope_parameters": {"rope_theta": 7}})["rope_theta"] == 5
     assert models.with_rope_theta({"a": 1}) == {"a": 1}
+    nested = {"full_attention": {"rope_theta": 3e5}, "sliding_attention": {"rope_theta": 5e3}}
+    found = models.with_rope_theta({"rope_parameters": nested})
+    assert (found["rope_theta"], found["rope_local_base_freq"]) == (3e5, 5e3)
 
 
 def test_quantized_shapes_are_unpacked(tmp_path: Path) -> None:
@@ -196,6 +199,13 @@ class TestRefusals:
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(RecipeError, match="not valid JSON"):
             models.find_model(str(tmp_path))
+        (tmp_path / "config.json").write_text("[]")
+        with pytest.raises(RecipeError, match="expected a JSON table"):
+            models.find_model(str(tmp_path))
+
+    def test_a_name_too_long_for_a_path(self) -> None:
+        with pytest.raises(RecipeError, match="no such model folder"):
+            models.find_model("m" * 5000)
 
     @pytest.mark.parametrize("keep", [4, 40, -10], ids=["no header", "half a header", "half the data"])
     def test_truncated_weights(self, tmp_path: Path, keep: int) -> None:
