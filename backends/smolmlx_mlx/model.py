@@ -27,8 +27,8 @@ from mlx_lm.tuner.utils import load_adapters  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
 from smolmlx.adapters.convert import convert  # noqa: E402
+from smolmlx.adapters.hf_config import readable  # noqa: E402
 from smolmlx.errors import BackendError, RecipeError  # noqa: E402
-from smolmlx.models import with_rope_theta  # noqa: E402
 from smolmlx.plan import PEFT_PREFIX  # noqa: E402
 from smolmlx.session import Arrays, load_arrays  # noqa: E402
 from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
@@ -49,7 +49,7 @@ def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str
         RecipeError: the weights do not fit the config, or cannot be quantized.
     """
     try:
-        model, _ = load_model(folder, model_config=dict(with_rope_theta(config)))
+        model, _ = load_model(folder, model_config=readable(config))
     except ValueError as error:
         if "not supported" in str(error):
             raise BackendError(

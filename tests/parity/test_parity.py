@@ -146,14 +146,22 @@ class TestLogits:
         run = bench.run(engine, "pretraining, all weights, accumulation 4")
         self.check(bench, models.open_model(run.model), None)
 
-    def test_rope_theta_that_only_transformers_reads(self, bench: Bench, tmp_path: Path) -> None:
-        """A config saved by transformers 5 holds theta in rope_parameters alone; mlx-lm would silently use 10000."""
+    @pytest.mark.parametrize(
+        "rope",
+        [
+            {"rope_type": "default", "rope_theta": 100.0},
+            {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+        ],
+        ids=["theta", "scaling"],
+    )
+    def test_rope_that_only_transformers_reads(self, bench: Bench, tmp_path: Path, rope: dict[str, Any]) -> None:
+        """A config saved by transformers 5 holds it in rope_parameters alone; mlx-lm would silently take its defaults."""
         folder = tmp_path / "model"
         plain = models.open_model(bench.model)
         folder.mkdir()
         for path in bench.model.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
-        config = {**plain.config, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+        config = {**plain.config, "rope_parameters": rope}
         del config["rope_theta"]
         (folder / "config.json").write_text(json.dumps(config))
         other = self.check(bench, models.open_model(folder), None)
