@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from smolmlx.rundir import RunDir, publish
 TARGETS = ("hf", "mlx", "gguf", "vllm")
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 Say = Callable[[str], None]
+Judge = Callable[[Path, str], None]
+"""Told what is about to be quantized, and its precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +117,40 @@ def export(target: str, source: Source, out: Path, how: Settings, say: Say = lam
         raise RecipeError("--calibration has no effect without --quantize awq. Leave it out, or pass both.")
     done = Export(target, out)
     samples, reference = _reference(source, how, done, say)
+    check = _check_gguf if target == "gguf" else _check_folders
+
+    def judge(whole: Path, precision: str) -> None:
+        """Quantizing may be off by more than an adapter does, so that a lost one would not show afterwards."""
+        if source.adapter is None or not samples:
+            return
+        say("loading it before it is quantized")
+        found = Export(target, whole, precision)
+        check(source, whole, found, samples, reference)
+        done.agreements += [replace(one, consumer=f"{one.consumer}, before quantizing,") for one in found.agreements]
+
     with _publish(target, source, out, how) as place:
         say(f"writing {target}")
         if target == "gguf":
-            _write_gguf(source, place, how, done)
-            check = _check_gguf
+            _write_gguf(source, place, how, done, judge)
+        elif target == "hf":
+            _write_hf(source, place, out, how, done)
         else:
-            {"hf": _write_hf, "mlx": _write_mlx, "vllm": _write_vllm}[target](source, place, out, how, done)
-            check = _check_folders
+            {"mlx": _write_mlx, "vllm": _write_vllm}[target](source, place, out, how, done, judge)
         if how.verify:
             say("loading it where it will be used")
             check(source, place, done, samples, reference)
+            done.unverified += _unseen(done)
     return done
+
+
+def _unseen(done: Export) -> list[str]:
+    """Say where the adapter does too little for anyone to tell whether it is in the export."""
+    effects = [found.effect for found in done.agreements if found.effect]
+    if not effects or any(found.can_tell for found in done.agreements):
+        return []
+    return [
+        f"that the adapter is in it: it changes {effects[0]:.2g} nats per token, too little to see in {done.precision}"
+    ]
 
 
 @contextlib.contextmanager
@@ -186,7 +210,7 @@ def _merge_into(source: Source, place: Path, how: Settings, done: Export) -> Mer
     return merged
 
 
-def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Export) -> None:
+def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Export, judge: Judge) -> None:
     """mlx-lm reads a merged folder as it is; quantizing is mlx-lm's own work."""
     done.commands.append(f'mlx_lm.generate --model {out} --prompt "..."')
     if how.quantize == "none":
@@ -199,6 +223,7 @@ def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Expo
 
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=place.parent) as folder:
         merged = _merge_into(source, Path(folder) / "merged", how, done)
+        judge(merged.folder, merged.dtype)
         with contextlib.redirect_stdout(sys.stderr):
             mlx_convert(
                 str(merged.folder),
@@ -220,10 +245,11 @@ def _sharpen_quantized_config(place: Path, done: Export) -> None:
         done.notes.append("no layer is a multiple of 64 wide, so nothing was quantized")
 
 
-def _write_vllm(source: Source, place: Path, out: Path, how: Settings, done: Export) -> None:
+def _write_vllm(source: Source, place: Path, out: Path, how: Settings, done: Export, judge: Judge) -> None:
     """A merged folder, and the adapter beside it in the form that vLLM's --lora-modules takes."""
     done.precision = _merge_into(source, place / "merged", how, done).dtype
     if how.quantize == "awq":
+        judge(place, done.precision)
         _quantize_merged(source, place, how, done)
     done.commands.append(f"vllm serve {out / 'merged'}")
     if source.adapter is None:
@@ -281,7 +307,7 @@ def uniform_adapter(folder: Path, work: Path, out: Path, base: BaseModel) -> Non
     convert(folder, out, "peft", base, fresh=True)
 
 
-def _write_gguf(source: Source, place: Path, how: Settings, done: Export) -> None:
+def _write_gguf(source: Source, place: Path, how: Settings, done: Export, judge: Judge) -> None:
     kind = how.kind
     if kind not in (*gguf_model.PLAIN_TYPES, *gguf_model.K_TYPES):
         raise RecipeError(f"--type {kind}: expected {', '.join((*gguf_model.PLAIN_TYPES, *gguf_model.K_TYPES))}.")
@@ -292,6 +318,7 @@ def _write_gguf(source: Source, place: Path, how: Settings, done: Export) -> Non
     else:
         with tempfile.TemporaryDirectory(prefix=".f32-", dir=place.parent) as folder:
             gguf_model.write_gguf(prepared, Path(folder) / "f32.gguf", "f32", name)
+            judge(Path(folder) / "f32.gguf", "float32")
             done.notes.append(f"quantized by {gguf_model.quantize(Path(folder) / 'f32.gguf', place, kind)}")
     done.precision = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
     done.notes += prepared.notes

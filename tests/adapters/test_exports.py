@@ -188,6 +188,42 @@ def test_a_wrong_merge_does_not_pass(tuned: Source, tmp_path: Path, monkeypatch:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "how"),
+    [
+        ("hf", Settings(dtype="bfloat16")),
+        ("mlx", Settings(quantize="4bit")),
+        pytest.param("gguf", Settings(kind="q8_0"), marks=[needs_gguf, needs_llama]),
+    ],
+    ids=["bfloat16", "4bit", "q8_0"],
+)
+def test_a_lost_adapter_does_not_pass_as_rounding(
+    target: str, how: Settings, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its change is below the limit: the bare base is nearer; for 4 bits, whose noise is larger, the merge is judged."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320, hidden_size=128), tiny_model)
+    adapter = stock.train_peft(base, tmp_path / "adapter", target_modules=LINEAR, lora_alpha=0.7)
+    source = Source("x", open_model(base), adapter)
+    done = export(target, source, tmp_path / "honest", how)
+    assert done.agreements[0].can_tell and 0 < (done.agreements[-1].effect or 0) < done.agreements[-1].limit
+    monkeypatch.setattr(Source, "terms", property(lambda self: []))
+    with pytest.raises(VerificationError, match="is not in it" if target != "mlx" else "does not agree"):
+        export(target, source, tmp_path / "lost", how)
+    assert not (tmp_path / "lost").exists()
+
+
+def test_an_adapter_too_weak_for_a_precision_is_not_judged() -> None:
+    rng = np.random.default_rng(0)
+    bare = rng.standard_normal((12, 20)).astype(np.float32)
+    coarse = bare + 0.1 * rng.standard_normal(bare.shape).astype(np.float32)
+    for effect, told in ((0.0, False), (1e-4, False), (0.1, True)):
+        tuned = bare + effect * rng.standard_normal(bare.shape).astype(np.float32)
+        sample = verification.Sample(tuple(range(12)), 4, tuned, bare)
+        found = verification.compare([sample], lambda ids, d=tuned - bare: coarse + d, ("a", "b"), "q4_k_m")  # type: ignore[misc]
+        assert found.can_tell == told
+        assert found.effect == 0 if effect == 0 else found.effect
+
+
 def test_compare_finds_noise_and_nonsense() -> None:
     rng = np.random.default_rng(0)
     logits = 5 * rng.standard_normal((12, 20)).astype(np.float32)
