@@ -91,6 +91,29 @@ def test_vllm_takes_no_dora(tiny_model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "adapter").exists() and any("DoRA" in note for note in done.notes)
 
 
+STACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+WIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "embedding, untied": ("llama-untied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "embedding, tied": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    "stacked experts": ("qwen3-moe", {"target_modules": ["q_proj"], "target_parameters": STACKED}),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("engine", ["cuda", "mlx"])
+def test_both_engines_load_more_than_linear_layers(
+    kind: str, engine: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the reference, too, where the base that the adapter names has moved."""
+    name, config = WIDE[kind]
+    base = with_tokenizer(stock.make_base(name, tmp_path / "base", vocab_size=320), tiny_model)
+    adapter = stock.train_peft(base, tmp_path / "adapter", **config)
+    monkeypatch.setattr(verification, "reference_engine", lambda base, adapter: engine)
+    moved = open_model(base.rename(tmp_path / "moved"), str(base))
+    done = export("hf", Source("x", moved, adapter), tmp_path / "out", Settings())
+    assert len(done.agreements) == 2 and done.agreements[0].reference.endswith(verification.library(engine))
+
+
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
 GGUF_BASES: dict[str, tuple[str, dict[str, Any]]] = {
