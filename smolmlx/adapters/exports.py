@@ -21,7 +21,7 @@ from smolmlx.adapters.convert import convert, copy_side_files, refuse_used
 from smolmlx.adapters.merge import Merged, merge, prepare
 from smolmlx.adapters.verification import Agreement, Sample
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import BackendError, RecipeError, SmolError
+from smolmlx.errors import BackendError, RecipeError, SmolError, VerificationError
 from smolmlx.models import BaseModel, find_model, open_model
 from smolmlx.rundir import RunDir, publish
 
@@ -183,7 +183,15 @@ def _reference(source: Source, how: Settings, done: Export, say: Say) -> tuple[l
         return [], ""
     say(f"asking base and adapter through {verification.library(engine)}")
     tokenizer = Tokenizer(_tokenizer_folder(source))
-    samples = verification.make_samples(engine, source.base, source.adapter, tokenizer)
+    with contextlib.ExitStack() as stack:
+        try:
+            adapter = stack.enter_context(verification.peft_form(source.adapter, source.base))
+        except RecipeError as error:
+            done.unverified.append(
+                f"logits: the adapter cannot be loaded apart from its merge to compare with: {error}"
+            )
+            return [], ""
+        samples = verification.make_samples(engine, source.base, adapter, tokenizer)
     return samples, f"base{' and adapter' if source.adapter else ''} in {verification.library(engine)}"
 
 
@@ -345,6 +353,8 @@ def _check_folders(source: Source, place: Path, done: Export, samples: Sequence[
         try:
             done.agreements.append(verification.check_folder(engine, folder, samples, reference, done.precision))
         except SmolError as error:
+            if engine == wanted[0] and isinstance(error, BackendError):
+                raise VerificationError(f"{program} does not load {folder}: {error}") from error
             if engine == wanted[0] or error.exit_code == 5:
                 raise
             done.unverified.append(f"{program}: {error}")

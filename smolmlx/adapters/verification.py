@@ -23,7 +23,7 @@ from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters.convert import convert
 from smolmlx.backend import Decoding, FloatArray, Loading
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import BackendError, VerificationError
+from smolmlx.errors import VerificationError
 from smolmlx.models import BaseModel, open_model
 
 PROMPTS = (
@@ -170,18 +170,18 @@ def compare_ids(tokenizer: Tokenizer, encode: Callable[[str], Sequence[int]], na
 
 
 def make_samples(engine: str, base: BaseModel, adapter: Path | None, tokenizer: Tokenizer) -> list[Sample]:
-    """Ask the reference: base and adapter, loaded apart by an engine, in float32."""
+    """Ask the reference: base and adapter (in PEFT's form), loaded apart by an engine, in float32."""
     texts = [*PROMPTS]
     if tokenizer.template_text is not None:
         texts.append(tokenizer.prompt(({"role": "user", "content": PROMPTS[2]},)))
     prompts = [ids for ids in (tokenizer.encode(text)[:256] for text in texts) if ids]
-    with peft_form(adapter) as folder, loaded(engine, base, folder, tokenizer) as generator:
+    with loaded(engine, base, adapter, tokenizer) as generator:
         answers = {c.index: c.ids for c in generator.generate(prompts, Decoding(max_tokens=_NUM_TOKENS))}
         whole = [(*prompt, *answers[index]) for index, prompt in enumerate(prompts)]
         tuned = [generator.logits(ids) for ids in whole]
-        if folder is not None:
+        if adapter is not None:
             generator.use_adapter(None)
-        bare = [generator.logits(ids) if folder else None for ids in whole]
+        bare = [generator.logits(ids) if adapter else None for ids in whole]
         return [Sample(ids, len(prompts[i]), tuned[i], bare[i]) for i, ids in enumerate(whole)]
 
 
@@ -198,13 +198,17 @@ def loaded(engine: str, base: BaseModel, adapter: Path | None, tokenizer: Tokeni
 
 
 @contextlib.contextmanager
-def peft_form(adapter: Path | None) -> Iterator[Path | None]:
-    """Yield an adapter in PEFT's format, which is what engines load."""
+def peft_form(adapter: Path | None, base: BaseModel) -> Iterator[Path | None]:
+    """Yield an adapter in PEFT's format, which is what engines load.
+
+    Raises:
+        RecipeError: PEFT's format cannot hold it.
+    """
     if adapter is None or adapters.detect(adapter) == "peft":
         yield adapter
         return
     with tempfile.TemporaryDirectory(prefix="smolmlx-") as folder:
-        yield convert(adapter, Path(folder) / "peft", "peft").folder
+        yield convert(adapter, Path(folder) / "peft", "peft", base).folder
 
 
 def reference_engine(base: BaseModel, adapter: Path | None) -> str | None:
@@ -222,14 +226,11 @@ def check_folder(engine: str, folder: Path, samples: Sequence[Sample], reference
     """Load an exported folder with its consumer's library and compare.
 
     Raises:
-        VerificationError: it does not load, or drifts.
+        BackendError: the library has no such model.
+        VerificationError: it drifts.
     """
-    tokenizer = Tokenizer(folder)
-    try:
-        with loaded(engine, open_model(folder), None, tokenizer) as generator:
-            return compare(samples, generator.logits, (library(engine), reference), precision)
-    except BackendError as error:
-        raise VerificationError(f"{library(engine)} does not load {folder}: {error}") from error
+    with loaded(engine, open_model(folder), None, Tokenizer(folder)) as generator:
+        return compare(samples, generator.logits, (library(engine), reference), precision)
 
 
 def library(engine: str) -> str:

@@ -114,6 +114,42 @@ def test_both_engines_load_more_than_linear_layers(
     assert len(done.agreements) == 2 and done.agreements[0].reference.endswith(verification.library(engine))
 
 
+def test_an_mlx_embedding_is_read_with_the_base(tiny_model: Path, tmp_path: Path) -> None:
+    """Whether the base ties it to the head decides what it means, and that base is at hand."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    adapter = stock.train_mlx(base, tmp_path / "adapter", keys=["self_attn.v_proj", "model.embed_tokens"])
+    moved = open_model(base.rename(tmp_path / "moved"), "moved")
+    done = export("hf", Source("x", moved, adapter), tmp_path / "out", Settings())
+    assert len(done.agreements) == 2
+
+
+def test_what_cannot_be_loaded_apart_is_not_verified(tiny_model: Path, tmp_path: Path) -> None:
+    """PEFT's form cannot hold mlx-lm's DoRA with dropout; the merge can."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    adapter = stock.train_mlx(base, tmp_path / "adapter", kind="dora", keys=["self_attn.q_proj"], dropout=0.1)
+    done = export("hf", Source("x", open_model(base), adapter), tmp_path / "out", Settings())
+    assert not done.agreements and any("with DoRA" in text for text in done.unverified)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_second_program_that_lacks_the_model_is_named(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx-lm has no OPT; transformers, which the export is for, has."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    settings = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    model = OPTForCausalLM(OPTConfig(vocab_size=320, num_attention_heads=4, **settings))
+    model.save_pretrained(tmp_path / "base")
+    base = with_tokenizer(tmp_path / "base", tiny_model)
+    adapter = stock.train_peft(base, tmp_path / "adapter", target_modules=["q_proj"])
+    source = Source("opt", open_model(base), adapter)
+    done = export("hf", source, tmp_path / "out", Settings())
+    assert len(done.agreements) == 1 and any(text.startswith("mlx-lm: ") for text in done.unverified)
+    with pytest.raises(VerificationError, match="does not load"):
+        export("mlx", source, tmp_path / "mlx", Settings())
+
+
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
 GGUF_BASES: dict[str, tuple[str, dict[str, Any]]] = {
