@@ -22,8 +22,8 @@ from smolmlx.adapters.merge import Merged, merge, prepare
 from smolmlx.adapters.verification import Agreement, Sample
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RecipeError, SmolError, VerificationError
-from smolmlx.models import BaseModel, find_model, open_model
-from smolmlx.rundir import RunDir, publish
+from smolmlx.models import EMBEDDED, BaseModel, find_model, open_model
+from smolmlx.rundir import RunDir, publish, writing
 
 TARGETS = ("hf", "mlx", "gguf", "vllm")
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -81,14 +81,21 @@ def find_source(name: str, model: str | None = None, revision: str | None = None
 
     Args:
         model: the base, where the adapter's own note of it does not help.
+        revision: of `model`, else of the hub model `name`.
 
     Raises:
-        RecipeError: an unfinished run, or nothing that can be exported.
+        RecipeError: an unfinished run, nothing that can be exported, or a revision of what has none.
     """
     path = Path(name)
     run = RunDir(path)
     if (path / "recipe.yaml").is_file() and not run.done:
         raise RecipeError(f"{name}: this run is not finished. Go on with: smolmlx train --resume {name}")
+    asked = model or name
+    if revision and (asked == EMBEDDED or Path(asked).expanduser().is_dir()):
+        raise RecipeError(
+            f"--revision {revision} has no effect: {asked} lies on this machine. Leave it out, or name a hub model"
+            f" {'with --model' if model or path.is_dir() else 'instead'}."
+        )
     if run.model.is_dir() and run.done:
         return Source(name, open_model(run.model), None)
     folder = adapters.find_folder(path)
@@ -110,6 +117,9 @@ def export(target: str, source: Source, out: Path, how: Settings, say: Say = lam
     """
     assert target in TARGETS, target
     refuse_used(out)
+    for parent in out.parents:
+        if parent.is_file():
+            raise RecipeError(f"{out}: {parent} is a file, so nothing can be written below it. Choose another OUT.")
     if how.quantize == "awq":
         awq.refuse(how.calibration)
         awq.group_size(source.base)
@@ -161,10 +171,11 @@ def _publish(target: str, source: Source, out: Path, how: Settings) -> Iterator[
             yield temporary
         return
     if out.suffix == ".gguf":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.parent) as folder:
-            yield Path(folder) / out.name
-            (Path(folder) / out.name).replace(out)
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.parent) as folder:
+                yield Path(folder) / out.name
+                (Path(folder) / out.name).replace(out)
         return
     with publish(out) as temporary:
         yield temporary / f"model-{how.kind}.gguf"
@@ -304,7 +315,10 @@ def _not_for_vllm(folder: Path) -> list[str]:
 def uniform_adapter(folder: Path, work: Path, out: Path, base: BaseModel) -> None:
     """Write a PEFT adapter of one rank and one scale; vLLM scales all modules alike, whatever the patterns say."""
     found = adapters.read(folder)
-    if found.form == "peft" and len({(m.rank, m.scale) for m in found.modules}) == 1:
+    patterns = found.config.get("rank_pattern") or found.config.get(
+        "alpha_pattern"
+    )  # one scale may still not be alpha / r
+    if found.form == "peft" and not patterns:
         out.mkdir()
         for name in (PEFT_WEIGHTS, CONFIG):
             shutil.copyfile(folder / name, out / name)

@@ -85,6 +85,17 @@ def test_vllm_folders(tuned: Source, tmp_path: Path) -> None:
     assert "--lora-modules" in done.commands[1] and "--max-lora-rank 8" in done.commands[1]
 
 
+def test_vllm_scale_of_one_pattern_for_all(tiny_model: Path, tmp_path: Path) -> None:
+    """Every module has the same rank and scale, and yet not those that r and lora_alpha give."""
+    adapter = stock.train_peft(
+        tiny_model, tmp_path / "adapter", target_modules=LINEAR, r=8, lora_alpha=16, rank_pattern={".*": 4}
+    )
+    export("vllm", Source("x", open_model(tiny_model), adapter), tmp_path / "out", Settings())
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    (scale,) = {module.scale for module in adapters.read(tmp_path / "out" / "adapter").modules}
+    assert not config["rank_pattern"] and config["lora_alpha"] / config["r"] == scale == 4
+
+
 def test_vllm_takes_no_dora(tiny_model: Path, tmp_path: Path) -> None:
     adapter = stock.train_peft(tiny_model, tmp_path / "dora", target_modules=LINEAR, use_dora=True)
     done = export("vllm", Source("x", open_model(tiny_model), adapter), tmp_path / "out", Settings())
@@ -374,6 +385,32 @@ def test_command_line(tuned: Source, tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.yaml").write_text("")
     unfinished = run("hf", tmp_path / "run", tmp_path / "never")
     assert unfinished.returncode == 2 and "--resume" in unfinished.stderr
+
+
+def test_what_has_no_effect_or_cannot_be_written_is_refused(
+    tuned: Source, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    cases = [
+        (["hf", tuned.adapter, "out", "--revision", "nonsense"], "--revision nonsense has no effect"),
+        (["hf", tuned.base.folder, "out", "--revision", "nonsense"], "--revision nonsense has no effect"),
+        (["hf", tuned.adapter, "out", "--model", "tiny", "--revision", "v2"], "--revision v2 has no effect: tiny"),
+        (["hf", tuned.adapter, "out", "--private"], "--private has no effect"),
+        (["gguf", tuned.adapter, "afile/x.gguf"], "afile is a file"),
+        (["hf", tuned.adapter, "afile/deep/out"], "afile is a file"),
+    ]
+    (tmp_path / "afile").write_text("")
+    for arguments, message in cases:
+        code, _, err = call("export", *arguments)
+        assert code == 2 and message in err, err
+    assert [path.name for path in tmp_path.iterdir()] == ["afile"]
+
+
+def test_broken_tokenizer(tiny_model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    base = stock.make_base("llama-tied", tmp_path / "base", vocab_size=320)
+    (base / "tokenizer.json").write_text("{")
+    for extra in ([], ["--no-verify"]):
+        code, _, err = call("export", "hf", base, "out", *extra)
+        assert code == 2 and "tokenizer.json: not a tokenizer" in err, err
 
 
 def test_drift_is_exit_5_and_keeps_nothing(
