@@ -18,7 +18,7 @@ from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters import awq, gguf_model, verification
 from smolmlx.adapters.adapter import CONFIG, PEFT_WEIGHTS
 from smolmlx.adapters.convert import convert, copy_side_files, refuse_used
-from smolmlx.adapters.merge import Merged, merge, prepare
+from smolmlx.adapters.merge import ERASED, Merged, merge, prepare
 from smolmlx.adapters.verification import Agreement, Sample
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RecipeError, SmolError, VerificationError
@@ -220,13 +220,18 @@ def _write_hf(source: Source, place: Path, out: Path, how: Settings, done: Expor
 def _merge_into(source: Source, place: Path, how: Settings, done: Export) -> Merged:
     merged = merge(source.base, source.terms, place, dtype=how.dtype, untie=how.untie)
     done.notes += merged.notes
-    if merged.erased:
-        worst = max(merged.erased, key=lambda name: merged.erased[name])
-        done.notes.append(
-            f"{merged.dtype} loses {merged.erased[worst]:.0%} of the change of {worst}, and over 5 % of"
-            f" {len(merged.erased) - 1} others; --dtype float32 keeps it"
-        )
+    done.notes += _rounded(merged, merged.dtype, "--dtype float32")
     return merged
+
+
+def _rounded(merged: Merged, precision: str, remedy: str) -> list[str]:
+    if not merged.erased:
+        return []
+    worst = max(merged.erased, key=lambda name: merged.erased[name])
+    return [
+        f"{precision} rounds {worst} off by {merged.erased[worst]:.0%} of its change, and {len(merged.erased) - 1} others by"
+        f" more than {ERASED:.0%}; {remedy} keeps it"
+    ]
 
 
 def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Export, judge: Judge) -> None:
@@ -337,6 +342,7 @@ def _write_gguf(source: Source, place: Path, how: Settings, done: Export, judge:
     name = source.base.name.rstrip("/").rpartition("/")[2]
     if kind in gguf_model.PLAIN_TYPES:
         gguf_model.write_gguf(prepared, place, kind, name)
+        done.notes += _rounded(prepared.report(place), kind, "--type f32")
     else:
         with tempfile.TemporaryDirectory(prefix=".f32-", dir=place.parent) as folder:
             gguf_model.write_gguf(prepared, Path(folder) / "f32.gguf", "f32", name)

@@ -197,6 +197,22 @@ def test_gguf_types(kind: str, tiny_model: Path, tmp_path: Path) -> None:
 
 
 @needs_gguf
+def test_gguf_says_what_rounding_takes(tiny_model: Path, tmp_path: Path) -> None:
+    """bfloat16 takes as much in a GGUF as in a folder; float32 takes nothing."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    source = Source(
+        "x", open_model(base), stock.train_peft(base, tmp_path / "adapter", target_modules=LINEAR, lora_alpha=1)
+    )
+
+    def notes(target: str, **how: Any) -> list[str]:
+        done = export(target, source, tmp_path / f"{target}{how}", Settings(verify=False, **how))
+        return [note.removeprefix("bfloat16 ").removeprefix("bf16 ").partition(";")[0] for note in done.notes]
+
+    assert notes("gguf", kind="bf16") == notes("hf", dtype="bfloat16") and "off by" in notes("gguf", kind="q8_0")[0]
+    assert not notes("gguf", kind="f32")
+
+
+@needs_gguf
 @needs_llama
 def test_gguf_of_a_sentencepiece_model(assets: Path, tmp_path: Path) -> None:
     base = assets / "models" / "stories260k"
