@@ -415,11 +415,16 @@ def _check_gguf(source: Source, place: Path, done: Export, samples: Sequence[Sam
         type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, n_threads=threads, n_threads_batch=threads,
     )  # fmt: skip
     try:
+        tokenizer = Tokenizer(_tokenizer_folder(source))
         count = verification.compare_ids(
-            Tokenizer(_tokenizer_folder(source)),
-            lambda text: llama.tokenize(text.encode(), add_bos=False, special=True),
-            name,
+            tokenizer, lambda text: llama.tokenize(text.encode(), add_bos=False, special=True), name
         )
+        around, own = list(llama.tokenize(b"a", add_bos=True, special=True)), tokenizer.encode("a", special=True)
+        if around != own:
+            raise VerificationError(
+                f"{name} makes {around} of 'a' where the tokenizer, which adds BOS and EOS by itself, makes {own}."
+                " The export was not kept; --no-verify keeps it."
+            )
         done.notes.append(f"the same ids from llama.cpp on {count} hard texts")
 
         def logits(ids: Sequence[int]) -> Any:

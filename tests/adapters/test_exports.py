@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters import gguf_model, gguf_vocab, verification
 from smolmlx.adapters.exports import Settings, Source, export
+from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RecipeError, VerificationError
 from smolmlx.models import embedded_folder, open_model
 
@@ -263,6 +264,16 @@ def test_a_wrong_pre_tokenizer_does_not_pass(tmp_path: Path, monkeypatch: pytest
     tiny = Source("tiny", open_model(embedded_folder()), None)
     with pytest.raises(VerificationError, match="cuts"):
         export("gguf", tiny, tmp_path / "out.gguf", Settings(kind="f32"))
+
+
+@needs_gguf
+@needs_llama
+def test_a_wrong_bos_flag_does_not_pass(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bos, eos = gguf_vocab.adds_special(Tokenizer(assets / "models" / "stories260k"))
+    monkeypatch.setattr(gguf_model, "adds_special", lambda tokenizer: (not bos, eos))
+    source = Source("stories", open_model(assets / "models" / "stories260k"), None)
+    with pytest.raises(VerificationError, match="adds BOS and EOS"):
+        export("gguf", source, tmp_path / "out.gguf", Settings(kind="f32"))
 
 
 def test_a_wrong_merge_does_not_pass(tuned: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
