@@ -176,6 +176,5 @@ def _write_adapter(folder: Path, rng: np.random.Generator) -> None:
             arrays[f"{name}.lora_A.weight"] = rng.normal(0, 0.1, (8, 32)).astype(np.float32)
             arrays[f"{name}.lora_B.weight"] = rng.normal(0, 0.02 * (layer + 1), (24, 8)).astype(np.float32)
     save_file(arrays, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"r": 8, "lora_alpha": 16, "base_model_name_or_path": "tiny"})
-    )
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "tiny"}))

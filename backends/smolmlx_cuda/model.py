@@ -120,8 +120,10 @@ def load_adapter(model: Any, folder: Path, name: str = "default") -> Any:
         if ran_out(error):
             raise
         raise RecipeError(f"{folder}: made for another base model: {str(error).splitlines()[0]}") from error
-    # PEFT leaves out, without a word, tensors of layers that the base lacks.
-    adapted = {canonical(path).partition(".lora_")[0] for path, _ in found.named_parameters() if f".{name}." in path}
+    # PEFT leaves out, without a word, tensors of layers that the base lacks. An embedding's factors end in the name.
+    adapted = {
+        canonical(path).partition(".lora_")[0] for path, _ in found.named_parameters() if f".{name}." in f"{path}."
+    }
     stored = {
         name.partition(".lora_")[0] for name in read_header(folder / "adapter_model.safetensors") if ".lora_" in name
     }

@@ -34,7 +34,7 @@ class MlxGenerator:
         self.base = model
         with memory.guard(ran_out, lambda: memory.loading(model.name, self.quantize)):
             self.model = load_base(model.folder, model.config, dtype, how.quantize)
-            self._adapters = Adapters(self.model)
+            self._adapters = Adapters(self.model, model)
             self.use_adapter(adapter)
 
     def use_adapter(self, adapter: Path | None) -> None:

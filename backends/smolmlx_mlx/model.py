@@ -29,6 +29,7 @@ from mlx_lm.utils import load_model  # noqa: E402
 from smolmlx.adapters.convert import convert  # noqa: E402
 from smolmlx.adapters.hf_config import readable  # noqa: E402
 from smolmlx.errors import BackendError, RecipeError  # noqa: E402
+from smolmlx.models import BaseModel  # noqa: E402
 from smolmlx.plan import PEFT_PREFIX  # noqa: E402
 from smolmlx.session import Arrays, load_arrays  # noqa: E402
 from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
@@ -100,8 +101,11 @@ def add_lora(
         layer.unfreeze(keys=["lora_a", "lora_b", "m"] if dora else ["lora_a", "lora_b"], recurse=False)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model: nn.Module, folder: Path, base: BaseModel | None = None) -> None:
     """Put a PEFT adapter folder on a base model.
+
+    Args:
+        base: what `model` was loaded from; else the one that the adapter names, where that is a folder here.
 
     Raises:
         RecipeError: not a LoRA adapter, or made for another base.
@@ -111,9 +115,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
     config = json.loads(config_file.read_text(encoding="utf-8"))
     arrays = load_arrays(weights_file)
-    patterns = config.get("rank_pattern") or config.get("alpha_pattern")
-    if patterns or not all(split_name(name)[1] for name in arrays):
-        _load_converted(model, folder)
+    more = any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters"))
+    if more or not all(split_name(name)[1] for name in arrays):
+        _load_converted(model, folder, base)
         return
     paths = sorted({split_name(name)[0] for name in arrays})
     modules = dict(model.named_modules())
@@ -131,8 +135,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 class Adapters:
     """Puts adapters on one loaded base and takes them off again; each is read once."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, base: BaseModel | None = None) -> None:
+        self._model, self._source = model, base
         self._base = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
         self._known: dict[Path, list[tuple[str, nn.Module]]] = {}
 
@@ -148,15 +152,15 @@ class Adapters:
         if folder in self._known:
             self._model.update_modules(tree_unflatten(self._known[folder]))
             return
-        load_adapter(self._model, folder)
+        load_adapter(self._model, folder, self._source)
         modules = dict(self._model.named_modules())
         self._known[folder] = [(path, modules[path]) for path, own in self._base.items() if modules[path] is not own]
 
 
-def _load_converted(model: nn.Module, folder: Path) -> None:
+def _load_converted(model: nn.Module, folder: Path, base: BaseModel | None) -> None:
     """Load what is more than LoRA of one rank and scale on linear layers, in the form that mlx-lm itself reads."""
     with tempfile.TemporaryDirectory(prefix="smolmlx-") as parent:
-        found = convert(folder, Path(parent) / "mlx", "mlx")
+        found = convert(folder, Path(parent) / "mlx", "mlx", base)
         try:
             load_adapters(model, str(found.folder))
         except ValueError as error:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters import awq, gguf_model, verification
 from smolmlx.adapters.adapter import ADAPTER_SIDE_FILES, CONFIG, PEFT_WEIGHTS
 from smolmlx.adapters.convert import convert, copy_side_files, refuse_used
-from smolmlx.adapters.merge import Merged, merge, prepare
+from smolmlx.adapters.merge import ERASED, Merged, merge, prepare
 from smolmlx.adapters.verification import Agreement, Sample
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import BackendError, RecipeError, SmolError
-from smolmlx.models import BaseModel, find_model, open_model
-from smolmlx.rundir import RunDir, publish
+from smolmlx.errors import BackendError, RecipeError, SmolError, VerificationError
+from smolmlx.models import EMBEDDED, BaseModel, find_model, open_model
+from smolmlx.rundir import RunDir, publish, writing
 
 TARGETS = ("hf", "mlx", "gguf", "vllm")
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 Say = Callable[[str], None]
+Judge = Callable[[Path, str], None]
+"""Told what is about to be quantized, and its precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +81,21 @@ def find_source(name: str, model: str | None = None, revision: str | None = None
 
     Args:
         model: the base, where the adapter's own note of it does not help.
+        revision: of `model`, else of the hub model `name`.
 
     Raises:
-        RecipeError: an unfinished run, or nothing that can be exported.
+        RecipeError: an unfinished run, nothing that can be exported, or a revision of what has none.
     """
     path = Path(name)
     run = RunDir(path)
     if (path / "recipe.yaml").is_file() and not run.done:
         raise RecipeError(f"{name}: this run is not finished. Go on with: smolmlx train --resume {name}")
+    asked = model or name
+    if revision and (asked == EMBEDDED or Path(asked).expanduser().is_dir()):
+        raise RecipeError(
+            f"--revision {revision} has no effect: {asked} lies on this machine. Leave it out, or name a hub model"
+            f" {'with --model' if model or path.is_dir() else 'instead'}."
+        )
     if run.model.is_dir() and run.done:
         return Source(name, open_model(run.model), None)
     folder = adapters.find_folder(path)
@@ -108,6 +117,9 @@ def export(target: str, source: Source, out: Path, how: Settings, say: Say = lam
     """
     assert target in TARGETS, target
     refuse_used(out)
+    for parent in out.parents:
+        if parent.is_file():
+            raise RecipeError(f"{out}: {parent} is a file, so nothing can be written below it. Choose another OUT.")
     if how.quantize == "awq":
         awq.refuse(how.calibration)
         awq.group_size(source.base)
@@ -115,18 +127,40 @@ def export(target: str, source: Source, out: Path, how: Settings, say: Say = lam
         raise RecipeError("--calibration has no effect without --quantize awq. Leave it out, or pass both.")
     done = Export(target, out)
     samples, reference = _reference(source, how, done, say)
+    check = _check_gguf if target == "gguf" else _check_folders
+
+    def judge(whole: Path, precision: str) -> None:
+        """Quantizing may be off by more than an adapter does, so that a lost one would not show afterwards."""
+        if source.adapter is None or not samples:
+            return
+        say("loading it before it is quantized")
+        found = Export(target, whole, precision)
+        check(source, whole, found, samples, reference)
+        done.agreements += [replace(one, consumer=f"{one.consumer}, before quantizing,") for one in found.agreements]
+
     with _publish(target, source, out, how) as place:
         say(f"writing {target}")
         if target == "gguf":
-            _write_gguf(source, place, how, done)
-            check = _check_gguf
+            _write_gguf(source, place, how, done, judge)
+        elif target == "hf":
+            _write_hf(source, place, out, how, done)
         else:
-            {"hf": _write_hf, "mlx": _write_mlx, "vllm": _write_vllm}[target](source, place, out, how, done)
-            check = _check_folders
+            {"mlx": _write_mlx, "vllm": _write_vllm}[target](source, place, out, how, done, judge)
         if how.verify:
             say("loading it where it will be used")
             check(source, place, done, samples, reference)
+            done.unverified += _unseen(done)
     return done
+
+
+def _unseen(done: Export) -> list[str]:
+    """Say where the adapter does too little for anyone to tell whether it is in the export."""
+    effects = [found.effect for found in done.agreements if found.effect]
+    if not effects or any(found.can_tell for found in done.agreements):
+        return []
+    return [
+        f"that the adapter is in it: it changes {effects[0]:.2g} nats per token, too little to see in {done.precision}"
+    ]
 
 
 @contextlib.contextmanager
@@ -137,10 +171,11 @@ def _publish(target: str, source: Source, out: Path, how: Settings) -> Iterator[
             yield temporary
         return
     if out.suffix == ".gguf":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.parent) as folder:
-            yield Path(folder) / out.name
-            (Path(folder) / out.name).replace(out)
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.parent) as folder:
+                yield Path(folder) / out.name
+                (Path(folder) / out.name).replace(out)
         return
     with publish(out) as temporary:
         yield temporary / f"model-{how.kind}.gguf"
@@ -159,7 +194,15 @@ def _reference(source: Source, how: Settings, done: Export, say: Say) -> tuple[l
         return [], ""
     say(f"asking base and adapter through {verification.library(engine)}")
     tokenizer = Tokenizer(_tokenizer_folder(source))
-    samples = verification.make_samples(engine, source.base, source.adapter, tokenizer)
+    with contextlib.ExitStack() as stack:
+        try:
+            adapter = stack.enter_context(verification.peft_form(source.adapter, source.base))
+        except RecipeError as error:
+            done.unverified.append(
+                f"logits: the adapter cannot be loaded apart from its merge to compare with: {error}"
+            )
+            return [], ""
+        samples = verification.make_samples(engine, source.base, adapter, tokenizer)
     return samples, f"base{' and adapter' if source.adapter else ''} in {verification.library(engine)}"
 
 
@@ -177,16 +220,21 @@ def _write_hf(source: Source, place: Path, out: Path, how: Settings, done: Expor
 def _merge_into(source: Source, place: Path, how: Settings, done: Export) -> Merged:
     merged = merge(source.base, source.terms, place, dtype=how.dtype, untie=how.untie)
     done.notes += merged.notes
-    if merged.erased:
-        worst = max(merged.erased, key=lambda name: merged.erased[name])
-        done.notes.append(
-            f"{merged.dtype} loses {merged.erased[worst]:.0%} of the change of {worst}, and over 5 % of"
-            f" {len(merged.erased) - 1} others; --dtype float32 keeps it"
-        )
+    done.notes += _rounded(merged, merged.dtype, "--dtype float32")
     return merged
 
 
-def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Export) -> None:
+def _rounded(merged: Merged, precision: str, remedy: str) -> list[str]:
+    if not merged.erased:
+        return []
+    worst = max(merged.erased, key=lambda name: merged.erased[name])
+    return [
+        f"{precision} rounds {worst} off by {merged.erased[worst]:.0%} of its change, and {len(merged.erased) - 1} others by"
+        f" more than {ERASED:.0%}; {remedy} keeps it"
+    ]
+
+
+def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Export, judge: Judge) -> None:
     """mlx-lm reads a merged folder as it is; quantizing is mlx-lm's own work."""
     done.commands.append(f'mlx_lm.generate --model {out} --prompt "..."')
     if how.quantize == "none":
@@ -199,6 +247,7 @@ def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Expo
 
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=place.parent) as folder:
         merged = _merge_into(source, Path(folder) / "merged", how, done)
+        judge(merged.folder, merged.dtype)
         with contextlib.redirect_stdout(sys.stderr):
             mlx_convert(
                 str(merged.folder),
@@ -220,10 +269,11 @@ def _sharpen_quantized_config(place: Path, done: Export) -> None:
         done.notes.append("no layer is a multiple of 64 wide, so nothing was quantized")
 
 
-def _write_vllm(source: Source, place: Path, out: Path, how: Settings, done: Export) -> None:
+def _write_vllm(source: Source, place: Path, out: Path, how: Settings, done: Export, judge: Judge) -> None:
     """A merged folder, and the adapter beside it in the form that vLLM's --lora-modules takes."""
     done.precision = _merge_into(source, place / "merged", how, done).dtype
     if how.quantize == "awq":
+        judge(place, done.precision)
         _quantize_merged(source, place, how, done)
     done.commands.append(f"vllm serve {out / 'merged'}")
     if source.adapter is None:
@@ -270,7 +320,10 @@ def _not_for_vllm(folder: Path) -> list[str]:
 def uniform_adapter(folder: Path, work: Path, out: Path, base: BaseModel) -> None:
     """Write a PEFT adapter of one rank and one scale; vLLM scales all modules alike, whatever the patterns say."""
     found = adapters.read(folder)
-    if found.form == "peft" and len({(m.rank, m.scale) for m in found.modules}) == 1:
+    patterns = found.config.get("rank_pattern") or found.config.get(
+        "alpha_pattern"
+    )  # one scale may still not be alpha / r
+    if found.form == "peft" and not patterns:
         out.mkdir()
         for name in (PEFT_WEIGHTS, CONFIG):
             shutil.copyfile(folder / name, out / name)
@@ -281,7 +334,7 @@ def uniform_adapter(folder: Path, work: Path, out: Path, base: BaseModel) -> Non
     convert(folder, out, "peft", base, fresh=True)
 
 
-def _write_gguf(source: Source, place: Path, how: Settings, done: Export) -> None:
+def _write_gguf(source: Source, place: Path, how: Settings, done: Export, judge: Judge) -> None:
     kind = how.kind
     if kind not in (*gguf_model.PLAIN_TYPES, *gguf_model.K_TYPES):
         raise RecipeError(f"--type {kind}: expected {', '.join((*gguf_model.PLAIN_TYPES, *gguf_model.K_TYPES))}.")
@@ -289,9 +342,11 @@ def _write_gguf(source: Source, place: Path, how: Settings, done: Export) -> Non
     name = source.base.name.rstrip("/").rpartition("/")[2]
     if kind in gguf_model.PLAIN_TYPES:
         gguf_model.write_gguf(prepared, place, kind, name)
+        done.notes += _rounded(prepared.report(place), kind, "--type f32")
     else:
         with tempfile.TemporaryDirectory(prefix=".f32-", dir=place.parent) as folder:
             gguf_model.write_gguf(prepared, Path(folder) / "f32.gguf", "f32", name)
+            judge(Path(folder) / "f32.gguf", "float32")
             done.notes.append(f"quantized by {gguf_model.quantize(Path(folder) / 'f32.gguf', place, kind)}")
     done.precision = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
     done.notes += prepared.notes
@@ -318,6 +373,8 @@ def _check_folders(source: Source, place: Path, done: Export, samples: Sequence[
         try:
             done.agreements.append(verification.check_folder(engine, folder, samples, reference, done.precision))
         except SmolError as error:
+            if engine == wanted[0] and isinstance(error, BackendError):
+                raise VerificationError(f"{program} does not load {folder}: {error}") from error
             if engine == wanted[0] or error.exit_code == 5:
                 raise
             done.unverified.append(f"{program}: {error}")
@@ -358,11 +415,16 @@ def _check_gguf(source: Source, place: Path, done: Export, samples: Sequence[Sam
         type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, n_threads=threads, n_threads_batch=threads,
     )  # fmt: skip
     try:
+        tokenizer = Tokenizer(_tokenizer_folder(source))
         count = verification.compare_ids(
-            Tokenizer(_tokenizer_folder(source)),
-            lambda text: llama.tokenize(text.encode(), add_bos=False, special=True),
-            name,
+            tokenizer, lambda text: llama.tokenize(text.encode(), add_bos=False, special=True), name
         )
+        around, own = list(llama.tokenize(b"a", add_bos=True, special=True)), tokenizer.encode("a", special=True)
+        if around != own:
+            raise VerificationError(
+                f"{name} makes {around} of 'a' where the tokenizer, which adds BOS and EOS by itself, makes {own}."
+                " The export was not kept; --no-verify keeps it."
+            )
         done.notes.append(f"the same ids from llama.cpp on {count} hard texts")
 
         def logits(ids: Sequence[int]) -> Any:

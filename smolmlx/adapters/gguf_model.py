@@ -51,7 +51,7 @@ ARCHITECTURES = {
 
 
 def write_gguf(prepared: Prepared, out: Path, kind: str, name: str) -> None:
-    """Write `out` in one of PLAIN_TYPES; one tensor is in memory at a time.
+    """Write `out` in one of PLAIN_TYPES; one tensor is in memory at a time. What rounding takes is added to the tallies.
 
     Raises:
         BackendError: the gguf package is not installed.
@@ -92,7 +92,11 @@ def write_gguf(prepared: Prepared, out: Path, kind: str, name: str) -> None:
     for _, stored, type_ in jobs:
         made = prepared.tensors[stored]
         values = _arranged(to_floats(np.ascontiguousarray(made.words()), made.dtype), stored, config, architecture)
-        writer.write_tensor_data(gguf.quants.quantize(values, type_))
+        words = gguf.quants.quantize(values, type_)
+        writer.write_tensor_data(words)
+        if stored in prepared.tallies:
+            lost = values - gguf.quants.dequantize(words, type_)
+            prepared.tallies[stored].error += float(np.square(lost, dtype=np.float64).sum())
     writer.close()
 
 

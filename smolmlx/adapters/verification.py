@@ -2,7 +2,8 @@
 
 The reference is the base with its adapter, loaded apart, in float32: its own greedy answer to fixed prompts, and its
 logits along prompt and answer. The export is fed the same ids, so a difference is a difference in weights or in
-arithmetic, never one that grew from an earlier token.
+arithmetic, never one that grew from an earlier token. The bare base is asked too: small limits in nats are no proof that
+a small change is in the export, being nearer to the adapter than to the base is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters.convert import convert
 from smolmlx.backend import Decoding, FloatArray, Loading
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import BackendError, VerificationError
+from smolmlx.errors import VerificationError
 from smolmlx.models import BaseModel, open_model
 
 PROMPTS = (
@@ -50,6 +51,10 @@ NATS = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 2e-2, "q8_0": 2e-2, "8bit"
 """Mean KL divergence, in nats per token, up to which an export agrees. Lower precisions are measured and not judged,
 but by `_BROKEN`: what they lose depends on the model."""
 _BROKEN = 2.0
+_SEEN = 1e-9
+"""Nats between adapter and bare base from which a change can be told from float32's own noise."""
+_SHARE = 0.25
+"""What that must be of the nats that the export is off: below, noise of a low precision may point either way."""
 _TIE = 5e-3
 """Nats between two tokens up to which either is the greedy one: llama.cpp rounds GELU to float16, even in a float32 file."""
 
@@ -61,6 +66,8 @@ class Sample:
     ids: tuple[int, ...]
     num_prompt: int
     logits: FloatArray
+    bare: FloatArray | None = None
+    """The same of the base alone, where there is an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,15 @@ class Agreement:
     """Share of the reference's greedy tokens that the export would pick too; the two of a tie are one."""
     num_tokens: int
     limit: float
+    effect: float | None = None
+    """Mean KL(reference || bare base): what the adapter does here."""
+    to_base: float | None = None
+    """Mean KL(bare base || export), which an export that holds the adapter's change exceeds `nats` by."""
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether the adapter does enough to see if it is in the export."""
+        return self.effect is not None and self.effect > max(_SEEN, _SHARE * self.nats)
 
 
 def compare(samples: Sequence[Sample], consumer: Consumer, names: tuple[str, str], precision: str) -> Agreement:
@@ -90,7 +106,7 @@ def compare(samples: Sequence[Sample], consumer: Consumer, names: tuple[str, str
     Raises:
         VerificationError: it drifts, or does not even give numbers.
     """
-    nats, largest, same, answered, positions = 0.0, 0.0, 0, 0, 0
+    nats, effect, to_base, largest, same, answered, positions = 0.0, 0.0, 0.0, 0.0, 0, 0, 0
     for sample in samples:
         found = consumer(sample.ids)
         if found.shape[0] != len(sample.ids) or not np.isfinite(found).all():
@@ -99,7 +115,11 @@ def compare(samples: Sequence[Sample], consumer: Consumer, names: tuple[str, str
             )
         width = min(found.shape[1], sample.logits.shape[1])  # a padded vocabulary is longer
         ours, theirs = _log_softmax(sample.logits[:, :width]), _log_softmax(found[:, :width])
-        nats += float((np.exp(ours) * (ours - theirs)).sum())
+        nats += _divergence(ours, theirs)
+        if sample.bare is not None:
+            bare = _log_softmax(sample.bare[:, :width])
+            effect += _divergence(ours, bare)
+            to_base += _divergence(bare, theirs)
         likely = ours > -10
         largest = max(largest, float(np.abs(ours - theirs)[likely].max()))
         positions += len(sample.ids)
@@ -108,15 +128,29 @@ def compare(samples: Sequence[Sample], consumer: Consumer, names: tuple[str, str
         lost = reference.max(axis=1) - reference[np.arange(len(picked)), picked]
         same += int((lost <= _TIE).sum())
         answered += len(picked)
-    limit = NATS.get(precision, _BROKEN)
-    agreement = Agreement(*names, max(0.0, nats / positions), largest, same / max(1, answered), answered, limit)
-    exact = precision == "float32"
-    if agreement.nats > limit or (exact and agreement.greedy < 1):
-        raise VerificationError(
-            f"{names[0]} does not agree with {names[1]}: {agreement.nats:.2g} nats per token (limit {limit:g}),"
-            f" {agreement.greedy:.1%} of {answered} greedy tokens the same. The export was not kept; --no-verify keeps it."
-        )
+    adapted = any(sample.bare is not None for sample in samples)
+    agreement = Agreement(
+        *names, max(0.0, nats / positions), largest, same / max(1, answered), answered, NATS.get(precision, _BROKEN),
+        max(0.0, effect / positions) if adapted else None, max(0.0, to_base / positions) if adapted else None,
+    )  # fmt: skip
+    _refuse_drift(agreement, precision)
     return agreement
+
+
+def _refuse_drift(found: Agreement, precision: str) -> None:
+    exact = precision == "float32"
+    if found.nats > found.limit or (exact and found.greedy < 1):
+        raise VerificationError(
+            f"{found.consumer} does not agree with {found.reference}: {found.nats:.2g} nats per token (limit"
+            f" {found.limit:g}), {found.greedy:.1%} of {found.num_tokens} greedy tokens the same. The export was not kept;"
+            " --no-verify keeps it."
+        )
+    if found.can_tell and found.to_base is not None and found.to_base <= found.nats:
+        raise VerificationError(
+            f"{found.consumer} does not agree with {found.reference}: it is nearer to the bare base"
+            f" ({found.to_base:.2g} nats per token) than to the adapter ({found.nats:.2g}), so the adapter is not in it, or"
+            f" {precision} rounds it away: take a higher precision. The export was not kept; --no-verify keeps it."
+        )
 
 
 def compare_ids(tokenizer: Tokenizer, encode: Callable[[str], Sequence[int]], name: str) -> int:
@@ -136,15 +170,19 @@ def compare_ids(tokenizer: Tokenizer, encode: Callable[[str], Sequence[int]], na
 
 
 def make_samples(engine: str, base: BaseModel, adapter: Path | None, tokenizer: Tokenizer) -> list[Sample]:
-    """Ask the reference: base and adapter, loaded apart by an engine, in float32."""
+    """Ask the reference: base and adapter (in PEFT's form), loaded apart by an engine, in float32."""
     texts = [*PROMPTS]
     if tokenizer.template_text is not None:
         texts.append(tokenizer.prompt(({"role": "user", "content": PROMPTS[2]},)))
     prompts = [ids for ids in (tokenizer.encode(text)[:256] for text in texts) if ids]
-    with peft_form(adapter) as folder, loaded(engine, base, folder, tokenizer) as generator:
+    with loaded(engine, base, adapter, tokenizer) as generator:
         answers = {c.index: c.ids for c in generator.generate(prompts, Decoding(max_tokens=_NUM_TOKENS))}
         whole = [(*prompt, *answers[index]) for index, prompt in enumerate(prompts)]
-        return [Sample(ids, len(prompts[i]), generator.logits(ids)) for i, ids in enumerate(whole)]
+        tuned = [generator.logits(ids) for ids in whole]
+        if adapter is not None:
+            generator.use_adapter(None)
+        bare = [generator.logits(ids) if adapter else None for ids in whole]
+        return [Sample(ids, len(prompts[i]), tuned[i], bare[i]) for i, ids in enumerate(whole)]
 
 
 @contextlib.contextmanager
@@ -160,13 +198,17 @@ def loaded(engine: str, base: BaseModel, adapter: Path | None, tokenizer: Tokeni
 
 
 @contextlib.contextmanager
-def peft_form(adapter: Path | None) -> Iterator[Path | None]:
-    """Yield an adapter in PEFT's format, which is what engines load."""
+def peft_form(adapter: Path | None, base: BaseModel) -> Iterator[Path | None]:
+    """Yield an adapter in PEFT's format, which is what engines load.
+
+    Raises:
+        RecipeError: PEFT's format cannot hold it.
+    """
     if adapter is None or adapters.detect(adapter) == "peft":
         yield adapter
         return
     with tempfile.TemporaryDirectory(prefix="smolmlx-") as folder:
-        yield convert(adapter, Path(folder) / "peft", "peft").folder
+        yield convert(adapter, Path(folder) / "peft", "peft", base).folder
 
 
 def reference_engine(base: BaseModel, adapter: Path | None) -> str | None:
@@ -184,14 +226,11 @@ def check_folder(engine: str, folder: Path, samples: Sequence[Sample], reference
     """Load an exported folder with its consumer's library and compare.
 
     Raises:
-        VerificationError: it does not load, or drifts.
+        BackendError: the library has no such model.
+        VerificationError: it drifts.
     """
-    tokenizer = Tokenizer(folder)
-    try:
-        with loaded(engine, open_model(folder), None, tokenizer) as generator:
-            return compare(samples, generator.logits, (library(engine), reference), precision)
-    except BackendError as error:
-        raise VerificationError(f"{library(engine)} does not load {folder}: {error}") from error
+    with loaded(engine, open_model(folder), None, Tokenizer(folder)) as generator:
+        return compare(samples, generator.logits, (library(engine), reference), precision)
 
 
 def library(engine: str) -> str:
@@ -200,6 +239,11 @@ def library(engine: str) -> str:
 
     package = {"cuda": "transformers", "mlx": "mlx-lm"}[engine]
     return f"{package} {version(package)}"
+
+
+def _divergence(reference: FloatArray, other: FloatArray) -> float:
+    """Return KL(reference || other), summed over positions, of log-probabilities [T, V]."""
+    return float((np.exp(reference) * (reference - other)).sum())
 
 
 def _log_softmax(logits: FloatArray) -> FloatArray:

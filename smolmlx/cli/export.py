@@ -119,9 +119,12 @@ def _run(
 ) -> None:
     from smolmlx import console
     from smolmlx.adapters import exports, hub
+    from smolmlx.errors import RecipeError
 
     if push:
         hub.refuse()
+    elif private:
+        raise RecipeError("--private has no effect without --push. Leave it out, or pass --push REPO.")
     found = exports.find_source(source, model, revision)
     settings: Settings = exports.Settings(**how)
     with console.status(f"exporting {target}") as say:

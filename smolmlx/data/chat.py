@@ -119,7 +119,7 @@ class Tokenizer:
             chat_template: `chatml`, `plain`, a path, or None for the tokenizer's own.
 
         Raises:
-            RecipeError: the folder has no tokenizer.json, the template cannot be read, or the tokenizer lacks its tokens.
+            RecipeError: the folder has no tokenizer.json or a broken one, the template cannot be read, or the tokenizer lacks its tokens.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -128,7 +128,10 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(...).save_pretrained(folder), or set model.tokenizer."
             )
         self.folder = folder
-        self.fast = _FastTokenizer.from_file(str(path))
+        try:
+            self.fast = _FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower class
+            raise RecipeError(f"{path}: not a tokenizer ({error}). Fetch the file again.") from error
         self.fast.no_padding()
         self.fast.no_truncation()
         self.config = _read_json(folder / "tokenizer_config.json")

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters import gguf_model, gguf_vocab, verification
 from smolmlx.adapters.exports import Settings, Source, export
+from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RecipeError, VerificationError
 from smolmlx.models import embedded_folder, open_model
 
@@ -85,10 +86,80 @@ def test_vllm_folders(tuned: Source, tmp_path: Path) -> None:
     assert "--lora-modules" in done.commands[1] and "--max-lora-rank 8" in done.commands[1]
 
 
+def test_vllm_scale_of_one_pattern_for_all(tiny_model: Path, tmp_path: Path) -> None:
+    """Every module has the same rank and scale, and yet not those that r and lora_alpha give."""
+    adapter = stock.train_peft(
+        tiny_model, tmp_path / "adapter", target_modules=LINEAR, r=8, lora_alpha=16, rank_pattern={".*": 4}
+    )
+    export("vllm", Source("x", open_model(tiny_model), adapter), tmp_path / "out", Settings())
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    (scale,) = {module.scale for module in adapters.read(tmp_path / "out" / "adapter").modules}
+    assert not config["rank_pattern"] and config["lora_alpha"] / config["r"] == scale == 4
+
+
 def test_vllm_takes_no_dora(tiny_model: Path, tmp_path: Path) -> None:
     adapter = stock.train_peft(tiny_model, tmp_path / "dora", target_modules=LINEAR, use_dora=True)
     done = export("vllm", Source("x", open_model(tiny_model), adapter), tmp_path / "out", Settings())
     assert not (tmp_path / "out" / "adapter").exists() and any("DoRA" in note for note in done.notes)
+
+
+STACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+WIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "embedding, untied": ("llama-untied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "embedding, tied": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    "stacked experts": ("qwen3-moe", {"target_modules": ["q_proj"], "target_parameters": STACKED}),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("engine", ["cuda", "mlx"])
+def test_both_engines_load_more_than_linear_layers(
+    kind: str, engine: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the reference, too, where the base that the adapter names has moved."""
+    name, config = WIDE[kind]
+    base = with_tokenizer(stock.make_base(name, tmp_path / "base", vocab_size=320), tiny_model)
+    adapter = stock.train_peft(base, tmp_path / "adapter", **config)
+    monkeypatch.setattr(verification, "reference_engine", lambda base, adapter: engine)
+    moved = open_model(base.rename(tmp_path / "moved"), str(base))
+    done = export("hf", Source("x", moved, adapter), tmp_path / "out", Settings())
+    assert len(done.agreements) == 2 and done.agreements[0].reference.endswith(verification.library(engine))
+
+
+def test_an_mlx_embedding_is_read_with_the_base(tiny_model: Path, tmp_path: Path) -> None:
+    """Whether the base ties it to the head decides what it means, and that base is at hand."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    adapter = stock.train_mlx(base, tmp_path / "adapter", keys=["self_attn.v_proj", "model.embed_tokens"])
+    moved = open_model(base.rename(tmp_path / "moved"), "moved")
+    done = export("hf", Source("x", moved, adapter), tmp_path / "out", Settings())
+    assert len(done.agreements) == 2
+
+
+def test_what_cannot_be_loaded_apart_is_not_verified(tiny_model: Path, tmp_path: Path) -> None:
+    """PEFT's form cannot hold mlx-lm's DoRA with dropout; the merge can."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    adapter = stock.train_mlx(base, tmp_path / "adapter", kind="dora", keys=["self_attn.q_proj"], dropout=0.1)
+    done = export("hf", Source("x", open_model(base), adapter), tmp_path / "out", Settings())
+    assert not done.agreements and any("with DoRA" in text for text in done.unverified)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_second_program_that_lacks_the_model_is_named(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx-lm has no OPT; transformers, which the export is for, has."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    settings = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    model = OPTForCausalLM(OPTConfig(vocab_size=320, num_attention_heads=4, **settings))
+    model.save_pretrained(tmp_path / "base")
+    base = with_tokenizer(tmp_path / "base", tiny_model)
+    adapter = stock.train_peft(base, tmp_path / "adapter", target_modules=["q_proj"])
+    source = Source("opt", open_model(base), adapter)
+    done = export("hf", source, tmp_path / "out", Settings())
+    assert len(done.agreements) == 1 and any(text.startswith("mlx-lm: ") for text in done.unverified)
+    with pytest.raises(VerificationError, match="does not load"):
+        export("mlx", source, tmp_path / "mlx", Settings())
 
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -124,6 +195,22 @@ def test_gguf_types(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / f"model-{kind}.gguf").is_file() and 0 < done.agreements[0].nats < done.agreements[
         0
     ].limit
+
+
+@needs_gguf
+def test_gguf_says_what_rounding_takes(tiny_model: Path, tmp_path: Path) -> None:
+    """bfloat16 takes as much in a GGUF as in a folder; float32 takes nothing."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    source = Source(
+        "x", open_model(base), stock.train_peft(base, tmp_path / "adapter", target_modules=LINEAR, lora_alpha=1)
+    )
+
+    def notes(target: str, **how: Any) -> list[str]:
+        done = export(target, source, tmp_path / f"{target}{how}", Settings(verify=False, **how))
+        return [note.removeprefix("bfloat16 ").removeprefix("bf16 ").partition(";")[0] for note in done.notes]
+
+    assert notes("gguf", kind="bf16") == notes("hf", dtype="bfloat16") and "off by" in notes("gguf", kind="q8_0")[0]
+    assert not notes("gguf", kind="f32")
 
 
 @needs_gguf
@@ -179,6 +266,16 @@ def test_a_wrong_pre_tokenizer_does_not_pass(tmp_path: Path, monkeypatch: pytest
         export("gguf", tiny, tmp_path / "out.gguf", Settings(kind="f32"))
 
 
+@needs_gguf
+@needs_llama
+def test_a_wrong_bos_flag_does_not_pass(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bos, eos = gguf_vocab.adds_special(Tokenizer(assets / "models" / "stories260k"))
+    monkeypatch.setattr(gguf_model, "adds_special", lambda tokenizer: (not bos, eos))
+    source = Source("stories", open_model(assets / "models" / "stories260k"), None)
+    with pytest.raises(VerificationError, match="adds BOS and EOS"):
+        export("gguf", source, tmp_path / "out.gguf", Settings(kind="f32"))
+
+
 def test_a_wrong_merge_does_not_pass(tuned: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The complaint this is for: an export that lost the fine-tune."""
     assert tuned.adapter is not None
@@ -186,6 +283,42 @@ def test_a_wrong_merge_does_not_pass(tuned: Source, tmp_path: Path, monkeypatch:
     with pytest.raises(VerificationError, match="does not agree"):
         export("hf", tuned, tmp_path / "out", Settings())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "how"),
+    [
+        ("hf", Settings(dtype="bfloat16")),
+        ("mlx", Settings(quantize="4bit")),
+        pytest.param("gguf", Settings(kind="q8_0"), marks=[needs_gguf, needs_llama]),
+    ],
+    ids=["bfloat16", "4bit", "q8_0"],
+)
+def test_a_lost_adapter_does_not_pass_as_rounding(
+    target: str, how: Settings, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its change is below the limit: the bare base is nearer; for 4 bits, whose noise is larger, the merge is judged."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320, hidden_size=128), tiny_model)
+    adapter = stock.train_peft(base, tmp_path / "adapter", target_modules=LINEAR, lora_alpha=0.7)
+    source = Source("x", open_model(base), adapter)
+    done = export(target, source, tmp_path / "honest", how)
+    assert done.agreements[0].can_tell and 0 < (done.agreements[-1].effect or 0) < done.agreements[-1].limit
+    monkeypatch.setattr(Source, "terms", property(lambda self: []))
+    with pytest.raises(VerificationError, match="is not in it" if target != "mlx" else "does not agree"):
+        export(target, source, tmp_path / "lost", how)
+    assert not (tmp_path / "lost").exists()
+
+
+def test_an_adapter_too_weak_for_a_precision_is_not_judged() -> None:
+    rng = np.random.default_rng(0)
+    bare = rng.standard_normal((12, 20)).astype(np.float32)
+    coarse = bare + 0.1 * rng.standard_normal(bare.shape).astype(np.float32)
+    for effect, told in ((0.0, False), (1e-4, False), (0.1, True)):
+        tuned = bare + effect * rng.standard_normal(bare.shape).astype(np.float32)
+        sample = verification.Sample(tuple(range(12)), 4, tuned, bare)
+        found = verification.compare([sample], lambda ids, d=tuned - bare: coarse + d, ("a", "b"), "q4_k_m")  # type: ignore[misc]
+        assert found.can_tell == told
+        assert found.effect == 0 if effect == 0 else found.effect
 
 
 def test_compare_finds_noise_and_nonsense() -> None:
@@ -279,6 +412,32 @@ def test_command_line(tuned: Source, tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.yaml").write_text("")
     unfinished = run("hf", tmp_path / "run", tmp_path / "never")
     assert unfinished.returncode == 2 and "--resume" in unfinished.stderr
+
+
+def test_what_has_no_effect_or_cannot_be_written_is_refused(
+    tuned: Source, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    cases = [
+        (["hf", tuned.adapter, "out", "--revision", "nonsense"], "--revision nonsense has no effect"),
+        (["hf", tuned.base.folder, "out", "--revision", "nonsense"], "--revision nonsense has no effect"),
+        (["hf", tuned.adapter, "out", "--model", "tiny", "--revision", "v2"], "--revision v2 has no effect: tiny"),
+        (["hf", tuned.adapter, "out", "--private"], "--private has no effect"),
+        (["gguf", tuned.adapter, "afile/x.gguf"], "afile is a file"),
+        (["hf", tuned.adapter, "afile/deep/out"], "afile is a file"),
+    ]
+    (tmp_path / "afile").write_text("")
+    for arguments, message in cases:
+        code, _, err = call("export", *arguments)
+        assert code == 2 and message in err, err
+    assert [path.name for path in tmp_path.iterdir()] == ["afile"]
+
+
+def test_broken_tokenizer(tiny_model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    base = stock.make_base("llama-tied", tmp_path / "base", vocab_size=320)
+    (base / "tokenizer.json").write_text("{")
+    for extra in ([], ["--no-verify"]):
+        code, _, err = call("export", "hf", base, "out", *extra)
+        assert code == 2 and "tokenizer.json: not a tokenizer" in err, err
 
 
 def test_drift_is_exit_5_and_keeps_nothing(

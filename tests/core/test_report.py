@@ -13,20 +13,25 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from run_folders import INJECTED, make_run, make_sweep
+from smolmlx.adapters.analysis import DATA_FILE, analyze, keep
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.evals.text import content_spans, content_tokens
+from smolmlx.models import open_model
 from smolmlx.reports import charts, figures, sweep_figures
 from smolmlx.reports.boards import HEADLINES, label_runs, make_boards
 from smolmlx.reports.folders import RunView, open_runs, read_run
 from smolmlx.reports.rows import EMPTY, FORMULAIC, flaw_kind, flaws, mark_text, view_rows
 from smolmlx.reports.sweeps import open_sweeps
 from smolmlx.reports.weights import weight_changes
+from smolmlx.rundir import RunDir
 
 needs_vega = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("vl_convert"), reason="vl-convert is not installed"
@@ -194,6 +199,44 @@ def test_weight_change_is_the_norm_of_the_product(runs: Path) -> None:
     assert change.norm == pytest.approx(math.sqrt((product.astype(float) ** 2).sum()), rel=1e-5)
     assert change.rms == pytest.approx(change.norm / math.sqrt(product.size))
     assert weight_changes(runs) == []
+
+
+def edit_adapter(folder: Path, **config: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+@pytest.mark.parametrize("config", [{"alpha_pattern": {"q_proj": 160}}, {"use_rslora": True}], ids=str)
+def test_weight_change_has_each_matrix_own_scale(config: dict[str, Any], runs: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(next(runs.glob("*b00e")) / "adapter", tmp_path / "adapter"))
+    edit_adapter(adapter, **config)
+    known = {change.weight: change.frobenius for change in analyze(adapter)}
+    found = weight_changes(adapter)
+    assert len(found) == len(known) == 18
+    assert sorted(change.norm for change in found) == pytest.approx(sorted(known.values()), rel=1e-4)
+
+
+def test_weight_change_of_dora_is_relative_to_its_base(runs: Path, tmp_path: Path) -> None:
+    """Taken from the table in the run's folder, else measured where the base is; never the low-rank part alone."""
+    base, run, rng = tmp_path / "base", RunDir(tmp_path / "run"), np.random.default_rng(0)
+    shutil.copytree(next(runs.glob("*b00e")) / "adapter", run.adapter)
+    edit_adapter(run.adapter, use_dora=True, base_model_name_or_path="moved")
+    arrays = load_file(run.adapter / "adapter_model.safetensors")
+    paths = [name.removesuffix(".lora_A.weight") for name in arrays if name.endswith(".lora_A.weight")]
+    arrays |= {f"{path}.lora_magnitude_vector": np.full(24, 2, np.float32) for path in paths}
+    save_file(arrays, run.adapter / "adapter_model.safetensors")
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    weights = {path.removeprefix("base_model.model."): rng.standard_normal((24, 32)) for path in paths}
+    save_file({f"{n}.weight": w.astype(np.float32) for n, w in weights.items()}, base / "model.safetensors")
+    assert weight_changes(run.adapter) == []
+    table = analyze(run.adapter, open_model(base))
+    keep(table, run)
+    kept = weight_changes(run.adapter)
+    assert sorted(change.norm for change in kept) == sorted(change.frobenius for change in table)
+    (run.path / DATA_FILE).unlink()
+    edit_adapter(run.adapter, base_model_name_or_path=str(base))
+    assert weight_changes(run.adapter) == kept and len(kept) == 18
 
 
 @pytest.fixture(scope="module")
