@@ -15,7 +15,7 @@ from smolmlx.cli import options
 from smolmlx.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from smolmlx.backend import Completion
+    from smolmlx.backend import Completion, Decoding, Generator
     from smolmlx.data.chat import Tokenizer
 
 EPILOG = """\b
@@ -23,6 +23,7 @@ Examples:
   smolmlx generate --model tiny --adapter runs/quickstart-.../adapter --prompt "..."
   smolmlx generate --model my/model --input questions.jsonl --output answers.jsonl --temperature 0.7 --seed 1
   smolmlx generate --model tiny --prompt "..." --choice yes --choice no
+  smolmlx generate --model tiny --adapter runs/quickstart-.../adapter --input prompts.jsonl --before-after
 """
 
 
@@ -80,6 +81,7 @@ Examples:
 @click.option("--regex", metavar="R", help="Keep answers to a regular expression (Rust's syntax).")
 @click.option("--choice", "choices", multiple=True, metavar="A", help="Keep answers to one of these texts; repeat it.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--before-after", is_flag=True, help="Answer without --adapter too, and show both.")
 @click.option("--stream", is_flag=True, help="Print the answer to --prompt while it is written.")
 @options.quantize
 @options.engine
@@ -100,6 +102,7 @@ def command(
     schema: str | None,
     regex: str | None,
     choices: tuple[str, ...],
+    before_after: bool,
     stream: bool,
     **decoding: Any,
 ) -> None:
@@ -116,6 +119,8 @@ def command(
         raise RecipeError(
             "--stream: prints the one answer to --prompt; it has no use with --input, --output or --json."
         )
+    if before_after and (adapter is None or stream):
+        raise RecipeError("--before-after: compares answers with and without --adapter A; it has no use with --stream.")
     how = Decoding(**decoding, schema=read_constraint(schema, regex, choices))
     variables = _variables(template_args, raw)
     base = find_model(model)
@@ -135,15 +140,26 @@ def command(
         list(generator.generate(tokens, how, lambda index, text: click.echo(text, nl=False)))
         click.echo()
         return
+    after = _answer(generator, tokens, how, context)
+    before = None
+    if before_after:
+        generator.use_adapter(None)
+        before = _answer(generator, tokens, how, context)
+    _write(prompts, after, before, output, as_json)
+
+
+def _answer(generator: Generator, tokens: list[list[int]], how: Decoding, context: int | None) -> list[Completion]:
+    """Answer all prompts, in order, and say how fast."""
+    from smolmlx import console
+
     found: list[Completion] = []
     began = time.perf_counter()
-    with console.Counter("answering", len(prompts)) as on_done:
+    with console.Counter("answering", len(tokens)) as on_done:
         for completion in generator.generate(tokens, how):
             found.append(completion)
             on_done(len(found))
     console.note(_rate(found, time.perf_counter() - began, context))
-    found.sort(key=lambda completion: completion.index)
-    _write(prompts, found, output, as_json)
+    return sorted(found, key=lambda completion: completion.index)
 
 
 def _check_lengths(tokens: list[list[int]], context: int | None, source: str | None) -> None:
@@ -205,12 +221,16 @@ def _encode(
 
 
 def _write(
-    prompts: list[tuple[Mapping[str, Any], ...]], found: list[Completion], output: str | None, as_json: bool
+    prompts: list[tuple[Mapping[str, Any], ...]],
+    found: list[Completion],
+    before: list[Completion] | None,
+    output: str | None,
+    as_json: bool,
 ) -> None:
     from smolmlx import console
     from smolmlx.rundir import write_text
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "prompt": [dict(m) for m in messages],
             "answer": one.text.strip(),
@@ -220,6 +240,9 @@ def _write(
         }
         for messages, one in zip(prompts, found, strict=True)
     ]
+    if before is not None:
+        for row, one in zip(rows, before, strict=True):
+            row["before"] = one.text.strip()
     if output:
         write_text(Path(output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         console.note(f"{len(rows)} answers in {output}")
@@ -227,4 +250,8 @@ def _write(
         console.print_json({"answers": rows})
     elif not output:
         for row in rows:
-            console.result(str(row["answer"]))
+            if before is None:
+                console.result(row["answer"])
+            else:
+                asked = row["prompt"][-1]["content"]
+                console.result(f"{asked}\n\n[before]\n{row['before']}\n\n[after]\n{row['answer']}\n")

@@ -59,6 +59,11 @@ def test_train_generate_eval(
     adapter = ("--model", tiny_model, "--adapter", run / "adapter")
     code, out, err = call("generate", *adapter, "--prompt", "red apple", "--max-tokens", 5, "--json", *ENGINES[name])
     assert code == 0 and json.loads(out)["answers"], err
+    asked = ("--prompt", "red apple", "--max-tokens", 5, "--json", *ENGINES[name])
+    (both,) = json.loads(call("generate", *adapter, *asked, "--before-after")[1])["answers"]
+    (bare,) = json.loads(call("generate", "--model", tiny_model, *asked)[1])["answers"]
+    assert (both["answer"], both["before"]) == (json.loads(out)["answers"][0]["answer"], bare["answer"])
+    assert call("generate", "--model", tiny_model, *asked, "--before-after")[0] == 2
     code, out, err = call("eval", *adapter, "--data", chat_rows, "--suite", "loss", "--json", *ENGINES[name])
     assert code == 0, err
     systems = json.loads(out)["systems"]
