@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolmlx.evals.bootstrap import bootstrap_mean
 
-PROMPT_VERSION = "1"
+PROMPT_VERSION = "2"
 DIMENSIONS = ("faithfulness", "answer_correctness", "relevance", "completeness")
 
 Messages = tuple[Mapping[str, str], ...]

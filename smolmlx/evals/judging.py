@@ -182,7 +182,10 @@ class EndpointJudge:
 
 
 class LocalJudge:
-    """A model on this machine, through an engine's generator."""
+    """A model on this machine, through an engine's generator.
+
+    It answers freely: decoding held to the schema would give marks to a model that cannot judge.
+    """
 
     concurrency = 1
     asks = 1  # greedy: it would say the same again
@@ -192,5 +195,5 @@ class LocalJudge:
 
     def ask(self, messages: Messages, schema: dict[str, object]) -> Reply:
         tokens = self._tokenizer.encode(self._tokenizer.prompt(messages))
-        (made,) = self._generator.generate([tokens], Decoding(max_tokens=200, schema=schema))
+        (made,) = self._generator.generate([tokens], Decoding(max_tokens=200))
         return Reply(made.text, len(tokens), len(made.ids))

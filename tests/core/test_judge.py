@@ -269,16 +269,16 @@ def test_pairs_are_judged_in_both_orders(judge: Any, tmp_path: Path) -> None:
     assert found["orders_agree"] == 7 / 8 and found["win_minus_loss"]["mean"] == 7 / 8
 
 
-def test_a_local_model_is_kept_to_the_form_of_a_mark(judge: Any, tmp_path: Path, tiny_model: Path) -> None:
-    """A model of random weights, through a real engine: its marks mean nothing, and are marks."""
+def test_a_local_model_that_answers_nonsense_is_never_scored(judge: Any, tmp_path: Path, tiny_model: Path) -> None:
+    """A model of random weights, through a real engine: nothing may turn what it writes into marks."""
     if reason := labs.why_missing("mlx"):
         pytest.skip(reason)
     rows = write_rows(tmp_path / "a.jsonl", 2)
     local = ("--judge", tiny_model, "--backend", "mlx", "--device", "cpu", "--json")
     code, out, _ = judge(rows, *local)
     (found,) = json.loads(out)["judges"]
-    assert code == 0 and (found["scored"], found["nonsense"], found["failed"]) == (2, 0, 0)
-    assert found["completion_tokens"] > 0
+    assert code == 0 and (found["scored"], found["nonsense"], found["failed"]) == (0, 2, 0)
+    assert "means" not in found and found["completion_tokens"] > 0
     ledger = (tmp_path / "a-judged" / "ledger.jsonl").read_bytes()
     judge(rows, *local, "--resume")
     assert (tmp_path / "a-judged" / "ledger.jsonl").read_bytes() == ledger, "nothing is asked again"
