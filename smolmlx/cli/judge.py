@@ -35,7 +35,13 @@ Examples:
     metavar="URL|MODEL",
     help="Address that ends in /v1, or a model here; twice for their agreement.",
 )
-@click.option("--model", metavar="NAME", help="Model at the address; default: the only one it serves.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="Model at the address; once for all, or once for each. Default: the only one it serves.",
+)
 @click.option(
     "--key-from",
     default="OPENAI_API_KEY",
@@ -85,7 +91,7 @@ def command(outputs: str, judges: tuple[str, ...], resume: bool, out: Path | Non
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     ledger = judging.Ledger(path)
-    opened = [_open_judge(name, given) for name in judges]
+    opened = _open_judges(judges, given)
     keys: set[str] = set()
     for judge in opened:
         asked = questions(items, judge.name)
@@ -115,12 +121,36 @@ def _result(records: Sequence[Record], names: Sequence[str], price: tuple[float,
     return found
 
 
-def _open_judge(name: str, given: Mapping[str, Any]) -> Judge:
+def _open_judges(judges: Sequence[str], given: Mapping[str, Any]) -> list[Judge]:
+    models = _models(judges, given["models"])
+    opened = [_open_judge(name, model, given) for name, model in zip(judges, models, strict=True)]
+    names = [judge.name for judge in opened]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(
+            f"--judge: {', '.join(twice)} given twice, which would agree with itself. Pass another judge."
+        )
+    return opened
+
+
+def _is_address(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def _models(judges: Sequence[str], models: tuple[str, ...]) -> list[str | None]:
+    """Return the model to ask each judge for; None for a local one, and where it is left to the server."""
+    addresses = sum(map(_is_address, judges))
+    if len(models) not in (0, 1, addresses):
+        raise RecipeError(f"--model: {len(models)} models for {addresses} address{'es' * (addresses != 1)}. Pass it once, or once for each, in their order.")  # fmt: skip
+    left = iter(models * addresses if len(models) == 1 else models)
+    return [next(left, None) if _is_address(name) else None for name in judges]
+
+
+def _open_judge(name: str, model: str | None, given: Mapping[str, Any]) -> Judge:
     from smolmlx.evals.judging import EndpointJudge, LocalJudge
 
-    if name.startswith(("http://", "https://")):
+    if _is_address(name):
         key = os.environ.get(given["key_from"], "none")  # a server of one's own often wants no key
-        return EndpointJudge(name, given["model"], key=key, concurrency=given["concurrency"], retries=given["retries"], seconds=given["timeout"])  # fmt: skip
+        return EndpointJudge(name, model, key=key, concurrency=given["concurrency"], retries=given["retries"], seconds=given["timeout"])  # fmt: skip
     from smolmlx.backend import Loading
     from smolmlx.data.chat import Tokenizer
     from smolmlx.models import find_model

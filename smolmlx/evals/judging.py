@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from smolmlx.backend import Decoding, Generator
 from smolmlx.data.chat import Tokenizer
@@ -36,6 +37,7 @@ class Judge(Protocol):
     """Something that answers messages; `ask` is called from several threads."""
 
     name: str
+    """What its replies are kept under: two judges must not share one."""
     concurrency: int
     asks: int
     """How often it is asked the same when it answers nonsense."""
@@ -142,7 +144,8 @@ class EndpointJudge:
         self._structured = True
         self.concurrency = concurrency
         self.url = url
-        self.name = model or self._only_model()
+        self._model = model or self._only_model()
+        self.name = f"{self._model} at {_address(url)}"
 
     def _only_model(self) -> str:
         try:
@@ -166,7 +169,7 @@ class EndpointJudge:
         form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
         extra = {"response_format": form} if self._structured else {}
         try:
-            made = self._client.chat.completions.create(model=self.name, messages=[dict(m) for m in messages], temperature=0, **extra)  # fmt: skip
+            made = self._client.chat.completions.create(model=self._model, messages=[dict(m) for m in messages], temperature=0, **extra)  # fmt: skip
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise BackendError(f"--judge {self.url}: refused ({error}). Check --model and --key-from.") from error
         except openai.BadRequestError as error:
@@ -179,6 +182,12 @@ class EndpointJudge:
         usage = made.usage
         text = made.choices[0].message.content if made.choices else ""
         return Reply(text or "", usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+
+
+def _address(url: str) -> str:
+    """Return an address as judges are told apart by it: without what may hold a key."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
 
 
 class LocalJudge:

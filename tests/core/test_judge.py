@@ -162,7 +162,7 @@ def test_faults_are_overcome_and_everything_is_counted(judge: Any, tmp_path: Pat
     with serve(answer) as (url, server):
         code, out, _ = judge(write_rows(tmp_path / "a.jsonl", 12), "--judge", url, "--price", "1", "2", "--json")
     (found,) = json.loads(out)["judges"]
-    assert code == 0 and found["judge"] == "tiny-judge"
+    assert code == 0 and found["judge"] == f"tiny-judge at {url}"
     assert (found["scored"], found["nonsense"], found["failed"]) == (12, 0, 0)
     assert (found["prompt_tokens"], found["completion_tokens"]) == (1300, 130), "the nonsense reply was paid for, too"
     assert found["cost"] == pytest.approx((1300 + 2 * 130) / 1e6)
@@ -182,6 +182,31 @@ def test_nonsense_is_reported_and_never_scored(judge: Any, tmp_path: Path, nonse
         assert max(server.paid.values()) == 3
         judge(tmp_path / "a.jsonl", "--judge", url, "--resume")
         assert sum(server.paid.values()) == 5, "nothing is asked again, nonsense neither"
+
+
+def test_two_servers_of_one_model_are_two_judges(judge: Any, tmp_path: Path) -> None:
+    ones, fives = ({**dict.fromkeys(DIMENSIONS, mark), "reason": ""} for mark in (1, 5))
+    rows = write_rows(tmp_path / "a.jsonl", 2)
+    with serve(lambda *asked: json.dumps(fives)) as (first, _), serve(lambda *asked: json.dumps(ones)) as (second, low):
+        words = (rows, "--judge", first, "--judge", second, "--model", "same")
+        code, out, _ = judge(*words, "--json")
+        found = json.loads(out)
+        assert code == 0 and [j["means"]["overall"]["mean"] for j in found["judges"]] == [5, 1]
+        assert found["agreement"][0]["equal"] == found["agreement"][0]["within_1"] == 0 and len(low.paid) == 2
+        code, _, _ = judge(*words, "--resume")
+        assert code == 0 and sum(low.paid.values()) == 2, "the ledger of each goes on"
+
+
+def test_a_judge_is_not_held_against_itself(judge: Any, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "a.jsonl", 2)
+    with serve(lambda *asked: json.dumps(GOOD)) as (url, server):
+        code, _, err = judge(rows, "--judge", url, "--judge", f"{url}/")
+        assert code == 2 and f"tiny-judge at {url}" in err and not server.asked
+        code, _, err = judge(rows, "--judge", url, "--model", "a", "--model", "b")
+        assert code == 2 and "2 models for 1 address." in err
+        code, out, _ = judge(rows, "--judge", url, "--judge", url, "--model", "a", "--model", "b", "--json")
+        assert code == 0 and json.loads(out)["agreement"][0]["judges"] == [f"a at {url}", f"b at {url}"]
+    assert {body["model"] for body in server.bodies} == {"a", "b"}
 
 
 def test_what_got_no_reply_is_asked_again_on_resume(judge: Any, tmp_path: Path) -> None:
