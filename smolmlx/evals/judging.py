@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from smolmlx.backend import Decoding, Generator
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RunError
 from smolmlx.evals.judge import Messages, Question, Record, parse_reply
+from smolmlx.synth.server import BAD_BODY, read_completion
 
 _NONSENSE = "nonsense"
+_FIRST_PAUSE = 0.5
+_UNREADABLE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+"""What reading a body raises that is not of the form asked for, whatever it is instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +148,7 @@ class EndpointJudge:
         self._openai = openai
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=seconds)
         self._structured = True
+        self._retries = retries
         self.concurrency = concurrency
         self.url = url
         self._model = model or self._only_model()
@@ -149,14 +156,15 @@ class EndpointJudge:
 
     def _only_model(self) -> str:
         try:
-            names = [model.id for model in self._client.models.list()]
-        except self._openai.OpenAIError as error:
+            listed = json.loads(self._client.models.with_raw_response.list().content)
+            names = [str(model["id"]) for model in listed["data"]]
+        except (self._openai.OpenAIError, *_UNREADABLE) as error:
             raise BackendError(f"--judge {self.url}: cannot be asked for its models ({error}). Is it the address that ends in /v1? Else pass --model.") from error  # fmt: skip
         if len(names) != 1:
             raise BackendError(
                 f"--judge {self.url}: serves {len(names)} models ({', '.join(names[:5])}). Choose with --model."
             )
-        return str(names[0])
+        return names[0]
 
     def ask(self, messages: Messages, schema: dict[str, object]) -> Reply:
         """Ask once, through retries.
@@ -167,21 +175,30 @@ class EndpointJudge:
         """
         openai = self._openai
         form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
-        extra = {"response_format": form} if self._structured else {}
         try:
-            made = self._client.chat.completions.create(model=self._model, messages=[dict(m) for m in messages], temperature=0, **extra)  # fmt: skip
+            if not self._structured:
+                return self._complete(messages)
+            try:
+                return self._complete(messages, response_format=form)
+            except (openai.BadRequestError, openai.UnprocessableEntityError):
+                # A server without structured replies, where it takes the same in words alone; else a bad request.
+                reply = self._complete(messages)
+                self._structured = False
+                return reply
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise BackendError(f"--judge {self.url}: refused ({error}). Check --model and --key-from.") from error
-        except openai.BadRequestError as error:
-            if self._structured:  # a server without structured replies: the prompt asks for JSON as well
-                self._structured = False
-                return self.ask(messages, schema)
-            raise NoReply(str(error)) from error
         except openai.OpenAIError as error:
             raise NoReply(f"{type(error).__name__}: {error}") from error
-        usage = made.usage
-        text = made.choices[0].message.content if made.choices else ""
-        return Reply(text or "", usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+
+    def _complete(self, messages: Messages, **extra: Any) -> Reply:
+        """Return a reply, asking again for a body that is not a chat completion: the client's own retries take any 200."""
+        for tried in range(self._retries + 1):
+            time.sleep(min(8.0, _FIRST_PAUSE * 2 ** (tried - 1)) if tried else 0)
+            made = self._client.chat.completions.with_raw_response.create(model=self._model, messages=[dict(m) for m in messages], temperature=0, **extra)  # fmt: skip
+            with contextlib.suppress(*_UNREADABLE):
+                if (found := read_completion(json.loads(made.content))) is not None:
+                    return Reply(found.text, found.prompt_tokens, found.completion_tokens)
+        raise NoReply(BAD_BODY)
 
 
 def _address(url: str) -> str:

@@ -24,6 +24,7 @@ import lab as labs
 from smolmlx import cli
 from smolmlx.backend import Completion, Decoding, Generator
 from smolmlx.data.chat import Tokenizer
+from smolmlx.evals import judging
 from smolmlx.evals.judge import (
     DIMENSIONS,
     Choice,
@@ -53,11 +54,13 @@ class Server:
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
         self.bodies: list[dict[str, Any]] = []
+        self.models: Any = {"object": "list", "data": [{"id": "tiny-judge", "object": "model"}]}
 
 
 @contextmanager
 def serve(answer: Callable[[str, int], Any]) -> Iterator[tuple[str, Server]]:
-    """Serve in threads. An answer is text to reply, an int to fail with that status, or None to hang up."""
+    """Serve in threads. An answer is text to reply, bytes to send as they are, an int to fail with that status, or None to
+    hang up; where it is 400 or 422 at 0 times, this is said to structured requests, and the answer at -1 to others."""
     state = Server(answer)
 
     class Handler(BaseHTTPRequestHandler):
@@ -65,7 +68,7 @@ def serve(answer: Callable[[str, int], Any]) -> Iterator[tuple[str, Server]]:
             pass
 
         def send(self, status: int, tree: Any) -> None:
-            body = json.dumps(tree).encode()
+            body = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(body)))
@@ -74,7 +77,7 @@ def serve(answer: Callable[[str, int], Any]) -> Iterator[tuple[str, Server]]:
             self.wfile.write(body)
 
         def do_GET(self) -> None:
-            self.send(200, {"object": "list", "data": [{"id": "tiny-judge", "object": "model"}]})
+            self.send(200, state.models)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -87,13 +90,15 @@ def serve(answer: Callable[[str, int], Any]) -> Iterator[tuple[str, Server]]:
                 state.most_busy = max(state.busy, state.most_busy)
             found = (
                 state.answer(prompt, times)
-                if "response_format" in body or state.answer(prompt, 0) != 400
+                if "response_format" in body or state.answer(prompt, 0) not in (400, 422)
                 else state.answer(prompt, -1)
             )
             with state.lock:
                 state.busy -= 1
             if found is None:
                 self.close_connection = True
+            elif isinstance(found, bytes):
+                self.send(200, found)
             elif isinstance(found, int):
                 self.send(found, {"error": {"message": f"fault {found}"}})
             else:
@@ -223,8 +228,52 @@ def test_what_got_no_reply_is_asked_again_on_resume(judge: Any, tmp_path: Path) 
     assert set(server.paid.values()) == {1}
 
 
-def test_a_server_without_structured_replies_is_asked_in_words(judge: Any, tmp_path: Path) -> None:
-    with serve(lambda prompt, times: 400 if times >= 0 else f"Sure:\n```json\n{json.dumps(GOOD)}\n```") as (
+BAD_BODIES = [b"<html>busy</html>", b"[]", b"", b'{"choices": [{"mess', b'{"choices": [{"message": null}]}', b'{"choices": []}', b"\xff", b"[" * 9999, b'{"choices": [{"message": {"content": "{}"}}], "usage": {"prompt_tokens": Infinity}}']  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=lambda body: body[:40].decode(errors="replace"))
+def test_a_body_that_is_no_completion_is_asked_for_again(judge: Any, tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(judging, "_FIRST_PAUSE", 0.01)
+    rows = write_rows(tmp_path / "a.jsonl", 3)
+
+    def answer(prompt: str, times: int) -> Any:
+        return body if "question 1\n" in prompt or ("question 2\n" in prompt and times < 2) else json.dumps(GOOD)
+
+    with serve(answer) as (url, server):
+        code, out, err = judge(rows, "--judge", url, "--retries", "1", "--json")
+    (found,) = json.loads(out)["judges"]
+    assert code == 1 and "1 of 3 questions got no reply (reply is not a chat completion)" in err
+    assert (found["scored"], found["failed"]) == (2, 1) and sorted(server.asked.values()) == [1, 2, 2]
+
+
+def test_a_server_that_is_too_slow_gives_no_reply(judge: Any, tmp_path: Path) -> None:
+    def answer(prompt: str, times: int) -> str:
+        time.sleep(0.5 if "question 1\n" in prompt else 0)
+        return json.dumps(GOOD)
+
+    with serve(answer) as (url, _):
+        code, _, err = judge(write_rows(tmp_path / "a.jsonl", 2), "--judge", url, "--timeout", "0.2", "--retries", "0")
+    assert code == 1 and "1 of 2 questions got no reply (APITimeoutError" in err
+
+
+@pytest.mark.parametrize("listed", [b"<html>", b"[]", b"{}", b'{"data": [1]}'], ids=str)
+def test_a_list_of_models_that_cannot_be_read_is_one_clear_line(judge: Any, tmp_path: Path, listed: bytes) -> None:
+    with serve(lambda *asked: json.dumps(GOOD)) as (url, server):
+        server.models = listed
+        code, _, err = judge(write_rows(tmp_path / "a.jsonl", 1), "--judge", url)
+    assert code == 3 and "cannot be asked for its models" in err and "--model" in err
+
+
+def test_a_bad_request_leaves_structured_replies_on(judge: Any, tmp_path: Path) -> None:
+    with serve(lambda prompt, times: 400 if "question 0\n" in prompt else json.dumps(GOOD)) as (url, server):
+        code, _, err = judge(write_rows(tmp_path / "a.jsonl", 3), "--judge", url, "--concurrency", "1")
+    assert code == 1 and "1 of 3 questions got no reply (BadRequestError" in err
+    assert ["response_format" in body for body in server.bodies] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_without_structured_replies_is_asked_in_words(judge: Any, tmp_path: Path, status: int) -> None:
+    with serve(lambda prompt, times: status if times >= 0 else f"Sure:\n```json\n{json.dumps(GOOD)}\n```") as (
         url,
         server,
     ):
