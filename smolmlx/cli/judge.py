@@ -242,6 +242,13 @@ def _show(result: Mapping[str, Any], folder: Path) -> None:
         rows.append(("tokens", f"{found['prompt_tokens']:,} + {found['completion_tokens']:,}{cost}"))
         console.table(rows, title=found["judge"])
     for pair in result.get("agreement", []):
-        if pair["rows"]:
-            console.result(f"{' and '.join(pair['judges'])}: {pair['equal']:.0%} of marks equal, {pair['within_1']:.0%} within 1, over {pair['rows']} answers")  # fmt: skip
+        console.result(f"{' and '.join(pair['judges'])}: {_agreed(pair)}")
     console.result(f"\nEvery reply: {folder / 'ledger.jsonl'}")
+
+
+def _agreed(pair: Mapping[str, Any]) -> str:
+    if not pair["rows"]:
+        return "nothing that both judged"
+    if "within_1" not in pair:
+        return f"{pair['equal']:.0%} of verdicts equal, over {pair['rows']} pairs"
+    return f"{pair['equal']:.0%} of marks equal, {pair['within_1']:.0%} within 1, over {pair['rows']} answers"

@@ -182,14 +182,9 @@ def _means(good: Sequence[Record]) -> dict[str, Any]:
 
 
 def _wins(good: Sequence[Record]) -> dict[str, Any]:
-    """Count pairs that were judged in both orders; where the orders disagree, it is a tie."""
-    both: dict[str, dict[bool, str]] = {}
-    for record in good:
-        said = str((record.reply or {})["winner"])
-        meant = {"first": "second", "second": "first"}.get(said, said) if record.swapped else said
-        both.setdefault(record.id, {})[record.swapped] = meant
-    pairs = [orders for orders in both.values() if len(orders) == 2]
-    verdicts = [orders[False] if orders[False] == orders[True] else "tie" for orders in pairs]
+    """Count the pairs that were judged in both orders."""
+    pairs = list(_orders(good).values())
+    verdicts = [_verdict(orders) for orders in pairs]
     counts = {"wins": verdicts.count("first"), "losses": verdicts.count("second"), "ties": verdicts.count("tie")}
     if not pairs:
         return {"scored": 0, **counts}
@@ -198,11 +193,28 @@ def _wins(good: Sequence[Record]) -> dict[str, Any]:
     return {"scored": len(pairs), **counts, "orders_agree": agree, "win_minus_loss": {"mean": score.mean, "low": score.low, "high": score.high}}  # fmt: skip
 
 
+def _orders(good: Sequence[Record]) -> dict[str, dict[bool, str]]:
+    """Return which answer is meant in each order, by the id of a pair; pairs judged in one order alone are left out."""
+    both: dict[str, dict[bool, str]] = {}
+    for record in good:
+        said = str((record.reply or {})["winner"])
+        meant = {"first": "second", "second": "first"}.get(said, said) if record.swapped else said
+        both.setdefault(record.id, {})[record.swapped] = meant
+    return {key: orders for key, orders in both.items() if len(orders) == 2}
+
+
+def _verdict(orders: Mapping[bool, str]) -> str:
+    """Return the better answer, or a tie where the orders disagree."""
+    return orders[False] if orders[False] == orders[True] else "tie"
+
+
 def agreement(records: Sequence[Record], first: str, second: str) -> dict[str, Any]:
-    """Return how far two judges agree on the answers that both scored: equal marks, marks at most 1 apart."""
+    """Return how far two judges agree on what both scored: equal verdicts of pairs, or equal marks and at most 1 apart."""
+    if any("winner" in (record.reply or {}) for record in records):
+        return _agreement_on_pairs(records, first, second)
     marks: dict[str, dict[str, Mapping[str, Any]]] = {}
     for record in records:
-        if record.reply is not None and "winner" not in record.reply:
+        if record.reply is not None:
             marks.setdefault(record.id, {})[record.judge] = record.reply
     gaps = [
         abs(found[first][name] - found[second][name])
@@ -217,3 +229,13 @@ def agreement(records: Sequence[Record], first: str, second: str) -> dict[str, A
         "equal": sum(gap == 0 for gap in gaps) / len(gaps),
         "within_1": sum(gap <= 1 for gap in gaps) / len(gaps),
     }
+
+
+def _agreement_on_pairs(records: Sequence[Record], first: str, second: str) -> dict[str, Any]:
+    mine, others = (
+        _orders([record for record in records if record.judge == judge and record.reply is not None])
+        for judge in (first, second)
+    )
+    equal = [_verdict(orders) == _verdict(others[key]) for key, orders in mine.items() if key in others]
+    found = {"judges": [first, second], "rows": len(equal)}
+    return {**found, "equal": sum(equal) / len(equal)} if equal else found

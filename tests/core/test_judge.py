@@ -343,6 +343,23 @@ def test_pairs_are_judged_in_both_orders(judge: Any, tmp_path: Path) -> None:
     assert found["orders_agree"] == 7 / 8 and found["win_minus_loss"]["mean"] == 7 / 8
 
 
+def test_two_judges_of_pairs_agree_by_verdict(judge: Any, tmp_path: Path) -> None:
+    def prefer(word: str, prompt: str) -> str:
+        first = prompt.partition("===== FIRST\n")[2].partition("\n===== SECOND\n")[0]
+        return json.dumps({"winner": "first" if word in first else "second"})
+
+    mine, other = write_rows(tmp_path / "a.jsonl", 4, answer="long"), write_rows(tmp_path / "b.jsonl", 4, answer="short")  # fmt: skip
+    words = (mine, "--pairwise", other)
+    likes_long = serve(lambda prompt, times: prefer("long", prompt))
+    likes_right_0 = serve(lambda prompt, times: prefer("long" if "question 0\n" in prompt else "short", prompt))
+    with likes_long as (first, _), likes_right_0 as (second, _):
+        code, out, _ = judge(*words, "--judge", first, "--judge", second, "--json")
+        (found,) = json.loads(out)["agreement"]
+        assert code == 0 and (found["rows"], found["equal"]) == (4, 0.25)
+        _, out, _ = judge(*words, "--judge", first, "--judge", second, "--resume")
+    assert "25% of verdicts equal, over 4 pairs" in out
+
+
 def test_a_local_model_that_answers_nonsense_is_never_scored(judge: Any, tmp_path: Path, tiny_model: Path) -> None:
     """A model of random weights, through a real engine: nothing may turn what it writes into marks."""
     if reason := labs.why_missing("mlx"):
