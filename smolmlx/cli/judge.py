@@ -7,8 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
+from click.core import ParameterSource
 
 from smolmlx.cli import options
 from smolmlx.errors import DataError, RecipeError, RunError
@@ -83,6 +85,7 @@ def command(outputs: str, judges: tuple[str, ...], resume: bool, out: Path | Non
     from smolmlx.evals.judge import questions
     from smolmlx.rundir import write_text, writing
 
+    _check_flags(judges, given)
     items = _read_items(outputs, given)
     folder = out or Path(outputs).with_name(f"{Path(outputs).stem}-judged")
     path = folder / "ledger.jsonl"
@@ -121,6 +124,31 @@ def _result(records: Sequence[Record], names: Sequence[str], price: tuple[float,
     return found
 
 
+_AT_ADDRESSES = {"models": "--model", "key_from": "--key-from", "concurrency": "--concurrency", "retries": "--retries", "timeout": "--timeout"}  # fmt: skip
+_OF_LOCAL_MODELS = {"backend": "--backend", "device": "--device"}
+
+
+def _check_flags(judges: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Refuse flags that would change nothing, a key that is not there and addresses that are none.
+
+    Raises:
+        RecipeError: with all of them.
+    """
+    source = click.get_current_context().get_parameter_source
+    typed = [name for name in given if source(name) is ParameterSource.COMMANDLINE]
+    problems = [f"--judge {name}: expected an address such as http://127.0.0.1:8000/v1." for name in judges if _is_address(name) and not _has_host(name)]  # fmt: skip
+    if "other_system" in typed and given["pairwise"] is None:
+        problems.append("--other-system: there are no other answers. Pass --pairwise OTHER.jsonl, or leave it out.")
+    if not any(map(_is_address, judges)):
+        problems += [f"{_AT_ADDRESSES[name]}: for a judge at an address, and {', '.join(judges)} is none. Leave it out." for name in typed if name in _AT_ADDRESSES]  # fmt: skip
+    elif "key_from" in typed and not os.environ.get(given["key_from"]):
+        problems.append(f"--key-from {given['key_from']}: no such environment variable, or empty. Set it, or leave --key-from out.")  # fmt: skip
+    if all(map(_is_address, judges)):
+        problems += [f"{_OF_LOCAL_MODELS[name]}: for a judge that is loaded here, and {', '.join(judges)} is at an address. Leave it out." for name in typed if name in _OF_LOCAL_MODELS]  # fmt: skip
+    if problems:
+        raise RecipeError("judge", problems)
+
+
 def _open_judges(judges: Sequence[str], given: Mapping[str, Any]) -> list[Judge]:
     models = _models(judges, given["models"])
     opened = [_open_judge(name, model, given) for name, model in zip(judges, models, strict=True)]
@@ -136,6 +164,14 @@ def _is_address(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
+def _has_host(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, half an IPv6 address
+        return False
+
+
 def _models(judges: Sequence[str], models: tuple[str, ...]) -> list[str | None]:
     """Return the model to ask each judge for; None for a local one, and where it is left to the server."""
     addresses = sum(map(_is_address, judges))
@@ -149,7 +185,7 @@ def _open_judge(name: str, model: str | None, given: Mapping[str, Any]) -> Judge
     from smolmlx.evals.judging import EndpointJudge, LocalJudge
 
     if _is_address(name):
-        key = os.environ.get(given["key_from"], "none")  # a server of one's own often wants no key
+        key = os.environ.get(given["key_from"]) or "none"  # a server of one's own often wants no key
         return EndpointJudge(name, model, key=key, concurrency=given["concurrency"], retries=given["retries"], seconds=given["timeout"])  # fmt: skip
     from smolmlx.backend import Loading
     from smolmlx.data.chat import Tokenizer

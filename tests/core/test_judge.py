@@ -426,6 +426,26 @@ def test_bad_rows_are_all_named(judge: Any, tmp_path: Path) -> None:
     assert code == 4 and "r2: not in" in err
 
 
+HERE, THERE = ("--judge", "tiny"), ("--judge", "http://127.0.0.1:9/v1")
+VAIN = [
+    (
+        ("--judge", "http://127.0.0.1:abc/v1", "--judge", "http://"),
+        ["--judge http://127.0.0.1:abc/v1", "--judge http://"],
+    ),
+    ((*THERE, "--other-system", "sft"), ["--other-system"]),
+    ((*THERE, "--backend", "mlxx", "--device", "moon"), ["--backend", "--device"]),
+    ((*THERE, "--key-from", "NOT_SET"), ["--key-from NOT_SET"]),
+    ((*HERE, "--model", "x", "--timeout", "9"), ["--model", "--timeout"]),
+    ((*HERE, "--retries", "1", "--concurrency", "2", "--key-from", "X"), ["--retries", "--concurrency", "--key-from"]),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), VAIN, ids=[" ".join(named) for _, named in VAIN])
+def test_a_flag_that_would_change_nothing_is_refused(judge: Any, tmp_path: Path, words: tuple[str, ...], named: list[str]) -> None:  # fmt: skip
+    code, _, err = judge(write_rows(tmp_path / "a.jsonl", 1), *words)
+    assert code == 2 and f"{len(named)} problem" in err and all(f"{name}: " in err for name in named)
+
+
 def test_an_answer_cannot_change_what_is_asked_of_other_rows() -> None:
     plain, other = (Question(Item("r", "q", "", answer), "j") for answer in ("a", "b"))
     assert plain.key != other.key and plain.key == Question(Item("r", "q", "", "a"), "j").key
