@@ -454,6 +454,21 @@ def test_an_answer_cannot_change_what_is_asked_of_other_rows() -> None:
 
 
 @settings(deadline=None)
+@given(st.lists(st.text("=a\n", max_size=20), min_size=4, max_size=4))
+def test_no_text_closes_the_fence_around_it(texts: list[str]) -> None:
+    for item in (Item("r", *texts[:3]), Item("r", *texts)):
+        system, user = (message["content"] for message in Question(item, "j").messages)
+        fence = system.partition("lines of ")[2].split()[0]
+        assert set(fence) == {"="} and not any(fence in text for text in texts[: 3 if item.other is None else 4])
+        names = ["INPUT", *["REFERENCE"] * bool(item.reference)]
+        names += ["ANSWER"] if item.other is None else ["FIRST", "SECOND"]
+        assert [line for line in user.split("\n") if line.startswith(fence)] == [
+            *(f"{fence} {n}" for n in names),
+            fence,
+        ]
+
+
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_reply_can_be_read(text: str) -> None:
     for schema in (Marks, Choice):
