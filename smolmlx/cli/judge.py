@@ -83,7 +83,7 @@ def command(outputs: str, judges: tuple[str, ...], resume: bool, out: Path | Non
     from smolmlx import console
     from smolmlx.evals import judging
     from smolmlx.evals.judge import questions
-    from smolmlx.rundir import write_text, writing
+    from smolmlx.rundir import write_text
 
     _check_flags(judges, given)
     items = _read_items(outputs, given)
@@ -91,19 +91,17 @@ def command(outputs: str, judges: tuple[str, ...], resume: bool, out: Path | Non
     path = folder / "ledger.jsonl"
     if path.exists() and not resume:
         raise RecipeError(f"{path}: already there. Add --resume to go on with it, or choose another --out.")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    ledger = judging.Ledger(path)
-    opened = _open_judges(judges, given)
     keys: set[str] = set()
-    for judge in opened:
-        asked = questions(items, judge.name)
-        keys |= {question.key for question in asked}
-        with console.Counter(f"{judge.name} judges", len(asked)) as on_done:
-            judging.run(judge, asked, ledger, on_done)
-    records = [record for key, record in ledger.records.items() if key in keys]
-    result = _result(records, [judge.name for judge in opened], given["price"])
-    write_text(folder / "judge.json", json.dumps(result, indent=2) + "\n")
+    with judging.open_ledger(path) as ledger:
+        opened = _open_judges(judges, given)
+        for judge in opened:
+            asked = questions(items, judge.name)
+            keys |= {question.key for question in asked}
+            with console.Counter(f"{judge.name} judges", len(asked)) as on_done:
+                judging.run(judge, asked, ledger, on_done)
+        records = [record for key, record in ledger.records.items() if key in keys]
+        result = _result(records, [judge.name for judge in opened], given["price"])
+        write_text(folder / "judge.json", json.dumps(result, indent=2) + "\n")
     if as_json:
         console.print_json({"out": str(folder), **result})
     else:

@@ -146,6 +146,9 @@ class Record:
     """The last reply, where it was nonsense."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    """Tokens are those of all replies to the question."""
+    nonsense: int = 0
+    """Replies that were nonsense: after a few, it is asked no more."""
 
 
 def questions(items: Sequence[Item], judge: str) -> list[Question]:

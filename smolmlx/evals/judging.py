@@ -7,17 +7,20 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
 
 from smolmlx.backend import Decoding, Generator
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RunError
 from smolmlx.evals.judge import Messages, Question, Record, parse_reply
+from smolmlx.rundir import writing
 from smolmlx.synth.server import BAD_BODY, read_completion
 
 _NONSENSE = "nonsense"
@@ -59,9 +62,9 @@ class Ledger:
         self.records = _read_ledger(path)
         self._lock = threading.Lock()
 
-    def settled(self) -> set[str]:
-        """Return the keys that need no asking: good replies, and nonsense that was paid for."""
-        return {key for key, record in self.records.items() if not record.error or record.error == _NONSENSE}
+    def settled(self, asks: int) -> set[str]:
+        """Return the keys that need no asking: good replies, and nonsense that was paid for as often as is asked."""
+        return {key for key, record in self.records.items() if not record.error or record.nonsense >= asks}
 
     def add(self, record: Record) -> None:
         with self._lock:
@@ -70,6 +73,26 @@ class Ledger:
                 file.write(json.dumps(asdict(record)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def open_ledger(path: Path) -> Iterator[Ledger]:
+    """Read a ledger, and keep a second process out of it; the system lets go when the process ends, however it does.
+
+    Raises:
+        RunError: another process asks judges for it, or it is not a ledger.
+    """
+    held = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire()
+        except Timeout as error:
+            raise RunError(f"{path}: another process is writing here. Wait for it, or choose another --out.") from error
+    try:
+        yield Ledger(path)
+    finally:
+        held.release()
 
 
 def _read_ledger(path: Path) -> dict[str, Record]:
@@ -99,11 +122,10 @@ def run(
     Raises:
         BackendError: the judge refuses all questions (no such model, a wrong key); what was answered is kept.
     """
-    settled = ledger.settled()
+    settled = ledger.settled(judge.asks)
     left = [question for question in asked if question.key not in settled]
     with ThreadPoolExecutor(judge.concurrency) as pool:
-        # The thread that got a reply writes it down, so that none is lost when another one fails.
-        waiting = [pool.submit(lambda q: ledger.add(_ask(judge, q)), question) for question in left]
+        waiting = [pool.submit(_ask, judge, question, ledger) for question in left]
         try:
             for done, future in enumerate(as_completed(waiting), len(asked) - len(left) + 1):
                 future.result()
@@ -114,25 +136,32 @@ def run(
             raise
 
 
-def _ask(judge: Judge, question: Question) -> Record:
-    prompt_tokens = completion_tokens = 0
-    text = ""
-    for _ in range(judge.asks):
+def _ask(judge: Judge, question: Question, ledger: Ledger) -> None:
+    """Ask until the reply is good, or was nonsense often enough; goes on from what the ledger holds of the question.
+
+    The thread that got a reply writes it down at once, so that none is paid for again when another one fails, or in a kill.
+    """
+    new = Record(question.key, question.item.id, question.judge, question.swapped, None)
+    record = ledger.records.get(question.key, new)
+    while record.nonsense < judge.asks:
         try:
             reply = judge.ask(question.messages, question.schema.model_json_schema())
         except NoReply as error:
-            return _record(question, None, str(error), "", prompt_tokens, completion_tokens)
-        prompt_tokens += reply.prompt_tokens
-        completion_tokens += reply.completion_tokens
-        text = reply.text
-        found = parse_reply(text, question.schema)
-        if found is not None:
-            return _record(question, found, "", "", prompt_tokens, completion_tokens)
-    return _record(question, None, _NONSENSE, text, prompt_tokens, completion_tokens)
-
-
-def _record(question: Question, reply: dict[str, object] | None, error: str, raw: str, *tokens: int) -> Record:
-    return Record(question.key, question.item.id, question.judge, question.swapped, reply, error, raw, *tokens)
+            ledger.add(replace(record, error=str(error)))
+            return
+        found = parse_reply(reply.text, question.schema)
+        record = replace(
+            record,
+            reply=found,
+            error="" if found else _NONSENSE,
+            raw="" if found else reply.text,
+            prompt_tokens=record.prompt_tokens + reply.prompt_tokens,
+            completion_tokens=record.completion_tokens + reply.completion_tokens,
+            nonsense=record.nonsense + (not found),
+        )
+        ledger.add(record)
+        if found:
+            return
 
 
 class EndpointJudge:

@@ -189,6 +189,31 @@ def test_nonsense_is_reported_and_never_scored(judge: Any, tmp_path: Path, nonse
         assert sum(server.paid.values()) == 5, "nothing is asked again, nonsense neither"
 
 
+def test_nonsense_is_written_down_as_it_is_paid_for(judge: Any, tmp_path: Path) -> None:
+    rows, ledger = write_rows(tmp_path / "a.jsonl", 1), tmp_path / "a-judged" / "ledger.jsonl"
+    written: list[int] = []
+
+    def answer(prompt: str, times: int) -> Any:
+        written.append(ledger.read_text().count("\n") if ledger.exists() else 0)
+        return "no idea" if times != 2 else 401  # stopped after the first reply
+
+    with serve(answer) as (url, server):
+        assert judge(rows, "--judge", url)[0] == 3
+        code, out, _ = judge(rows, "--judge", url, "--resume", "--json")
+        (found,) = json.loads(out)["judges"]
+        assert code == 0 and (found["nonsense"], found["prompt_tokens"]) == (1, 300)
+        assert sum(server.paid.values()) == 3 and written == [0, 1, 1, 2]
+
+
+def test_a_second_process_is_kept_out_of_the_ledger(judge: Any, tmp_path: Path) -> None:
+    rows, path = write_rows(tmp_path / "a.jsonl", 1), tmp_path / "a-judged" / "ledger.jsonl"
+    with serve(lambda *asked: json.dumps(GOOD)) as (url, server):
+        with judging.open_ledger(path):
+            code, _, err = judge(rows, "--judge", url, "--resume")
+            assert code == 1 and f"{path}: another process" in err and not server.asked
+        assert judge(rows, "--judge", url, "--resume")[0] == 0
+
+
 def test_two_servers_of_one_model_are_two_judges(judge: Any, tmp_path: Path) -> None:
     ones, fives = ({**dict.fromkeys(DIMENSIONS, mark), "reason": ""} for mark in (1, 5))
     rows = write_rows(tmp_path / "a.jsonl", 2)
