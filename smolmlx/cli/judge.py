@@ -7,8 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
+from click.core import ParameterSource
 
 from smolmlx.cli import options
 from smolmlx.errors import DataError, RecipeError, RunError
@@ -35,7 +37,13 @@ Examples:
     metavar="URL|MODEL",
     help="Address that ends in /v1, or a model here; twice for their agreement.",
 )
-@click.option("--model", metavar="NAME", help="Model at the address; default: the only one it serves.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="Model at the address; once for all, or once for each. Default: the only one it serves.",
+)
 @click.option(
     "--key-from",
     default="OPENAI_API_KEY",
@@ -75,26 +83,25 @@ def command(outputs: str, judges: tuple[str, ...], resume: bool, out: Path | Non
     from smolmlx import console
     from smolmlx.evals import judging
     from smolmlx.evals.judge import questions
-    from smolmlx.rundir import write_text, writing
+    from smolmlx.rundir import write_text
 
+    _check_flags(judges, given)
     items = _read_items(outputs, given)
     folder = out or Path(outputs).with_name(f"{Path(outputs).stem}-judged")
     path = folder / "ledger.jsonl"
     if path.exists() and not resume:
         raise RecipeError(f"{path}: already there. Add --resume to go on with it, or choose another --out.")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    ledger = judging.Ledger(path)
-    opened = [_open_judge(name, given) for name in judges]
     keys: set[str] = set()
-    for judge in opened:
-        asked = questions(items, judge.name)
-        keys |= {question.key for question in asked}
-        with console.Counter(f"{judge.name} judges", len(asked)) as on_done:
-            judging.run(judge, asked, ledger, on_done)
-    records = [record for key, record in ledger.records.items() if key in keys]
-    result = _result(records, [judge.name for judge in opened], given["price"])
-    write_text(folder / "judge.json", json.dumps(result, indent=2) + "\n")
+    with judging.open_ledger(path) as ledger:
+        opened = _open_judges(judges, given)
+        for judge in opened:
+            asked = questions(items, judge.name)
+            keys |= {question.key for question in asked}
+            with console.Counter(f"{judge.name} judges", len(asked)) as on_done:
+                judging.run(judge, asked, ledger, on_done)
+        records = [record for key, record in ledger.records.items() if key in keys]
+        result = _result(records, [judge.name for judge in opened], given["price"])
+        write_text(folder / "judge.json", json.dumps(result, indent=2) + "\n")
     if as_json:
         console.print_json({"out": str(folder), **result})
     else:
@@ -115,12 +122,69 @@ def _result(records: Sequence[Record], names: Sequence[str], price: tuple[float,
     return found
 
 
-def _open_judge(name: str, given: Mapping[str, Any]) -> Judge:
+_AT_ADDRESSES = {"models": "--model", "key_from": "--key-from", "concurrency": "--concurrency", "retries": "--retries", "timeout": "--timeout"}  # fmt: skip
+_OF_LOCAL_MODELS = {"backend": "--backend", "device": "--device"}
+
+
+def _check_flags(judges: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Refuse flags that would change nothing, a key that is not there and addresses that are none.
+
+    Raises:
+        RecipeError: with all of them.
+    """
+    source = click.get_current_context().get_parameter_source
+    typed = [name for name in given if source(name) is ParameterSource.COMMANDLINE]
+    problems = [f"--judge {name}: expected an address such as http://127.0.0.1:8000/v1." for name in judges if _is_address(name) and not _has_host(name)]  # fmt: skip
+    if "other_system" in typed and given["pairwise"] is None:
+        problems.append("--other-system: there are no other answers. Pass --pairwise OTHER.jsonl, or leave it out.")
+    if not any(map(_is_address, judges)):
+        problems += [f"{_AT_ADDRESSES[name]}: for a judge at an address, and {', '.join(judges)} is none. Leave it out." for name in typed if name in _AT_ADDRESSES]  # fmt: skip
+    elif "key_from" in typed and not os.environ.get(given["key_from"]):
+        problems.append(f"--key-from {given['key_from']}: no such environment variable, or empty. Set it, or leave --key-from out.")  # fmt: skip
+    if all(map(_is_address, judges)):
+        problems += [f"{_OF_LOCAL_MODELS[name]}: for a judge that is loaded here, and {', '.join(judges)} is at an address. Leave it out." for name in typed if name in _OF_LOCAL_MODELS]  # fmt: skip
+    if problems:
+        raise RecipeError("judge", problems)
+
+
+def _open_judges(judges: Sequence[str], given: Mapping[str, Any]) -> list[Judge]:
+    models = _models(judges, given["models"])
+    opened = [_open_judge(name, model, given) for name, model in zip(judges, models, strict=True)]
+    names = [judge.name for judge in opened]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(
+            f"--judge: {', '.join(twice)} given twice, which would agree with itself. Pass another judge."
+        )
+    return opened
+
+
+def _is_address(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def _has_host(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, half an IPv6 address
+        return False
+
+
+def _models(judges: Sequence[str], models: tuple[str, ...]) -> list[str | None]:
+    """Return the model to ask each judge for; None for a local one, and where it is left to the server."""
+    addresses = sum(map(_is_address, judges))
+    if len(models) not in (0, 1, addresses):
+        raise RecipeError(f"--model: {len(models)} models for {addresses} address{'es' * (addresses != 1)}. Pass it once, or once for each, in their order.")  # fmt: skip
+    left = iter(models * addresses if len(models) == 1 else models)
+    return [next(left, None) if _is_address(name) else None for name in judges]
+
+
+def _open_judge(name: str, model: str | None, given: Mapping[str, Any]) -> Judge:
     from smolmlx.evals.judging import EndpointJudge, LocalJudge
 
-    if name.startswith(("http://", "https://")):
-        key = os.environ.get(given["key_from"], "none")  # a server of one's own often wants no key
-        return EndpointJudge(name, given["model"], key=key, concurrency=given["concurrency"], retries=given["retries"], seconds=given["timeout"])  # fmt: skip
+    if _is_address(name):
+        key = os.environ.get(given["key_from"]) or "none"  # a server of one's own often wants no key
+        return EndpointJudge(name, model, key=key, concurrency=given["concurrency"], retries=given["retries"], seconds=given["timeout"])  # fmt: skip
     from smolmlx.backend import Loading
     from smolmlx.data.chat import Tokenizer
     from smolmlx.models import find_model
@@ -212,6 +276,13 @@ def _show(result: Mapping[str, Any], folder: Path) -> None:
         rows.append(("tokens", f"{found['prompt_tokens']:,} + {found['completion_tokens']:,}{cost}"))
         console.table(rows, title=found["judge"])
     for pair in result.get("agreement", []):
-        if pair["rows"]:
-            console.result(f"{' and '.join(pair['judges'])}: {pair['equal']:.0%} of marks equal, {pair['within_1']:.0%} within 1, over {pair['rows']} answers")  # fmt: skip
+        console.result(f"{' and '.join(pair['judges'])}: {_agreed(pair)}")
     console.result(f"\nEvery reply: {folder / 'ledger.jsonl'}")
+
+
+def _agreed(pair: Mapping[str, Any]) -> str:
+    if not pair["rows"]:
+        return "nothing that both judged"
+    if "within_1" not in pair:
+        return f"{pair['equal']:.0%} of verdicts equal, over {pair['rows']} pairs"
+    return f"{pair['equal']:.0%} of marks equal, {pair['within_1']:.0%} within 1, over {pair['rows']} answers"

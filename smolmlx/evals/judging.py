@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
 
 from smolmlx.backend import Decoding, Generator
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RunError
 from smolmlx.evals.judge import Messages, Question, Record, parse_reply
+from smolmlx.rundir import writing
+from smolmlx.synth.server import BAD_BODY, read_completion
 
 _NONSENSE = "nonsense"
+_FIRST_PAUSE = 0.5
+_UNREADABLE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+"""What reading a body raises that is not of the form asked for, whatever it is instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,7 @@ class Judge(Protocol):
     """Something that answers messages; `ask` is called from several threads."""
 
     name: str
+    """What its replies are kept under: two judges must not share one."""
     concurrency: int
     asks: int
     """How often it is asked the same when it answers nonsense."""
@@ -51,9 +62,9 @@ class Ledger:
         self.records = _read_ledger(path)
         self._lock = threading.Lock()
 
-    def settled(self) -> set[str]:
-        """Return the keys that need no asking: good replies, and nonsense that was paid for."""
-        return {key for key, record in self.records.items() if not record.error or record.error == _NONSENSE}
+    def settled(self, asks: int) -> set[str]:
+        """Return the keys that need no asking: good replies, and nonsense that was paid for as often as is asked."""
+        return {key for key, record in self.records.items() if not record.error or record.nonsense >= asks}
 
     def add(self, record: Record) -> None:
         with self._lock:
@@ -62,6 +73,26 @@ class Ledger:
                 file.write(json.dumps(asdict(record)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def open_ledger(path: Path) -> Iterator[Ledger]:
+    """Read a ledger, and keep a second process out of it; the system lets go when the process ends, however it does.
+
+    Raises:
+        RunError: another process asks judges for it, or it is not a ledger.
+    """
+    held = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire()
+        except Timeout as error:
+            raise RunError(f"{path}: another process is writing here. Wait for it, or choose another --out.") from error
+    try:
+        yield Ledger(path)
+    finally:
+        held.release()
 
 
 def _read_ledger(path: Path) -> dict[str, Record]:
@@ -91,11 +122,10 @@ def run(
     Raises:
         BackendError: the judge refuses all questions (no such model, a wrong key); what was answered is kept.
     """
-    settled = ledger.settled()
+    settled = ledger.settled(judge.asks)
     left = [question for question in asked if question.key not in settled]
     with ThreadPoolExecutor(judge.concurrency) as pool:
-        # The thread that got a reply writes it down, so that none is lost when another one fails.
-        waiting = [pool.submit(lambda q: ledger.add(_ask(judge, q)), question) for question in left]
+        waiting = [pool.submit(_ask, judge, question, ledger) for question in left]
         try:
             for done, future in enumerate(as_completed(waiting), len(asked) - len(left) + 1):
                 future.result()
@@ -106,25 +136,32 @@ def run(
             raise
 
 
-def _ask(judge: Judge, question: Question) -> Record:
-    prompt_tokens = completion_tokens = 0
-    text = ""
-    for _ in range(judge.asks):
+def _ask(judge: Judge, question: Question, ledger: Ledger) -> None:
+    """Ask until the reply is good, or was nonsense often enough; goes on from what the ledger holds of the question.
+
+    The thread that got a reply writes it down at once, so that none is paid for again when another one fails, or in a kill.
+    """
+    new = Record(question.key, question.item.id, question.judge, question.swapped, None)
+    record = ledger.records.get(question.key, new)
+    while record.nonsense < judge.asks:
         try:
             reply = judge.ask(question.messages, question.schema.model_json_schema())
         except NoReply as error:
-            return _record(question, None, str(error), "", prompt_tokens, completion_tokens)
-        prompt_tokens += reply.prompt_tokens
-        completion_tokens += reply.completion_tokens
-        text = reply.text
-        found = parse_reply(text, question.schema)
-        if found is not None:
-            return _record(question, found, "", "", prompt_tokens, completion_tokens)
-    return _record(question, None, _NONSENSE, text, prompt_tokens, completion_tokens)
-
-
-def _record(question: Question, reply: dict[str, object] | None, error: str, raw: str, *tokens: int) -> Record:
-    return Record(question.key, question.item.id, question.judge, question.swapped, reply, error, raw, *tokens)
+            ledger.add(replace(record, error=str(error)))
+            return
+        found = parse_reply(reply.text, question.schema)
+        record = replace(
+            record,
+            reply=found,
+            error="" if found else _NONSENSE,
+            raw="" if found else reply.text,
+            prompt_tokens=record.prompt_tokens + reply.prompt_tokens,
+            completion_tokens=record.completion_tokens + reply.completion_tokens,
+            nonsense=record.nonsense + (not found),
+        )
+        ledger.add(record)
+        if found:
+            return
 
 
 class EndpointJudge:
@@ -140,20 +177,23 @@ class EndpointJudge:
         self._openai = openai
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=seconds)
         self._structured = True
+        self._retries = retries
         self.concurrency = concurrency
         self.url = url
-        self.name = model or self._only_model()
+        self._model = model or self._only_model()
+        self.name = f"{self._model} at {_address(url)}"
 
     def _only_model(self) -> str:
         try:
-            names = [model.id for model in self._client.models.list()]
-        except self._openai.OpenAIError as error:
+            listed = json.loads(self._client.models.with_raw_response.list().content)
+            names = [str(model["id"]) for model in listed["data"]]
+        except (self._openai.OpenAIError, *_UNREADABLE) as error:
             raise BackendError(f"--judge {self.url}: cannot be asked for its models ({error}). Is it the address that ends in /v1? Else pass --model.") from error  # fmt: skip
         if len(names) != 1:
             raise BackendError(
                 f"--judge {self.url}: serves {len(names)} models ({', '.join(names[:5])}). Choose with --model."
             )
-        return str(names[0])
+        return names[0]
 
     def ask(self, messages: Messages, schema: dict[str, object]) -> Reply:
         """Ask once, through retries.
@@ -164,25 +204,43 @@ class EndpointJudge:
         """
         openai = self._openai
         form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
-        extra = {"response_format": form} if self._structured else {}
         try:
-            made = self._client.chat.completions.create(model=self.name, messages=[dict(m) for m in messages], temperature=0, **extra)  # fmt: skip
+            if not self._structured:
+                return self._complete(messages)
+            try:
+                return self._complete(messages, response_format=form)
+            except (openai.BadRequestError, openai.UnprocessableEntityError):
+                # A server without structured replies, where it takes the same in words alone; else a bad request.
+                reply = self._complete(messages)
+                self._structured = False
+                return reply
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise BackendError(f"--judge {self.url}: refused ({error}). Check --model and --key-from.") from error
-        except openai.BadRequestError as error:
-            if self._structured:  # a server without structured replies: the prompt asks for JSON as well
-                self._structured = False
-                return self.ask(messages, schema)
-            raise NoReply(str(error)) from error
         except openai.OpenAIError as error:
             raise NoReply(f"{type(error).__name__}: {error}") from error
-        usage = made.usage
-        text = made.choices[0].message.content if made.choices else ""
-        return Reply(text or "", usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+
+    def _complete(self, messages: Messages, **extra: Any) -> Reply:
+        """Return a reply, asking again for a body that is not a chat completion: the client's own retries take any 200."""
+        for tried in range(self._retries + 1):
+            time.sleep(min(8.0, _FIRST_PAUSE * 2 ** (tried - 1)) if tried else 0)
+            made = self._client.chat.completions.with_raw_response.create(model=self._model, messages=[dict(m) for m in messages], temperature=0, **extra)  # fmt: skip
+            with contextlib.suppress(*_UNREADABLE):
+                if (found := read_completion(json.loads(made.content))) is not None:
+                    return Reply(found.text, found.prompt_tokens, found.completion_tokens)
+        raise NoReply(BAD_BODY)
+
+
+def _address(url: str) -> str:
+    """Return an address as judges are told apart by it: without what may hold a key."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
 
 
 class LocalJudge:
-    """A model on this machine, through an engine's generator."""
+    """A model on this machine, through an engine's generator.
+
+    It answers freely: decoding held to the schema would give marks to a model that cannot judge.
+    """
 
     concurrency = 1
     asks = 1  # greedy: it would say the same again
@@ -192,5 +250,5 @@ class LocalJudge:
 
     def ask(self, messages: Messages, schema: dict[str, object]) -> Reply:
         tokens = self._tokenizer.encode(self._tokenizer.prompt(messages))
-        (made,) = self._generator.generate([tokens], Decoding(max_tokens=200, schema=schema))
+        (made,) = self._generator.generate([tokens], Decoding(max_tokens=200))
         return Reply(made.text, len(tokens), len(made.ids))

@@ -24,6 +24,7 @@ import lab as labs
 from smolmlx import cli
 from smolmlx.backend import Completion, Decoding, Generator
 from smolmlx.data.chat import Tokenizer
+from smolmlx.evals import judging
 from smolmlx.evals.judge import (
     DIMENSIONS,
     Choice,
@@ -53,11 +54,13 @@ class Server:
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
         self.bodies: list[dict[str, Any]] = []
+        self.models: Any = {"object": "list", "data": [{"id": "tiny-judge", "object": "model"}]}
 
 
 @contextmanager
 def serve(answer: Callable[[str, int], Any]) -> Iterator[tuple[str, Server]]:
-    """Serve in threads. An answer is text to reply, an int to fail with that status, or None to hang up."""
+    """Serve in threads. An answer is text to reply, bytes to send as they are, an int to fail with that status, or None to
+    hang up; where it is 400 or 422 at 0 times, this is said to structured requests, and the answer at -1 to others."""
     state = Server(answer)
 
     class Handler(BaseHTTPRequestHandler):
@@ -65,7 +68,7 @@ def serve(answer: Callable[[str, int], Any]) -> Iterator[tuple[str, Server]]:
             pass
 
         def send(self, status: int, tree: Any) -> None:
-            body = json.dumps(tree).encode()
+            body = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(body)))
@@ -74,7 +77,7 @@ def serve(answer: Callable[[str, int], Any]) -> Iterator[tuple[str, Server]]:
             self.wfile.write(body)
 
         def do_GET(self) -> None:
-            self.send(200, {"object": "list", "data": [{"id": "tiny-judge", "object": "model"}]})
+            self.send(200, state.models)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -87,13 +90,15 @@ def serve(answer: Callable[[str, int], Any]) -> Iterator[tuple[str, Server]]:
                 state.most_busy = max(state.busy, state.most_busy)
             found = (
                 state.answer(prompt, times)
-                if "response_format" in body or state.answer(prompt, 0) != 400
+                if "response_format" in body or state.answer(prompt, 0) not in (400, 422)
                 else state.answer(prompt, -1)
             )
             with state.lock:
                 state.busy -= 1
             if found is None:
                 self.close_connection = True
+            elif isinstance(found, bytes):
+                self.send(200, found)
             elif isinstance(found, int):
                 self.send(found, {"error": {"message": f"fault {found}"}})
             else:
@@ -162,7 +167,7 @@ def test_faults_are_overcome_and_everything_is_counted(judge: Any, tmp_path: Pat
     with serve(answer) as (url, server):
         code, out, _ = judge(write_rows(tmp_path / "a.jsonl", 12), "--judge", url, "--price", "1", "2", "--json")
     (found,) = json.loads(out)["judges"]
-    assert code == 0 and found["judge"] == "tiny-judge"
+    assert code == 0 and found["judge"] == f"tiny-judge at {url}"
     assert (found["scored"], found["nonsense"], found["failed"]) == (12, 0, 0)
     assert (found["prompt_tokens"], found["completion_tokens"]) == (1300, 130), "the nonsense reply was paid for, too"
     assert found["cost"] == pytest.approx((1300 + 2 * 130) / 1e6)
@@ -184,6 +189,56 @@ def test_nonsense_is_reported_and_never_scored(judge: Any, tmp_path: Path, nonse
         assert sum(server.paid.values()) == 5, "nothing is asked again, nonsense neither"
 
 
+def test_nonsense_is_written_down_as_it_is_paid_for(judge: Any, tmp_path: Path) -> None:
+    rows, ledger = write_rows(tmp_path / "a.jsonl", 1), tmp_path / "a-judged" / "ledger.jsonl"
+    written: list[int] = []
+
+    def answer(prompt: str, times: int) -> Any:
+        written.append(ledger.read_text().count("\n") if ledger.exists() else 0)
+        return "no idea" if times != 2 else 401  # stopped after the first reply
+
+    with serve(answer) as (url, server):
+        assert judge(rows, "--judge", url)[0] == 3
+        code, out, _ = judge(rows, "--judge", url, "--resume", "--json")
+        (found,) = json.loads(out)["judges"]
+        assert code == 0 and (found["nonsense"], found["prompt_tokens"]) == (1, 300)
+        assert sum(server.paid.values()) == 3 and written == [0, 1, 1, 2]
+
+
+def test_a_second_process_is_kept_out_of_the_ledger(judge: Any, tmp_path: Path) -> None:
+    rows, path = write_rows(tmp_path / "a.jsonl", 1), tmp_path / "a-judged" / "ledger.jsonl"
+    with serve(lambda *asked: json.dumps(GOOD)) as (url, server):
+        with judging.open_ledger(path):
+            code, _, err = judge(rows, "--judge", url, "--resume")
+            assert code == 1 and f"{path}: another process" in err and not server.asked
+        assert judge(rows, "--judge", url, "--resume")[0] == 0
+
+
+def test_two_servers_of_one_model_are_two_judges(judge: Any, tmp_path: Path) -> None:
+    ones, fives = ({**dict.fromkeys(DIMENSIONS, mark), "reason": ""} for mark in (1, 5))
+    rows = write_rows(tmp_path / "a.jsonl", 2)
+    with serve(lambda *asked: json.dumps(fives)) as (first, _), serve(lambda *asked: json.dumps(ones)) as (second, low):
+        words = (rows, "--judge", first, "--judge", second, "--model", "same")
+        code, out, _ = judge(*words, "--json")
+        found = json.loads(out)
+        assert code == 0 and [j["means"]["overall"]["mean"] for j in found["judges"]] == [5, 1]
+        assert found["agreement"][0]["equal"] == found["agreement"][0]["within_1"] == 0 and len(low.paid) == 2
+        code, _, _ = judge(*words, "--resume")
+        assert code == 0 and sum(low.paid.values()) == 2, "the ledger of each goes on"
+
+
+def test_a_judge_is_not_held_against_itself(judge: Any, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "a.jsonl", 2)
+    with serve(lambda *asked: json.dumps(GOOD)) as (url, server):
+        code, _, err = judge(rows, "--judge", url, "--judge", f"{url}/")
+        assert code == 2 and f"tiny-judge at {url}" in err and not server.asked
+        code, _, err = judge(rows, "--judge", url, "--model", "a", "--model", "b")
+        assert code == 2 and "2 models for 1 address." in err
+        code, out, _ = judge(rows, "--judge", url, "--judge", url, "--model", "a", "--model", "b", "--json")
+        assert code == 0 and json.loads(out)["agreement"][0]["judges"] == [f"a at {url}", f"b at {url}"]
+    assert {body["model"] for body in server.bodies} == {"a", "b"}
+
+
 def test_what_got_no_reply_is_asked_again_on_resume(judge: Any, tmp_path: Path) -> None:
     broken = True
     rows = write_rows(tmp_path / "a.jsonl", 4)
@@ -198,8 +253,52 @@ def test_what_got_no_reply_is_asked_again_on_resume(judge: Any, tmp_path: Path) 
     assert set(server.paid.values()) == {1}
 
 
-def test_a_server_without_structured_replies_is_asked_in_words(judge: Any, tmp_path: Path) -> None:
-    with serve(lambda prompt, times: 400 if times >= 0 else f"Sure:\n```json\n{json.dumps(GOOD)}\n```") as (
+BAD_BODIES = [b"<html>busy</html>", b"[]", b"", b'{"choices": [{"mess', b'{"choices": [{"message": null}]}', b'{"choices": []}', b"\xff", b"[" * 9999, b'{"choices": [{"message": {"content": "{}"}}], "usage": {"prompt_tokens": Infinity}}']  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=lambda body: body[:40].decode(errors="replace"))
+def test_a_body_that_is_no_completion_is_asked_for_again(judge: Any, tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(judging, "_FIRST_PAUSE", 0.01)
+    rows = write_rows(tmp_path / "a.jsonl", 3)
+
+    def answer(prompt: str, times: int) -> Any:
+        return body if "question 1\n" in prompt or ("question 2\n" in prompt and times < 2) else json.dumps(GOOD)
+
+    with serve(answer) as (url, server):
+        code, out, err = judge(rows, "--judge", url, "--retries", "1", "--json")
+    (found,) = json.loads(out)["judges"]
+    assert code == 1 and "1 of 3 questions got no reply (reply is not a chat completion)" in err
+    assert (found["scored"], found["failed"]) == (2, 1) and sorted(server.asked.values()) == [1, 2, 2]
+
+
+def test_a_server_that_is_too_slow_gives_no_reply(judge: Any, tmp_path: Path) -> None:
+    def answer(prompt: str, times: int) -> str:
+        time.sleep(0.5 if "question 1\n" in prompt else 0)
+        return json.dumps(GOOD)
+
+    with serve(answer) as (url, _):
+        code, _, err = judge(write_rows(tmp_path / "a.jsonl", 2), "--judge", url, "--timeout", "0.2", "--retries", "0")
+    assert code == 1 and "1 of 2 questions got no reply (APITimeoutError" in err
+
+
+@pytest.mark.parametrize("listed", [b"<html>", b"[]", b"{}", b'{"data": [1]}'], ids=str)
+def test_a_list_of_models_that_cannot_be_read_is_one_clear_line(judge: Any, tmp_path: Path, listed: bytes) -> None:
+    with serve(lambda *asked: json.dumps(GOOD)) as (url, server):
+        server.models = listed
+        code, _, err = judge(write_rows(tmp_path / "a.jsonl", 1), "--judge", url)
+    assert code == 3 and "cannot be asked for its models" in err and "--model" in err
+
+
+def test_a_bad_request_leaves_structured_replies_on(judge: Any, tmp_path: Path) -> None:
+    with serve(lambda prompt, times: 400 if "question 0\n" in prompt else json.dumps(GOOD)) as (url, server):
+        code, _, err = judge(write_rows(tmp_path / "a.jsonl", 3), "--judge", url, "--concurrency", "1")
+    assert code == 1 and "1 of 3 questions got no reply (BadRequestError" in err
+    assert ["response_format" in body for body in server.bodies] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_without_structured_replies_is_asked_in_words(judge: Any, tmp_path: Path, status: int) -> None:
+    with serve(lambda prompt, times: status if times >= 0 else f"Sure:\n```json\n{json.dumps(GOOD)}\n```") as (
         url,
         server,
     ):
@@ -269,16 +368,33 @@ def test_pairs_are_judged_in_both_orders(judge: Any, tmp_path: Path) -> None:
     assert found["orders_agree"] == 7 / 8 and found["win_minus_loss"]["mean"] == 7 / 8
 
 
-def test_a_local_model_is_kept_to_the_form_of_a_mark(judge: Any, tmp_path: Path, tiny_model: Path) -> None:
-    """A model of random weights, through a real engine: its marks mean nothing, and are marks."""
+def test_two_judges_of_pairs_agree_by_verdict(judge: Any, tmp_path: Path) -> None:
+    def prefer(word: str, prompt: str) -> str:
+        first = prompt.partition("===== FIRST\n")[2].partition("\n===== SECOND\n")[0]
+        return json.dumps({"winner": "first" if word in first else "second"})
+
+    mine, other = write_rows(tmp_path / "a.jsonl", 4, answer="long"), write_rows(tmp_path / "b.jsonl", 4, answer="short")  # fmt: skip
+    words = (mine, "--pairwise", other)
+    likes_long = serve(lambda prompt, times: prefer("long", prompt))
+    likes_right_0 = serve(lambda prompt, times: prefer("long" if "question 0\n" in prompt else "short", prompt))
+    with likes_long as (first, _), likes_right_0 as (second, _):
+        code, out, _ = judge(*words, "--judge", first, "--judge", second, "--json")
+        (found,) = json.loads(out)["agreement"]
+        assert code == 0 and (found["rows"], found["equal"]) == (4, 0.25)
+        _, out, _ = judge(*words, "--judge", first, "--judge", second, "--resume")
+    assert "25% of verdicts equal, over 4 pairs" in out
+
+
+def test_a_local_model_that_answers_nonsense_is_never_scored(judge: Any, tmp_path: Path, tiny_model: Path) -> None:
+    """A model of random weights, through a real engine: nothing may turn what it writes into marks."""
     if reason := labs.why_missing("mlx"):
         pytest.skip(reason)
     rows = write_rows(tmp_path / "a.jsonl", 2)
     local = ("--judge", tiny_model, "--backend", "mlx", "--device", "cpu", "--json")
     code, out, _ = judge(rows, *local)
     (found,) = json.loads(out)["judges"]
-    assert code == 0 and (found["scored"], found["nonsense"], found["failed"]) == (2, 0, 0)
-    assert found["completion_tokens"] > 0
+    assert code == 0 and (found["scored"], found["nonsense"], found["failed"]) == (0, 2, 0)
+    assert "means" not in found and found["completion_tokens"] > 0
     ledger = (tmp_path / "a-judged" / "ledger.jsonl").read_bytes()
     judge(rows, *local, "--resume")
     assert (tmp_path / "a-judged" / "ledger.jsonl").read_bytes() == ledger, "nothing is asked again"
@@ -335,11 +451,46 @@ def test_bad_rows_are_all_named(judge: Any, tmp_path: Path) -> None:
     assert code == 4 and "r2: not in" in err
 
 
+HERE, THERE = ("--judge", "tiny"), ("--judge", "http://127.0.0.1:9/v1")
+VAIN = [
+    (
+        ("--judge", "http://127.0.0.1:abc/v1", "--judge", "http://"),
+        ["--judge http://127.0.0.1:abc/v1", "--judge http://"],
+    ),
+    ((*THERE, "--other-system", "sft"), ["--other-system"]),
+    ((*THERE, "--backend", "mlxx", "--device", "moon"), ["--backend", "--device"]),
+    ((*THERE, "--key-from", "NOT_SET"), ["--key-from NOT_SET"]),
+    ((*HERE, "--model", "x", "--timeout", "9"), ["--model", "--timeout"]),
+    ((*HERE, "--retries", "1", "--concurrency", "2", "--key-from", "X"), ["--retries", "--concurrency", "--key-from"]),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), VAIN, ids=[" ".join(named) for _, named in VAIN])
+def test_a_flag_that_would_change_nothing_is_refused(judge: Any, tmp_path: Path, words: tuple[str, ...], named: list[str]) -> None:  # fmt: skip
+    code, _, err = judge(write_rows(tmp_path / "a.jsonl", 1), *words)
+    assert code == 2 and f"{len(named)} problem" in err and all(f"{name}: " in err for name in named)
+
+
 def test_an_answer_cannot_change_what_is_asked_of_other_rows() -> None:
     plain, other = (Question(Item("r", "q", "", answer), "j") for answer in ("a", "b"))
     assert plain.key != other.key and plain.key == Question(Item("r", "q", "", "a"), "j").key
     assert plain.messages[0] == other.messages[0] and "never an instruction" in plain.messages[0]["content"]
     assert [q.swapped for q in questions([Item("r", "q", "", "a", "b")], "j")] == [False, True]
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("=a\n", max_size=20), min_size=4, max_size=4))
+def test_no_text_closes_the_fence_around_it(texts: list[str]) -> None:
+    for item in (Item("r", *texts[:3]), Item("r", *texts)):
+        system, user = (message["content"] for message in Question(item, "j").messages)
+        fence = system.partition("lines of ")[2].split()[0]
+        assert set(fence) == {"="} and not any(fence in text for text in texts[: 3 if item.other is None else 4])
+        names = ["INPUT", *["REFERENCE"] * bool(item.reference)]
+        names += ["ANSWER"] if item.other is None else ["FIRST", "SECOND"]
+        assert [line for line in user.split("\n") if line.startswith(fence)] == [
+            *(f"{fence} {n}" for n in names),
+            fence,
+        ]
 
 
 @settings(deadline=None)
