@@ -44,6 +44,7 @@ from smolmlx.evals.suites import (
 )
 from smolmlx.rundir import write_text
 from smolmlx.tasks.registry import read_registry
+from smolmlx.tasks.replies import render
 
 Messages = tuple[Mapping[str, Any], ...]
 Meter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -349,9 +350,19 @@ def write(evaluation: Evaluation, folder: Path) -> None:
         write_text(folder / "results.csv", loss_csv(evaluation.loss, file.path, file.sha256))
     for name, found in evaluation.research.items():
         write_text(folder / f"{name}.csv", research.csv(found))
+        settings = evaluation.settings
+        asked = research.read_rows(
+            evaluation.files[name].path, open_rows(evaluation.files[name].path, settings), settings.limit
+        )
         lines = [
-            {"id": row, "task": task, "answers": {s: made[i] for s, made in evaluation.outputs[name].items()}}
-            for i, (row, task) in enumerate(zip(found.ids, found.tasks, strict=True))
+            {
+                "id": row.id,
+                "task": row.task,
+                "input": str(row.messages[-1]["content"]),
+                "reference": render(row.task, row.gold, "json" if settings.constrained else row.style),
+                "answers": {s: made[i] for s, made in evaluation.outputs[name].items()},
+            }
+            for i, row in enumerate(asked)
         ]
         _write_lines(folder / f"{name}-answers.jsonl", lines)
     for name, report in evaluation.notes.items():

@@ -11,12 +11,12 @@ import yaml
 
 from smolmlx import __version__
 from smolmlx.reports import charts, figures, page
-from smolmlx.reports.boards import HEADLINES, Board, label_runs, make_boards
+from smolmlx.reports.boards import SUMMED_UP, Board, label_runs, make_boards
 from smolmlx.reports.folders import RunView
 from smolmlx.reports.sweeps import SweepView
 from smolmlx.rundir import RunDir, publish, write_text
 
-_IN_CARD = ("loss", "accuracy", "test-compliance", "test-content_alignment")
+_IN_CARD = ("loss", "accuracy", *(f"test-{metric}" for metric in SUMMED_UP))
 
 
 def card(view: RunView, chart_names: Sequence[str] = ()) -> str:
@@ -71,7 +71,10 @@ def write_charts(views: Sequence[RunView], folder: Path, sweeps: Sequence[SweepV
     """Write the charts that the report shows first as SVG and PNG; return their names."""
     boards = make_boards(views)
     hidden = {
-        f"{board.slug}-{metric.key}" for board in boards for metric in HEADLINES if metric.key not in page.SHOWN_FIRST
+        f"{board.slug}-{metric.key}"
+        for board in boards
+        for metric in board.metrics
+        if metric.key not in page.SHOWN_FIRST
     }
     hidden |= {"learning-rate", "grad-norm"}
     drawn = {**page.sweep_charts(sweeps), **page.run_charts(views, label_runs(views), boards)}
@@ -108,9 +111,9 @@ def _use(view: RunView) -> str:
 
 
 def _evaluation(board: Board) -> str:
-    head = (f"{board.name} (n={board.num_rows})", *(metric.label for metric in HEADLINES))
+    head = (f"{board.name} (n={board.num_rows})", *(metric.label for metric in board.metrics))
     lines = [
-        (_plain(e.label), *(f"{figures.figure(e, m)} [{figures.interval(e, m)}]" for m in HEADLINES))
+        (_plain(e.label), *(f"{figures.figure(e, m)} [{figures.interval(e, m)}]" for m in board.metrics))
         for e in board.entrants
     ]
     said = "\n".join(f"- {_plain(sentence)}" for sentence in figures.findings(board))

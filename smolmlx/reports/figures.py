@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolmlx.recipe import flatten_tree
-from smolmlx.reports.boards import HEADLINES, Board, Comparison, Entrant, Metric
+from smolmlx.reports.boards import SUMMED_UP, Board, Comparison, Entrant, Metric
 from smolmlx.reports.folders import RunView, Tree
 
 FEW_ROWS = 30
@@ -61,7 +61,7 @@ def interval(entrant: Entrant, metric: Metric) -> str:
 
 
 def _level(metric: Metric, value: float) -> str:
-    if metric.key == "compliance":
+    if metric.key in ("compliance", "valid", "index_accuracy"):
         return f"{100 * value:.0f} %"
     return f"{value:.3f}" if metric.share else f"{value:.2f}"
 
@@ -111,7 +111,7 @@ def _score_tiles(board: Board) -> list[Tile]:
     trained = [entrant for entrant in board.entrants if entrant.kind == "trained"]
     base = next((entrant for entrant in board.entrants if entrant.kind == "base"), None)
     found = []
-    for metric in HEADLINES[:2]:
+    for metric in board.metrics[:2]:
         if trained and metric.key in trained[-1].summary:
             beside = f"; base {figure(base, metric)}" if base else ""
             note = f"95 % interval {interval(trained[-1], metric)}{beside}"
@@ -120,24 +120,27 @@ def _score_tiles(board: Board) -> list[Tile]:
 
 
 def findings(board: Board) -> list[str]:
-    """Say what a board shows, one sentence per trained system and one on its content; no claim without a difference."""
-    found = []
-    for entrant in board.entrants:
-        if entrant.kind == "trained":
-            kept, content = HEADLINES[0], HEADLINES[1]
-            if kept.key in entrant.summary:
-                found.append(
-                    f"{entrant.label} keeps to the template in {figure(entrant, kept)} of {board.num_rows} held-out "
-                    f"answers (95 % interval {interval(entrant, kept)}){_against(board, entrant, kept)}."
-                )
-            if content.key in entrant.summary:
-                found.append(
-                    f"{entrant.label}: content alignment {figure(entrant, content)} (95 % interval "
-                    f"{interval(entrant, content)}){_against(board, entrant, content)}."
-                )
+    """Say what a board shows, a sentence per trained system and leading metric; no claim without a difference."""
+    said = [metric for metric in board.metrics if metric.key in SUMMED_UP]
+    found = [
+        _finding(board, entrant, metric)
+        for entrant in board.entrants
+        for metric in said
+        if entrant.kind == "trained" and metric.key in entrant.summary
+    ]
     if found and board.num_rows < FEW_ROWS:
         found.append(f"{board.num_rows} rows are few: read the intervals, not the means.")
     return found
+
+
+def _finding(board: Board, entrant: Entrant, metric: Metric) -> str:
+    value, rows = figure(entrant, metric), entrant.summary[metric.key].get("num_rows", board.num_rows)
+    if metric.key == "compliance":
+        head = f"{entrant.label} keeps to the template in {value} of {rows} held-out answers"
+    else:
+        of = f" of {rows} rows" if rows != board.num_rows else ""
+        head = f"{entrant.label}: {metric.label} {value}{of}"
+    return f"{head} (95 % interval {interval(entrant, metric)}){_against(board, entrant, metric)}."
 
 
 def _against(board: Board, entrant: Entrant, metric: Metric) -> str:
@@ -159,10 +162,10 @@ def listed(names: Sequence[str]) -> str:
 
 
 def comparison_table(board: Board) -> list[tuple[str, str, list[Comparison | None]]]:
-    """Return (system, against, one cell per headline metric)."""
+    """Return (system, against, one cell per metric of the board)."""
     cells = {(c.system, c.against, c.metric): c for c in board.comparisons}
     pairs = dict.fromkeys((c.system, c.against) for c in board.comparisons)
-    return [(a, b, [cells.get((a, b, metric.key)) for metric in HEADLINES]) for a, b in pairs]
+    return [(a, b, [cells.get((a, b, metric.key)) for metric in board.metrics]) for a, b in pairs]
 
 
 def all_metrics(board: Board) -> list[tuple[str, list[str]]]:

@@ -16,7 +16,7 @@ import yaml
 
 from smolmlx import __version__
 from smolmlx.reports import charts, figures, sweep_figures
-from smolmlx.reports.boards import HEADLINES, Board, label_runs, make_boards
+from smolmlx.reports.boards import SUMMED_UP, Board, label_runs, make_boards
 from smolmlx.reports.folders import RunView
 from smolmlx.reports.rows import count_flaws, flaw_kind, view_rows
 from smolmlx.reports.sweeps import SweepView
@@ -25,7 +25,7 @@ from smolmlx.rundir import write_text
 
 MAX_ROWS = 500
 """Rows of each set that the viewer holds unless more are asked for; the tables always cover all."""
-SHOWN_FIRST = ("compliance", "content_alignment", "unsupported")
+SHOWN_FIRST = (*SUMMED_UP, "unsupported")
 """Metrics whose chart is seen without a click."""
 _MAX_MAPS = 6
 
@@ -59,7 +59,6 @@ def render(
         "sweeps": sweeps,
         "sweep_figures": sweep_figures,
         "opened": [_shown_systems(board, sweeps) for board in boards],
-        "metrics": HEADLINES,
         "shown_first": SHOWN_FIRST,
         "specs": specs,
         "figures": figures,
@@ -164,7 +163,6 @@ def _viewer(board: Board, max_rows: int) -> dict[str, Any]:
             answer["kinds"] = sorted({flaw_kind(flaw) for flaw in answer["flaws"]})
     return {
         "systems": [{"label": entrant.label, "kind": entrant.kind} for entrant in board.entrants],
-        "metrics": [{"key": m.key, "label": m.label, "higher": m.higher_is_better} for m in HEADLINES],
         "rows": rows,
     }
 
