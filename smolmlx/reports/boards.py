@@ -152,20 +152,23 @@ def _fingerprint(found: ScoredSet) -> str:
 def _board(name: str, members: Sequence[tuple[str, ScoredSet]]) -> Board:
     entrants: list[Entrant] = []
     for run, found in members:
-        alone = sum(entrant.kind == "trained" for entrant in _entrants(found)) == 1
-        for entrant in _entrants(found):
-            twins = [other for other in entrants if other.kind == entrant.kind != "trained" and _same(other, entrant)]
-            if not twins:
-                taken = len(members) > 1 and (
-                    entrant.kind == "trained" or any(e.label == entrant.label for e in entrants)
-                )
-                label = run if alone and entrant.kind == "trained" else f"{run}: {entrant.label}"
-                entrants.append(_named(entrant, label if taken else entrant.label))
+        new = _not_yet(entrants, list(_entrants(found)))
+        alone = sum(entrant.kind == "trained" for entrant in new) == 1
+        for entrant in new:
+            taken = len(members) > 1 and (entrant.kind == "trained" or any(e.label == entrant.label for e in entrants))
+            label = run if alone and entrant.kind == "trained" else f"{run}: {entrant.label}"
+            entrants.append(_named(entrant, label if taken else entrant.label))
     order = {"base": 0, "control": 1, "trained": 2}
     entrants.sort(key=lambda entrant: order[entrant.kind])
     first = members[0][1]
     compared = list(_recorded(first) if len(members) == 1 else _recomputed(entrants))
     return Board(name, first.data, first.sha256, first.num_rows, first.rows, entrants, compared)
+
+
+def _not_yet(entrants: Sequence[Entrant], more: Sequence[Entrant]) -> list[Entrant]:
+    """Leave out who stands on the board already: base, controls, and what a stage began with, which the one before left."""
+    own = [entrant for entrant in more if entrant.kind == "trained"][-1:]
+    return [e for e in more if e in own or not any(o.kind == e.kind and _same(o, e) for o in entrants)]
 
 
 def _entrants(found: ScoredSet) -> Iterator[Entrant]:

@@ -16,7 +16,7 @@ from smolmlx.reports.folders import RunView
 from smolmlx.reports.sweeps import SweepView
 from smolmlx.rundir import RunDir, publish, write_text
 
-_IN_CARD = ("loss", "accuracy", *(f"test-{metric}" for metric in SUMMED_UP))
+_IN_CARD = ("loss", "accuracy", "margin", *(f"test-{metric}" for metric in SUMMED_UP))
 
 
 def card(view: RunView, chart_names: Sequence[str] = ()) -> str:

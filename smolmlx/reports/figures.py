@@ -13,6 +13,8 @@ from smolmlx.reports.folders import RunView, Tree
 
 FEW_ROWS = 30
 """Below this many rows the report says that intervals are wide."""
+PER_TOKEN, PER_PAIR = "nats per supervised token", "mean per pair"
+"""What a loss is counted in; one axis never holds both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,18 @@ def status(view: RunView) -> str:
 
 def loss_unit(view: RunView) -> str:
     """Return what a run's loss is counted in."""
-    return "mean per pair" if view.plan.get("stage") == "dpo" else "nats per supervised token"
+    return PER_PAIR if view.plan.get("stage") == "dpo" else PER_TOKEN
+
+
+def last_stage(views: Sequence[RunView], labels: Mapping[str, str], boards: Sequence[Board]) -> list[Tile]:
+    """Return the key figures of the stage that a pipeline came to, by the boards that it stands on."""
+    last = labels[str(views[-1].path)]
+    own = [b for b in boards if any(e.label == last or e.label.startswith(f"{last}: ") for e in b.entrants)]
+    return tiles(views[-1], own)
 
 
 def tiles(view: RunView, boards: Sequence[Board]) -> list[Tile]:
-    """Return the key figures of one run."""
+    """Return the key figures of one run; it is the last trained system of its boards."""
     found: list[Tile] = []
     if boards:
         found += _score_tiles(boards[0])
@@ -109,12 +118,12 @@ def tiles(view: RunView, boards: Sequence[Board]) -> list[Tile]:
 
 def _score_tiles(board: Board) -> list[Tile]:
     trained = [entrant for entrant in board.entrants if entrant.kind == "trained"]
-    base = next((entrant for entrant in board.entrants if entrant.kind == "base"), None)
+    beside = [*(entrant for entrant in board.entrants if entrant.kind == "base"), *trained[-2:-1]]
     found = []
     for metric in board.metrics[:2]:
         if trained and metric.key in trained[-1].summary:
-            beside = f"; base {figure(base, metric)}" if base else ""
-            note = f"95 % interval {interval(trained[-1], metric)}{beside}"
+            others = "".join(f"; {other.label} {figure(other, metric)}" for other in beside)
+            note = f"95 % interval {interval(trained[-1], metric)}{others}"
             found.append(Tile(metric.label, figure(trained[-1], metric), note))
     return found
 
@@ -138,7 +147,7 @@ def _finding(board: Board, entrant: Entrant, metric: Metric) -> str:
     if metric.key == "compliance":
         head = f"{entrant.label} keeps to the template in {value} of {rows} held-out answers"
     else:
-        of = f" of {rows} rows" if rows != board.num_rows else ""
+        of = f" of {rows} row{'s' if rows > 1 else ''}" if rows != board.num_rows else ""
         head = f"{entrant.label}: {metric.label} {value}{of}"
     return f"{head} (95 % interval {interval(entrant, metric)}){_against(board, entrant, metric)}."
 
@@ -221,19 +230,21 @@ def differing_keys(views: Sequence[RunView]) -> list[str]:
 def run_table(views: Sequence[RunView], labels: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
     """Return the header and one line per run: what sets it apart, and how it trained."""
     keys = differing_keys(views)
+    mixed = len({loss_unit(view) for view in views if view.is_run}) > 1
     head = ["run", *keys, "steps", "training loss", "best validation loss", "tokens/s", "time"]
     lines = []
     for view in views:
         if view.is_run:
             tree: dict[str, Any] = flatten_tree(view.recipe)
             losses = [row["val_loss"] for row in view.evals]
+            unit = " per pair" if mixed and loss_unit(view) == PER_PAIR else ""
             lines.append(
                 [
                     labels[str(view.path)],
                     *(str(tree.get(key, "default")) for key in keys),
                     str(view.steps[-1]["step"] if view.steps else 0) + ("" if view.report else " (not finished)"),
-                    number(view.report.get("final_loss", view.steps[-1]["loss"] if view.steps else None)),
-                    number(min(losses, default=None)),
+                    number(view.report.get("final_loss", view.steps[-1]["loss"] if view.steps else None)) + unit,
+                    number(min(losses, default=None)) + (unit if losses else ""),
                     number(view.report.get("tokens_per_second"), ",.0f"),
                     duration(view.report.get("seconds")),
                 ]

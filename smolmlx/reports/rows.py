@@ -53,7 +53,7 @@ def _rank(score: Tree, metrics: Sequence[Metric]) -> dict[str, Any]:
     for metric in metrics:
         value = _number(score.get(metric.key))
         if metric.key in SUMMED_UP and metric.key not in ("compliance", "valid") and value is not None:
-            return {"score": value, "shown": f"{metric.label} {value:.2f}"}
+            return {"score": value, "shown": f"{metric.label.removesuffix(' alignment')} {value:.2f}"}
     return {"score": None, "shown": ""}
 
 

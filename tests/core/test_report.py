@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from run_folders import INJECTED, make_run, make_sweep
+from run_folders import INJECTED, make_pipeline, make_run, make_sweep
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.evals.text import content_spans, content_tokens
 from smolmlx.reports import charts, figures, sweep_figures
@@ -345,6 +345,38 @@ def test_pages_of_less_than_a_whole_run(tmp_path: Path) -> None:
     (run / "metrics.jsonl").unlink()
     shutil.rmtree(run / "adapter")
     assert "Not finished: step 0 of 100" in render([read_run(run)])
+
+
+def test_a_pipeline_is_read_in_its_order_and_names_each_system_once(tmp_path: Path) -> None:
+    views = open_runs([make_pipeline(tmp_path / "notes-pipeline-20261121-081316-b00e")])
+    labels = label_runs(views)
+    assert list(labels.values()) == ["sft", "dpo"]
+    board, _ = make_boards(views)
+    assert [e.label for e in board.entrants] == ["base", "copy control", "random control", "sft", "dpo"]
+    assert ("dpo", "sft") in {(c.system, c.against) for c in board.comparisons}
+    tiles = {tile.label: tile for tile in figures.last_stage(views, labels, make_boards(views))}
+    assert tiles["template kept"].value == figures.figure(board.entrants[-1], board.metrics[0])
+    assert "; base 0 %; sft " in tiles["template kept"].note and "mean per pair" in tiles["training loss"].note
+    _, lines = figures.run_table(views, labels)
+    assert any(cell.endswith(" per pair") for cell in lines[1]) and "per pair" not in " ".join(lines[0])
+
+
+@needs_vega
+def test_a_pipelines_page_shows_its_last_stage_and_one_axis_per_unit(tmp_path: Path) -> None:
+    from smolmlx.reports.page import render
+
+    pipeline = make_pipeline(tmp_path / "notes-pipeline-20261121-081316-b00e")
+    html = render(open_runs([pipeline]))
+    assert "<h1>notes-pipeline</h1>" in html and "sft → pairs → dpo" in html and "SFT, then DPO." in html
+    assert html.count('class="tile"') == 7 and "Key figures of dpo, the last stage here." in html
+    drawn = [attributes["data-chart"] for _, attributes in _Page(html).tags if "data-chart" in attributes]
+    assert drawn[drawn.index("loss") :][:5] == ["loss", "accuracy", "pair-loss", "pair-accuracy", "margin"]
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    specs: Any = json.loads(found[1])["charts"]
+    assert specs["loss"]["title"] == "Loss: sft" and specs["pair-accuracy"]["title"] == "Pair accuracy: dpo"
+    alone = render(open_runs([pipeline / "dpo"]))
+    assert 'aria-label="Reward margin over steps"' in alone and 'aria-label="Pair accuracy over steps"' in alone
 
 
 @needs_vega
