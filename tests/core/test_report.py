@@ -69,6 +69,9 @@ def test_broken_files_of_a_run_are_named(tmp_path: Path) -> None:
     (run / "eval" / "test-answers.jsonl").write_text('{"id": "row-0001"}\n')
     with pytest.raises(RunError, match=r"test-answers\.jsonl:1"):
         read_run(run)
+    (run / "eval" / "results.json").write_text("[1, 2]")
+    with pytest.raises(RunError, match=r"results\.json: holds list '\[1, 2\]'"):
+        read_run(run)
     (run / "eval" / "results.json").write_text("{")
     with pytest.raises(RunError, match=r"results\.json: not valid JSON"):
         read_run(run)
