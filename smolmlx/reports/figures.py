@@ -189,6 +189,20 @@ def _spread(found: Tree | None) -> str:
     return "–" if found is None else f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
+def loss_cell(found: Tree) -> str:
+    """Return a held-out loss with its interval; results of before 2026-11-21 may have none."""
+    low, high = (number(found.get(end)) for end in ("low", "high"))
+    return number(found["loss"]) + (f" [{low}, {high}]" if "–" not in (low, high) else "")
+
+
+def data_names(view: RunView) -> tuple[list[str], list[str]]:
+    """Return what a run's recipe names as rows for training, and for validation."""
+    data = view.recipe.get("data") or {}
+    train, validation = ([value] if isinstance(value, str) else list(value or ()) for value in (data.get("train"), data.get("validation")))  # fmt: skip
+    share = data.get("validation_share")
+    return train, validation or ([f"{100 * share:g} % of the rows for training"] if share else [])
+
+
 def training_facts(view: RunView) -> list[tuple[str, str]]:
     """Return what was trained, how, and on what machine."""
     plan, env, recipe, report = view.plan, view.env, view.recipe, view.report
@@ -199,9 +213,11 @@ def training_facts(view: RunView) -> list[tuple[str, str]]:
     adapter = f", r {lora.get('r', 'as by default')}, alpha {lora.get('alpha', 'as by default')}" if method == "LoRA" else ""  # fmt: skip
     rate, low = number(plan.get("learning_rate_peak"), ".3g"), number(plan.get("learning_rate_last"), ".3g")
     tokens = number(plan.get("tokens"), ",d")
+    train, validation = map(", ".join, data_names(view))
     facts = [
         ("stage", f"{plan.get('stage', '–')}, {method}{adapter}"),
         ("base", f"{model.get('id', '–')}{revision}"),
+        ("data", f"{train}; validation: {validation or 'none'}" if train else ""),
         ("rows", f"{number(plan.get('rows'), ',d')} ({plan.get('format', '–')}), {tokens} tokens an epoch, {number(plan.get('supervised'), ',d')} supervised"),
         ("steps", f"{report.get('steps', plan.get('steps', '–'))} of {plan.get('batch_size', '–')} x {plan.get('accumulation', '–')} rows"),
         ("learning rate", f"peak {rate}, last {low}"),
@@ -212,10 +228,10 @@ def training_facts(view: RunView) -> list[tuple[str, str]]:
         ("hashes", f"data {plan.get('data_hash', '–')}, template {plan.get('template', '–')}, plan {plan.get('fingerprint', '–')}"),
     ]  # fmt: skip
     if report.get("stopped_early"):
-        facts.insert(4, ("stopped early", f"best evaluation at step {report.get('best_step')}"))
+        facts.insert(5, ("stopped early", f"best evaluation at step {report.get('best_step')}"))
     lost = plan.get("reasons", {})
     if lost:
-        facts.insert(3, ("rows left out or cut", ", ".join(f"{count:,} {reason}" for reason, count in lost.items())))
+        facts.insert(4, ("rows left out or cut", ", ".join(f"{count:,} {reason}" for reason, count in lost.items())))
     return facts
 
 

@@ -63,8 +63,10 @@ class RunView:
     steps: Sequence[Tree] = ()
     evals: Sequence[Tree] = ()
     sets: Mapping[str, ScoredSet] = field(default_factory=dict)
+    files: Mapping[str, Tree] = field(default_factory=dict)
+    """`test`, and where given `ood` and `train`: {path, sha256, rows} of what was scored."""
     loss: Mapping[str, Tree] = field(default_factory=dict)
-    """System -> loss, perplexity, accuracy (suite loss)."""
+    """System -> loss with its low and high, perplexity, accuracy (suites loss and research)."""
     loss_findings: Sequence[str] = ()
     """What its paired differences show."""
     setting: str = ""
@@ -144,6 +146,7 @@ def read_run(path: Path, place: tuple[str, int] | None = None, pipeline: Tree = 
         sets={
             name: _read_set(name, tree, files.get(name, {}), scored) for name, tree in results.get("sets", {}).items()
         },
+        files=files,
         loss=results.get("systems", {}),
         loss_findings=[found["sentence"] for found in results.get("differences", ())],
         samples=_optional(run, "samples.json"),

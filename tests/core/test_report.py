@@ -27,6 +27,7 @@ from smolmlx.reports.folders import RunView, open_runs, read_run
 from smolmlx.reports.rows import EMPTY, FORMULAIC, flaw_kind, flaws, mark_text, view_rows
 from smolmlx.reports.sweeps import open_sweeps
 from smolmlx.reports.weights import weight_changes
+from smolmlx.rundir import RunDir
 
 needs_vega = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("vl_convert"), reason="vl-convert is not installed"
@@ -395,6 +396,34 @@ def test_one_run_leaves_page_card_and_charts(tmp_path: Path) -> None:
     card = (run / "README.md").read_text(encoding="utf-8")
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head)["tags"] == ["smolmlx", "sft", "lora"]
+    assert "8 rows of test.jsonl (sha256 6148dd341dc2)." in body and str(run) not in body
+    assert "| data | data/notes/train.jsonl; validation: none |" in body and "datasets" not in head
     for text in ("| test (n=8) |", "![loss](charts/loss.svg)", "| copy control |", "learning rate", "rows are few"):
         assert text in body
     assert all(metric.label in body for metric in HEADLINES)
+
+
+@needs_vega
+def test_a_card_names_hub_data_and_the_interval_of_a_loss(tmp_path: Path) -> None:
+    from smolmlx.reports import card, page
+
+    run = make_run(tmp_path / "run", rows=6)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"] = {"train": ["owner/chats", "data/notes", "gone/rows.jsonl"], "validation_share": 0.1}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    found = {
+        "num_rows": 3,
+        "num_tokens": 30,
+        "loss": 2.5,
+        "perplexity": 12.2,
+        "accuracy": 0.5,
+        "low": 2.25,
+        "high": 2.75,
+    }
+    files = {"test": {"path": "rows/test.jsonl", "sha256": "ab" * 32, "rows": 3}}
+    RunDir(run / "eval").write_json("results.json", {"suite": "loss", "files": files, "systems": {"base": found}})
+    text = card.card(read_run(run))
+    assert yaml.safe_load(text.split("---\n", 2)[1])["datasets"] == ["owner/chats"]
+    assert "3 rows of rows/test.jsonl (sha256 abababababab)." in text and "| base | 2.5000 [2.2500, 2.7500] |" in text
+    assert "validation: 10 % of the rows for training" in text
+    assert "2.5000 [2.2500, 2.7500]" in page.render([read_run(run)])
