@@ -40,6 +40,7 @@ from smolmlx.evals.suites import (
     notes_markdown,
     notes_rows_csv,
     notes_summary_csv,
+    results_csv,
     summarise_loss,
 )
 from smolmlx.rundir import write_text
@@ -137,7 +138,10 @@ class Evaluation:
 
     def markdown(self) -> str:
         if self.research:
-            parts = [f"## {name}\n\n{research.markdown(found)}" for name, found in self.research.items()]
+            parts = [
+                f"## {name}\n\n{self._named(name)}\n\n{research.markdown(found)}"
+                for name, found in self.research.items()
+            ]
             return "\n\n".join([*parts, loss_markdown(self.loss)])
         if self.loss:
             said = "".join(f"- {difference.sentence}\n" for difference in self.differences)
@@ -342,10 +346,15 @@ def _evaluate_research(
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:
-    """Write results.json, results.md, results.csv, and for notes every row's score and answer."""
+    """Write results.json, results.md, results.csv, and for notes and research a csv per row set and every answer."""
     write_text(folder / "results.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     write_text(folder / "results.md", evaluation.markdown() + "\n")
-    if evaluation.loss:
+    reports: dict[str, NotesReport | ResearchReport] = {**evaluation.notes, **evaluation.research}
+    if reports:
+        named = {name: (file.path, file.sha256) for name, file in evaluation.files.items()}
+        summaries = {name: report.summary for name, report in reports.items()}
+        write_text(folder / "results.csv", results_csv(summaries, named, evaluation.loss))
+    elif evaluation.loss:
         file = evaluation.files["test"]
         write_text(folder / "results.csv", loss_csv(evaluation.loss, file.path, file.sha256))
     for name, found in evaluation.research.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import itertools
 import json
@@ -56,6 +57,18 @@ def test_runs_are_found_in_a_folder_once_each(runs: Path) -> None:
 def test_an_evaluation_folder_is_a_view_without_a_run(runs: Path) -> None:
     (view,) = open_runs([next(runs.glob("*b00e")) / "eval"])
     assert not view.is_run and set(view.sets) == {"test", "ood"} and figures.training_facts(view)
+
+
+def test_an_evaluation_has_every_figure_of_every_set_in_its_csv_files(runs: Path) -> None:
+    scored = next(runs.glob("*b00e")) / "eval"
+    with (scored / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["set"] for line in lines} == {"test", "ood"} and lines[0]["sha256"].startswith("6148dd341dc2")
+    with (scored / "test-rows.csv").open() as file:
+        row = next(csv.DictReader(file))
+    parts = [f"rubric_{part}" for part in ("summary", "key_points", "limitation", "follow_up")]
+    assert sum(int(row[part]) for part in parts) == int(row["rubric"]) and row["is_question"] in ("0", "1")
+    assert {"precision", "recall", "words_summary", "words_follow_up"} <= set(row)
 
 
 def test_every_wrong_folder_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from dataclasses import replace
@@ -161,7 +162,8 @@ def test_on_an_engine(tiny_model: Path, tmp_path: Path, constrained: bool) -> No
     report = made.research["test"]
     valid = [v for v, task in zip(report.scores["base"]["valid"], report.tasks, strict=True) if task != "rephrase"]
     assert (sum(v or 0 for v in valid) == len(valid)) == constrained
-    assert "random control" in (tmp_path / "out" / "results.md").read_text()
+    written = (tmp_path / "out" / "results.md").read_text()
+    assert "random control" in written and "Rows: 15 of" in written
     assert len((tmp_path / "out" / "test-answers.jsonl").read_text().splitlines()) == 15
 
 
@@ -186,6 +188,9 @@ def test_the_report_takes_the_suites_own_figures(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl")
     for name in ("one", "two"):
         write_scored(path, tmp_path / name, right=name == "one")
+    lines = list(csv.DictReader((tmp_path / "one" / "results.csv").read_text().splitlines()))
+    assert {(line["set"], line["metric"]) for line in lines} == {("test", m) for m in (*research.METRICS, "loss")}
+    assert next(line["mean"] for line in lines if (line["system"], line["metric"]) == ("sft", "set_f1")) == "1.0"
     (alone,) = make_boards(open_runs([tmp_path / "one"]))
     assert [metric.key for metric in alone.metrics] == list(research.METRICS)
     assert "sft: index accuracy 100 % of 8 rows" in " ".join(figures.findings(alone))
