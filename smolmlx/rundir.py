@@ -74,7 +74,10 @@ class RunDir:
             raise RunError(f"{path}: missing. Is {self.path} a run folder?") from error
         except ValueError as error:
             raise RunError(f"{path}: not valid JSON ({error}).") from error
-        assert isinstance(tree, dict)
+        if not isinstance(tree, dict):
+            raise RunError(
+                f"{path}: holds {type(tree).__name__} '{str(tree)[:40]}' where smolmlx writes an object. Was it edited?"
+            )
         return tree
 
     def write_json(self, name: str, tree: Mapping[str, Any]) -> None:

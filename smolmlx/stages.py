@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,15 +167,28 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
         RunError: the run failed; checkpoints stay.
     """
-    logs = open_loggers(plan.recipe.loggers, run, plan.to_json())
+    with ExitStack() as closing:  # a service counts a run as going on until it is told; TensorBoard holds points back
+        logs = open_loggers(plan.recipe.loggers, run, plan.to_json())
+        for _, close in logs:
+            closing.callback(close)
 
-    def tell(event: Event) -> None:
-        on_event(event)
-        if event.kind in ("step", "eval"):
-            for log, _ in logs:
-                log(event.step, numbers(event.values))
+        def tell(event: Event) -> None:
+            on_event(event)
+            if event.kind in ("step", "eval"):
+                for log, _ in logs:
+                    log(event.step, numbers(event.values))
 
-    session = Session(plan, run, tell)
+        session = Session(plan, run, tell)
+        _fit(plan, choice, run, session)
+    if plan.recipe.samples.prompts:
+        write_samples(plan, choice.backend, run)
+    report = summarise(plan, session)
+    run.write_json("report.json", {name: getattr(report, name) for name in report.__slots__})
+    return report
+
+
+def _fit(plan: Plan, choice: Choice, run: RunDir, session: Session) -> None:
+    """Answer the sample prompts, train, and leave weights and metrics.csv behind."""
     before = (
         answer_samples(plan, choice.backend, plan.start.folder if plan.start else None, run)
         if plan.recipe.samples.prompts and not (run.path / "samples.json").exists()
@@ -189,13 +202,6 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
         raise Interrupted(run, session.state.step)
     save_result(plan, session)
     write_csv(run)
-    for _, close in logs:
-        close()
-    if plan.recipe.samples.prompts:
-        write_samples(plan, choice.backend, run)
-    report = summarise(plan, session)
-    run.write_json("report.json", {name: getattr(report, name) for name in report.__slots__})
-    return report
 
 
 def is_complete(run: RunDir) -> bool:

@@ -75,6 +75,25 @@ def make_run(
     return folder
 
 
+def make_pipeline(folder: Path, *, rows: int = 12) -> Path:
+    """Write a finished pipeline of SFT, pairs and DPO; DPO's evaluation holds what SFT left, with the same answers."""
+    make_run(folder / "sft", rows=rows, stages=("sft",))
+    last = make_run(folder / "dpo", rows=rows)
+    run = RunDir(last)
+    run.write_json("plan.json", {**run.read_json("plan.json"), "stage": "dpo"})
+    curves = [json.loads(line) for line in (last / "metrics.jsonl").read_text().splitlines()]
+    for row in curves:
+        key = "margin" if row["kind"] == "step" else "val_margin"
+        row[key] = row["step"] / 200
+        row.pop("val_perplexity", None)
+    (last / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curves))
+    (folder / "pairs").mkdir()
+    stages = [{"name": name} for name in ("sft", "pairs", "dpo")]
+    tree = {"name": "notes-pipeline", "description": "SFT, then DPO.", "stages": stages}
+    RunDir(folder).write_json("pipeline.json", tree)
+    return folder
+
+
 def make_sweep(folder: Path, *, rows: int = 12, seeds: int = 2) -> Path:
     """Write a finished sweep of three settings, of which one answers far worse; the last run failed."""
     folder.mkdir(parents=True)

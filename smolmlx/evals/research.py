@@ -74,6 +74,8 @@ class ResearchReport:
     """System -> metric -> value per row; None where the metric does not apply."""
     summary: Mapping[str, Mapping[str, Interval]]
     differences: tuple[Difference, ...]
+    groups: tuple[str, ...]
+    """Document of each row; '' where it names none."""
 
 
 def read_rows(path: str, source: Source, limit: int | None) -> list[ResearchRow]:
@@ -253,8 +255,8 @@ def compare(rows: Sequence[ResearchRow], answers: Mapping[str, Sequence[Answered
             differences.append(
                 Difference(system, control, name, interval, difference_sentence(interval, name, system, control))
             )
-    ids, tasks = tuple(row.id for row in rows), tuple(row.task for row in rows)
-    return ResearchReport(ids, tasks, scores, summary, tuple(differences))
+    ids, tasks, groups = (tuple(getattr(row, name) for row in rows) for name in ("id", "task", "document"))
+    return ResearchReport(ids, tasks, scores, summary, tuple(differences), groups)
 
 
 def _interval(rows: Sequence[ResearchRow], column: Sequence[float | None]) -> Interval:
@@ -303,7 +305,15 @@ def to_dict(report: ResearchReport) -> dict[str, Any]:
             for system, metrics in report.summary.items()
         },
         "differences": [asdict(difference) for difference in report.differences],
+        "rows": {system: _row_scores(report, columns) for system, columns in report.scores.items()},
     }
+
+
+def _row_scores(report: ResearchReport, columns: Mapping[str, Sequence[float | None]]) -> list[dict[str, Any]]:
+    """Return one record per row, as the notes suite writes them; a metric that does not apply is None."""
+    scores = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    named = zip(report.ids, report.tasks, report.groups, scores, strict=True)
+    return [{"id": row, "task": task, "group": group, **found} for row, task, group, found in named]
 
 
 def table(report: ResearchReport) -> list[list[str]]:

@@ -40,10 +40,12 @@ from smolmlx.evals.suites import (
     notes_markdown,
     notes_rows_csv,
     notes_summary_csv,
+    results_csv,
     summarise_loss,
 )
 from smolmlx.rundir import write_text
 from smolmlx.tasks.registry import read_registry
+from smolmlx.tasks.replies import render
 
 Messages = tuple[Mapping[str, Any], ...]
 Meter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -136,7 +138,10 @@ class Evaluation:
 
     def markdown(self) -> str:
         if self.research:
-            parts = [f"## {name}\n\n{research.markdown(found)}" for name, found in self.research.items()]
+            parts = [
+                f"## {name}\n\n{self._named(name)}\n\n{research.markdown(found)}"
+                for name, found in self.research.items()
+            ]
             return "\n\n".join([*parts, loss_markdown(self.loss)])
         if self.loss:
             said = "".join(f"- {difference.sentence}\n" for difference in self.differences)
@@ -341,17 +346,32 @@ def _evaluate_research(
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:
-    """Write results.json, results.md, results.csv, and for notes every row's score and answer."""
+    """Write results.json, results.md, results.csv, and for notes and research a csv per row set and every answer."""
     write_text(folder / "results.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     write_text(folder / "results.md", evaluation.markdown() + "\n")
-    if evaluation.loss:
+    reports: dict[str, NotesReport | ResearchReport] = {**evaluation.notes, **evaluation.research}
+    if reports:
+        named = {name: (file.path, file.sha256) for name, file in evaluation.files.items()}
+        summaries = {name: report.summary for name, report in reports.items()}
+        write_text(folder / "results.csv", results_csv(summaries, named, evaluation.loss))
+    elif evaluation.loss:
         file = evaluation.files["test"]
         write_text(folder / "results.csv", loss_csv(evaluation.loss, file.path, file.sha256))
     for name, found in evaluation.research.items():
         write_text(folder / f"{name}.csv", research.csv(found))
+        settings = evaluation.settings
+        asked = research.read_rows(
+            evaluation.files[name].path, open_rows(evaluation.files[name].path, settings), settings.limit
+        )
         lines = [
-            {"id": row, "task": task, "answers": {s: made[i] for s, made in evaluation.outputs[name].items()}}
-            for i, (row, task) in enumerate(zip(found.ids, found.tasks, strict=True))
+            {
+                "id": row.id,
+                "task": row.task,
+                "input": str(row.messages[-1]["content"]),
+                "reference": render(row.task, row.gold, "json" if settings.constrained else row.style),
+                "answers": {s: made[i] for s, made in evaluation.outputs[name].items()},
+            }
+            for i, row in enumerate(asked)
         ]
         _write_lines(folder / f"{name}-answers.jsonl", lines)
     for name, report in evaluation.notes.items():

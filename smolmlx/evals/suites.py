@@ -79,6 +79,10 @@ class NotesScore:
     num_words: int
     num_bullets: int
     words_per_point: float
+    section_words: tuple[int, int, int, int]
+    """Words of summary, key points, limitation, follow-up."""
+    is_question: bool
+    """The follow-up section ends in a question mark."""
     group: str = ""
 
 
@@ -204,6 +208,8 @@ def score_note(row: EvalRow, output: str, boilerplate: Sequence[str] = BOILERPLA
         num_words=made.num_words,
         num_bullets=made.num_bullets,
         words_per_point=made.words_per_point,
+        section_words=made.section_words,
+        is_question=made.is_question,
         group=row.group,
     )
 
@@ -263,13 +269,18 @@ def notes_dict(report: NotesReport) -> dict[str, object]:
 
 
 def notes_rows_csv(report: NotesReport) -> str:
-    """Return one line per system and row, with every metric; bools as 0 and 1, strict problems joined by '; '."""
+    """Return one line per system and row, with every field of its score; bools as 0 and 1, problems joined by '; '."""
+    singles = (*METRICS, "precision", "recall", "is_question")
+    parts = [f"{name}_{part}" for name in ("rubric", "words") for part in ("summary", "key_points", "limitation", "follow_up")]  # fmt: skip
     lines = [
-        [system, score.id, *(_cell(getattr(score, metric)) for metric in METRICS), "; ".join(score.problems)]
+        [
+            system, score.id, *(_cell(getattr(score, name)) for name in singles),
+            *score.rubric_parts, *score.section_words, "; ".join(score.problems),
+        ]
         for system, scores in report.scores.items()
         for score in scores
-    ]
-    return _csv([["system", "id", *METRICS, "problems"], *lines])
+    ]  # fmt: skip
+    return _csv([["system", "id", *singles, *parts, "problems"], *lines])
 
 
 def notes_summary_csv(report: NotesReport, data: str = "", sha256: str = "") -> str:
@@ -280,6 +291,27 @@ def notes_summary_csv(report: NotesReport, data: str = "", sha256: str = "") -> 
         for metric, interval in metrics.items()
     ]
     return _csv([["system", "metric", "n", "mean", "low", "high", "data", "sha256"], *lines])
+
+
+def results_csv(
+    sets: Mapping[str, Mapping[str, Mapping[str, Interval]]],
+    files: Mapping[str, tuple[str, str]],
+    loss: Mapping[str, LossSummary],
+) -> str:
+    """Return one line per row set, system and metric of a suite that scores answers, and per system's loss on `test`.
+
+    Args:
+        sets: row set -> system -> metric -> mean and interval.
+        files: row set -> (file, its sha256).
+    """
+    lines: list[list[object]] = [
+        [name, system, metric, found.num_rows, found.mean, found.low, found.high, *files[name]]
+        for name, systems in sets.items()
+        for system, metrics in systems.items()
+        for metric, found in metrics.items()
+    ]
+    lines += [["test", s, "loss", made.num_rows, made.loss, made.low, made.high, *files["test"]] for s, made in loss.items()]  # fmt: skip
+    return _csv([["set", "system", "metric", "n", "mean", "low", "high", "data", "sha256"], *lines])
 
 
 def notes_markdown(report: NotesReport) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from smolmlx.evals.bootstrap import MIN_ROWS, bootstrap_means, difference_sentence
 from smolmlx.evals.suites import CONTROLS
@@ -40,7 +41,18 @@ HEADLINES = (
     Metric("unsupported", "unsupported terms", "terms found neither in the input nor in the reference", higher_is_better=False),
     Metric("rubric", "rubric (0-12)", "length and specificity of the four sections", share=False),
 )  # fmt: skip
-"""The figures that decide; every other metric stands in the full table."""
+"""The figures that decide for notes; every other metric stands in the full table."""
+
+RESEARCH = (
+    Metric("valid", "valid", "answers that keep to their schema; a text: not empty, and ended by itself"),
+    Metric("index_accuracy", "index accuracy", "the passage that answers, or None where none does, of retrieval rows"),
+    Metric("set_f1", "set F1", "items in common with the reference, of rows of lists"),
+    Metric("rouge_l", "ROUGE-L", "F1 of the longest common subsequence, of all rows but retrieval"),
+)
+"""The same of the research suite."""
+
+SUMMED_UP = ("compliance", "content_alignment", *(metric.key for metric in RESEARCH))
+"""Metrics that are said in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,11 @@ class Board:
     rows: Sequence[AnswerRow]
     entrants: Sequence[Entrant]
     comparisons: Sequence[Comparison]
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """The figures that decide, of those that the suite of these rows has."""
+        return [metric for metric in _METRICS.values() if any(metric.key in e.summary for e in self.entrants)]
 
     @property
     def crowded(self) -> bool:
@@ -135,20 +152,23 @@ def _fingerprint(found: ScoredSet) -> str:
 def _board(name: str, members: Sequence[tuple[str, ScoredSet]]) -> Board:
     entrants: list[Entrant] = []
     for run, found in members:
-        alone = sum(entrant.kind == "trained" for entrant in _entrants(found)) == 1
-        for entrant in _entrants(found):
-            twins = [other for other in entrants if other.kind == entrant.kind != "trained" and _same(other, entrant)]
-            if not twins:
-                taken = len(members) > 1 and (
-                    entrant.kind == "trained" or any(e.label == entrant.label for e in entrants)
-                )
-                label = run if alone and entrant.kind == "trained" else f"{run}: {entrant.label}"
-                entrants.append(_named(entrant, label if taken else entrant.label))
+        new = _not_yet(entrants, list(_entrants(found)))
+        alone = sum(entrant.kind == "trained" for entrant in new) == 1
+        for entrant in new:
+            taken = len(members) > 1 and (entrant.kind == "trained" or any(e.label == entrant.label for e in entrants))
+            label = run if alone and entrant.kind == "trained" else f"{run}: {entrant.label}"
+            entrants.append(_named(entrant, label if taken else entrant.label))
     order = {"base": 0, "control": 1, "trained": 2}
     entrants.sort(key=lambda entrant: order[entrant.kind])
     first = members[0][1]
     compared = list(_recorded(first) if len(members) == 1 else _recomputed(entrants))
     return Board(name, first.data, first.sha256, first.num_rows, first.rows, entrants, compared)
+
+
+def _not_yet(entrants: Sequence[Entrant], more: Sequence[Entrant]) -> list[Entrant]:
+    """Leave out who stands on the board already: base, controls, and what a stage began with, which the one before left."""
+    own = [entrant for entrant in more if entrant.kind == "trained"][-1:]
+    return [e for e in more if e in own or not any(o.kind == e.kind and _same(o, e) for o in entrants)]
 
 
 def _entrants(found: ScoredSet) -> Iterator[Entrant]:
@@ -181,21 +201,34 @@ def _recomputed(entrants: Sequence[Entrant]) -> Iterator[Comparison]:
     pairs = [(system, other) for system in trained for other in entrants if other.kind != "trained"]
     if len(trained) <= MAX_PAIRED:
         pairs += [(later, earlier) for i, earlier in enumerate(trained) for later in trained[i + 1 :]]
-    columns = {(e.label, m.key): np.array([float(score[m.key]) for score in e.scores]) for e in entrants for m in HEADLINES}  # fmt: skip
-    wanted = [
-        (system, other, metric)
-        for system, other in pairs
-        for metric in HEADLINES
-        if len(columns[system.label, metric.key]) == len(columns[other.label, metric.key]) > 0
-    ]
-    if not wanted:
+    pairs = [(system, other) for system, other in pairs if len(system.scores) == len(other.scores) > 0]
+    if not pairs:
         return
-    paired = [columns[system.label, metric.key] - columns[other.label, metric.key] for system, other, metric in wanted]
-    groups = [str(score.get("group", "")) for score in wanted[0][0].scores]
+    # Metrics of the same rows are resampled in one call, which costs little more than one metric alone.
+    alike: dict[tuple[int, ...], list[Metric]] = {}
+    for metric in _METRICS.values():
+        rows = tuple(i for i, score in enumerate(pairs[0][0].scores) if score.get(metric.key) is not None)
+        alike.setdefault(rows, []).append(metric)
+    for rows, metrics in alike.items():
+        if rows:
+            yield from _resampled(pairs, metrics, rows)
+
+
+def _resampled(
+    pairs: Sequence[tuple[Entrant, Entrant]], metrics: Sequence[Metric], rows: Sequence[int]
+) -> Iterator[Comparison]:
+    """Compare pairs in metrics that apply to these rows."""
+    wanted = [(system, other, metric) for system, other in pairs for metric in metrics]
+    paired = [_column(system, metric, rows) - _column(other, metric, rows) for system, other, metric in wanted]
+    groups = [str(pairs[0][0].scores[i].get("group", "")) for i in rows]
     intervals = bootstrap_means(np.stack(paired, axis=1), groups=groups)
     for (system, other, metric), found in zip(wanted, intervals, strict=True):
         sentence = difference_sentence(found, metric.key, system.label, other.label)
         yield _comparison(system.label, other.label, metric, asdict(found), sentence, found.shows_difference)
+
+
+def _column(entrant: Entrant, metric: Metric, rows: Sequence[int]) -> NDArray[np.float64]:
+    return np.array([float(entrant.scores[i][metric.key]) for i in rows])
 
 
 def _comparison(system: str, against: str, metric: Metric, interval: Tree, sentence: str, shown: bool) -> Comparison:
@@ -206,4 +239,4 @@ def _comparison(system: str, against: str, metric: Metric, interval: Tree, sente
     )  # fmt: skip
 
 
-_METRICS = {metric.key: metric for metric in HEADLINES}
+_METRICS = {metric.key: metric for metric in (*HEADLINES, *RESEARCH)}

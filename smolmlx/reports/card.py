@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 import yaml
 
 from smolmlx import __version__
+from smolmlx.data import formats
+from smolmlx.models import files_root
 from smolmlx.reports import charts, figures, page
-from smolmlx.reports.boards import HEADLINES, Board, label_runs, make_boards
+from smolmlx.reports.boards import SUMMED_UP, Board, label_runs, make_boards
 from smolmlx.reports.folders import RunView
 from smolmlx.reports.sweeps import SweepView
 from smolmlx.rundir import RunDir, publish, write_text
 
-_IN_CARD = ("loss", "accuracy", "test-compliance", "test-content_alignment")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_IN_CARD = ("loss", "accuracy", "margin", *(f"test-{metric}" for metric in SUMMED_UP))
 
 
 def card(view: RunView, chart_names: Sequence[str] = ()) -> str:
@@ -35,7 +39,7 @@ def card(view: RunView, chart_names: Sequence[str] = ()) -> str:
     parts += ["## Training and data", _table(("", ""), facts)]
     parts += [
         "## Limits",
-        "Scores are of the rows named above, with their intervals; a difference whose interval holds 0 is not shown. "
+        "Scores are of the files named above, with their intervals; a difference whose interval holds 0 is not shown. "
         f"The base model's licence applies to what was trained on it.\n\nWritten by smolmlx {__version__} from the run's own files.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -71,7 +75,10 @@ def write_charts(views: Sequence[RunView], folder: Path, sweeps: Sequence[SweepV
     """Write the charts that the report shows first as SVG and PNG; return their names."""
     boards = make_boards(views)
     hidden = {
-        f"{board.slug}-{metric.key}" for board in boards for metric in HEADLINES if metric.key not in page.SHOWN_FIRST
+        f"{board.slug}-{metric.key}"
+        for board in boards
+        for metric in board.metrics
+        if metric.key not in page.SHOWN_FIRST
     }
     hidden |= {"learning-rate", "grad-norm"}
     drawn = {**page.sweep_charts(sweeps), **page.run_charts(views, label_runs(views), boards)}
@@ -95,10 +102,18 @@ def _front_matter(view: RunView) -> dict[str, Any]:
     adapter = RunDir(view.path).adapter.is_dir()
     return {
         "base_model": model if is_hub_id else "",
+        "datasets": _hub_datasets(view),
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["smolmlx", str(view.plan.get("stage", "")), *(["lora"] if adapter else [])],
     }
+
+
+def _hub_datasets(view: RunView) -> list[str]:
+    """Return the hub ids among a run's data: the Hub takes no other names in `datasets`."""
+    folders = (Path(view.env.get("folder", ".")), files_root())
+    names = dict.fromkeys(name for names in figures.data_names(view) for name in names)
+    return [n for n in names if _HUB_ID.fullmatch(n) and not Path(n).suffix and formats.locate(n, folders) is None]
 
 
 def _use(view: RunView) -> str:
@@ -108,21 +123,32 @@ def _use(view: RunView) -> str:
 
 
 def _evaluation(board: Board) -> str:
-    head = (f"{board.name} (n={board.num_rows})", *(metric.label for metric in HEADLINES))
+    head = (f"{board.name} (n={board.num_rows})", *(metric.label for metric in board.metrics))
     lines = [
-        (_plain(e.label), *(f"{figures.figure(e, m)} [{figures.interval(e, m)}]" for m in HEADLINES))
+        (_plain(e.label), *(f"{figures.figure(e, m)} [{figures.interval(e, m)}]" for m in board.metrics))
         for e in board.entrants
     ]
     said = "\n".join(f"- {_plain(sentence)}" for sentence in figures.findings(board))
-    return f"{_table(head, lines)}\n\n{said}".rstrip()
+    return f"{_rows_of(board.num_rows, board.data, board.sha256)}{_table(head, lines)}\n\n{said}".rstrip()
+
+
+def _rows_of(count: object, path: object, sha256: object) -> str:
+    """Name a scored file; of a path outside the working folder the last part alone, since a card is for others."""
+    if not path:
+        return ""
+    shown = Path(str(path)).name if Path(str(path)).is_absolute() else path
+    mark = f" (sha256 {str(sha256)[:12]})" if sha256 else ""
+    return f"{figures.number(count, ',d')} rows of {_plain(shown)}{mark}.\n\n"
 
 
 def _loss_tables(view: RunView) -> list[str]:
     lines = [
-        (_plain(system), figures.number(f["loss"]), figures.number(f["perplexity"], ",.2f"), figures.number(f["accuracy"], ".3f"))
+        (_plain(system), figures.loss_cell(f), figures.number(f["perplexity"], ",.2f"), figures.number(f["accuracy"], ".3f"))
         for system, f in view.loss.items()
     ]  # fmt: skip
-    return [_table(("system", "loss", "perplexity", "token accuracy"), lines)]
+    test = view.files.get("test", {})
+    named = "" if view.sets else _rows_of(test.get("rows"), test.get("path"), test.get("sha256"))
+    return [named + _table(("system", "loss", "perplexity", "token accuracy"), lines)]
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from smolmlx.errors import BackendError
-from smolmlx.reports.boards import HEADLINES, Board, Metric
+from smolmlx.reports.boards import Board, Metric
 from smolmlx.reports.folders import RunView, Tree
 from smolmlx.reports.sweeps import Figure, SweepView
 from smolmlx.reports.weights import Change
@@ -244,8 +244,8 @@ def forest(board: Board, metric: Metric) -> Spec | None:
 
 
 def forests(board: Board) -> dict[str, Spec]:
-    """Return the chart of each headline metric that a board has."""
-    found = {metric.key: forest(board, metric) for metric in HEADLINES}
+    """Return the chart of each of a board's metrics."""
+    found = {metric.key: forest(board, metric) for metric in board.metrics}
     return {key: spec for key, spec in found.items() if spec is not None}
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolmlx.recipe import flatten_tree
-from smolmlx.reports.boards import HEADLINES, Board, Comparison, Entrant, Metric
+from smolmlx.reports.boards import SUMMED_UP, Board, Comparison, Entrant, Metric
 from smolmlx.reports.folders import RunView, Tree
 
 FEW_ROWS = 30
 """Below this many rows the report says that intervals are wide."""
+PER_TOKEN, PER_PAIR = "nats per supervised token", "mean per pair"
+"""What a loss is counted in; one axis never holds both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def interval(entrant: Entrant, metric: Metric) -> str:
 
 
 def _level(metric: Metric, value: float) -> str:
-    if metric.key == "compliance":
+    if metric.key in ("compliance", "valid", "index_accuracy"):
         return f"{100 * value:.0f} %"
     return f"{value:.3f}" if metric.share else f"{value:.2f}"
 
@@ -76,11 +78,18 @@ def status(view: RunView) -> str:
 
 def loss_unit(view: RunView) -> str:
     """Return what a run's loss is counted in."""
-    return "mean per pair" if view.plan.get("stage") == "dpo" else "nats per supervised token"
+    return PER_PAIR if view.plan.get("stage") == "dpo" else PER_TOKEN
+
+
+def last_stage(views: Sequence[RunView], labels: Mapping[str, str], boards: Sequence[Board]) -> list[Tile]:
+    """Return the key figures of the stage that a pipeline came to, by the boards that it stands on."""
+    last = labels[str(views[-1].path)]
+    own = [b for b in boards if any(e.label == last or e.label.startswith(f"{last}: ") for e in b.entrants)]
+    return tiles(views[-1], own)
 
 
 def tiles(view: RunView, boards: Sequence[Board]) -> list[Tile]:
-    """Return the key figures of one run."""
+    """Return the key figures of one run; it is the last trained system of its boards."""
     found: list[Tile] = []
     if boards:
         found += _score_tiles(boards[0])
@@ -109,35 +118,38 @@ def tiles(view: RunView, boards: Sequence[Board]) -> list[Tile]:
 
 def _score_tiles(board: Board) -> list[Tile]:
     trained = [entrant for entrant in board.entrants if entrant.kind == "trained"]
-    base = next((entrant for entrant in board.entrants if entrant.kind == "base"), None)
+    beside = [*(entrant for entrant in board.entrants if entrant.kind == "base"), *trained[-2:-1]]
     found = []
-    for metric in HEADLINES[:2]:
+    for metric in board.metrics[:2]:
         if trained and metric.key in trained[-1].summary:
-            beside = f"; base {figure(base, metric)}" if base else ""
-            note = f"95 % interval {interval(trained[-1], metric)}{beside}"
+            others = "".join(f"; {other.label} {figure(other, metric)}" for other in beside)
+            note = f"95 % interval {interval(trained[-1], metric)}{others}"
             found.append(Tile(metric.label, figure(trained[-1], metric), note))
     return found
 
 
 def findings(board: Board) -> list[str]:
-    """Say what a board shows, one sentence per trained system and one on its content; no claim without a difference."""
-    found = []
-    for entrant in board.entrants:
-        if entrant.kind == "trained":
-            kept, content = HEADLINES[0], HEADLINES[1]
-            if kept.key in entrant.summary:
-                found.append(
-                    f"{entrant.label} keeps to the template in {figure(entrant, kept)} of {board.num_rows} held-out "
-                    f"answers (95 % interval {interval(entrant, kept)}){_against(board, entrant, kept)}."
-                )
-            if content.key in entrant.summary:
-                found.append(
-                    f"{entrant.label}: content alignment {figure(entrant, content)} (95 % interval "
-                    f"{interval(entrant, content)}){_against(board, entrant, content)}."
-                )
+    """Say what a board shows, a sentence per trained system and leading metric; no claim without a difference."""
+    said = [metric for metric in board.metrics if metric.key in SUMMED_UP]
+    found = [
+        _finding(board, entrant, metric)
+        for entrant in board.entrants
+        for metric in said
+        if entrant.kind == "trained" and metric.key in entrant.summary
+    ]
     if found and board.num_rows < FEW_ROWS:
         found.append(f"{board.num_rows} rows are few: read the intervals, not the means.")
     return found
+
+
+def _finding(board: Board, entrant: Entrant, metric: Metric) -> str:
+    value, rows = figure(entrant, metric), entrant.summary[metric.key].get("num_rows", board.num_rows)
+    if metric.key == "compliance":
+        head = f"{entrant.label} keeps to the template in {value} of {rows} held-out answers"
+    else:
+        of = f" of {rows} row{'s' if rows > 1 else ''}" if rows != board.num_rows else ""
+        head = f"{entrant.label}: {metric.label} {value}{of}"
+    return f"{head} (95 % interval {interval(entrant, metric)}){_against(board, entrant, metric)}."
 
 
 def _against(board: Board, entrant: Entrant, metric: Metric) -> str:
@@ -159,10 +171,10 @@ def listed(names: Sequence[str]) -> str:
 
 
 def comparison_table(board: Board) -> list[tuple[str, str, list[Comparison | None]]]:
-    """Return (system, against, one cell per headline metric)."""
+    """Return (system, against, one cell per metric of the board)."""
     cells = {(c.system, c.against, c.metric): c for c in board.comparisons}
     pairs = dict.fromkeys((c.system, c.against) for c in board.comparisons)
-    return [(a, b, [cells.get((a, b, metric.key)) for metric in HEADLINES]) for a, b in pairs]
+    return [(a, b, [cells.get((a, b, metric.key)) for metric in board.metrics]) for a, b in pairs]
 
 
 def all_metrics(board: Board) -> list[tuple[str, list[str]]]:
@@ -177,6 +189,20 @@ def _spread(found: Tree | None) -> str:
     return "–" if found is None else f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
+def loss_cell(found: Tree) -> str:
+    """Return a held-out loss with its interval; results of before 2026-11-21 may have none."""
+    low, high = (number(found.get(end)) for end in ("low", "high"))
+    return number(found["loss"]) + (f" [{low}, {high}]" if "–" not in (low, high) else "")
+
+
+def data_names(view: RunView) -> tuple[list[str], list[str]]:
+    """Return what a run's recipe names as rows for training, and for validation."""
+    data = view.recipe.get("data") or {}
+    train, validation = ([value] if isinstance(value, str) else list(value or ()) for value in (data.get("train"), data.get("validation")))  # fmt: skip
+    share = data.get("validation_share")
+    return train, validation or ([f"{100 * share:g} % of the rows for training"] if share else [])
+
+
 def training_facts(view: RunView) -> list[tuple[str, str]]:
     """Return what was trained, how, and on what machine."""
     plan, env, recipe, report = view.plan, view.env, view.recipe, view.report
@@ -187,9 +213,11 @@ def training_facts(view: RunView) -> list[tuple[str, str]]:
     adapter = f", r {lora.get('r', 'as by default')}, alpha {lora.get('alpha', 'as by default')}" if method == "LoRA" else ""  # fmt: skip
     rate, low = number(plan.get("learning_rate_peak"), ".3g"), number(plan.get("learning_rate_last"), ".3g")
     tokens = number(plan.get("tokens"), ",d")
+    train, validation = map(", ".join, data_names(view))
     facts = [
         ("stage", f"{plan.get('stage', '–')}, {method}{adapter}"),
         ("base", f"{model.get('id', '–')}{revision}"),
+        ("data", f"{train}; validation: {validation or 'none'}" if train else ""),
         ("rows", f"{number(plan.get('rows'), ',d')} ({plan.get('format', '–')}), {tokens} tokens an epoch, {number(plan.get('supervised'), ',d')} supervised"),
         ("steps", f"{report.get('steps', plan.get('steps', '–'))} of {plan.get('batch_size', '–')} x {plan.get('accumulation', '–')} rows"),
         ("learning rate", f"peak {rate}, last {low}"),
@@ -200,10 +228,10 @@ def training_facts(view: RunView) -> list[tuple[str, str]]:
         ("hashes", f"data {plan.get('data_hash', '–')}, template {plan.get('template', '–')}, plan {plan.get('fingerprint', '–')}"),
     ]  # fmt: skip
     if report.get("stopped_early"):
-        facts.insert(4, ("stopped early", f"best evaluation at step {report.get('best_step')}"))
+        facts.insert(5, ("stopped early", f"best evaluation at step {report.get('best_step')}"))
     lost = plan.get("reasons", {})
     if lost:
-        facts.insert(3, ("rows left out or cut", ", ".join(f"{count:,} {reason}" for reason, count in lost.items())))
+        facts.insert(4, ("rows left out or cut", ", ".join(f"{count:,} {reason}" for reason, count in lost.items())))
     return facts
 
 
@@ -218,19 +246,21 @@ def differing_keys(views: Sequence[RunView]) -> list[str]:
 def run_table(views: Sequence[RunView], labels: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
     """Return the header and one line per run: what sets it apart, and how it trained."""
     keys = differing_keys(views)
+    mixed = len({loss_unit(view) for view in views if view.is_run}) > 1
     head = ["run", *keys, "steps", "training loss", "best validation loss", "tokens/s", "time"]
     lines = []
     for view in views:
         if view.is_run:
             tree: dict[str, Any] = flatten_tree(view.recipe)
             losses = [row["val_loss"] for row in view.evals]
+            unit = " per pair" if mixed and loss_unit(view) == PER_PAIR else ""
             lines.append(
                 [
                     labels[str(view.path)],
                     *(str(tree.get(key, "default")) for key in keys),
                     str(view.steps[-1]["step"] if view.steps else 0) + ("" if view.report else " (not finished)"),
-                    number(view.report.get("final_loss", view.steps[-1]["loss"] if view.steps else None)),
-                    number(min(losses, default=None)),
+                    number(view.report.get("final_loss", view.steps[-1]["loss"] if view.steps else None)) + unit,
+                    number(min(losses, default=None)) + (unit if losses else ""),
                     number(view.report.get("tokens_per_second"), ",.0f"),
                     duration(view.report.get("seconds")),
                 ]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -15,6 +16,8 @@ from smolmlx.rundir import RunDir
 from smolmlx.session import read_metrics
 
 Tree = Mapping[str, Any]
+_PIPELINE = "pipeline.json"
+"""As `pipelines.FILE`, which stands above this package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +63,18 @@ class RunView:
     steps: Sequence[Tree] = ()
     evals: Sequence[Tree] = ()
     sets: Mapping[str, ScoredSet] = field(default_factory=dict)
+    files: Mapping[str, Tree] = field(default_factory=dict)
+    """`test`, and where given `ood` and `train`: {path, sha256, rows} of what was scored."""
     loss: Mapping[str, Tree] = field(default_factory=dict)
-    """System -> loss, perplexity, accuracy (suite loss)."""
+    """System -> loss with its low and high, perplexity, accuracy (suites loss and research)."""
     loss_findings: Sequence[str] = ()
     """What its paired differences show."""
     setting: str = ""
     """What a sweep calls this run's setting; '' outside of a sweep."""
     seed: int | None = None
     samples: Tree = field(default_factory=dict)
+    pipeline: Tree = field(default_factory=dict)
+    """pipeline.json, where the run is a stage of a pipeline that is looked at as a whole."""
 
     @property
     def is_run(self) -> bool:
@@ -82,19 +89,21 @@ def open_runs(paths: Sequence[Path]) -> list[RunView]:
         RecipeError: with every path that is none of these.
         RunError: a file of a run is broken.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Tree] = {}
     problems = []
     for path in paths:
         inside = [path] if _is_view(path) else sorted(p for p in path.glob("[!.]*") if _is_view(p))
-        order = list(_places(path))
+        pipeline = _optional(RunDir(path), _PIPELINE)
+        order = [*_places(path), *(stage["name"] for stage in pipeline.get("stages", ()))]
         inside.sort(key=lambda p: order.index(p.name) if p.name in order else len(order))
         if not inside:
             what = "no such folder" if not path.exists() else "neither a run (plan.json) nor results (results.json)"
             problems.append(f"{path}: {what}, nor a folder of them")
-        found |= dict.fromkeys(inside)
+        for one in inside:
+            found.setdefault(one, pipeline)
     if problems:
         raise RecipeError("report: pass the folder that `smolmlx train` or `smolmlx eval --out` named", problems)
-    return [read_run(path, _places(path.parent).get(path.name)) for path in found]
+    return [read_run(path, _places(path.parent).get(path.name), pipeline) for path, pipeline in found.items()]
 
 
 def _places(folder: Path) -> dict[str, tuple[str, int]]:
@@ -108,11 +117,12 @@ def _is_view(path: Path) -> bool:
     return (path / "plan.json").is_file() or (path / "results.json").is_file()
 
 
-def read_run(path: Path, place: tuple[str, int] | None = None) -> RunView:
+def read_run(path: Path, place: tuple[str, int] | None = None, pipeline: Tree = MappingProxyType({})) -> RunView:
     """Read one run or evaluation folder.
 
     Args:
         place: setting and seed of a sweep's run.
+        pipeline: the pipeline.json that this is a stage of.
 
     Raises:
         RunError: a file of it is broken.
@@ -136,11 +146,13 @@ def read_run(path: Path, place: tuple[str, int] | None = None) -> RunView:
         sets={
             name: _read_set(name, tree, files.get(name, {}), scored) for name, tree in results.get("sets", {}).items()
         },
+        files=files,
         loss=results.get("systems", {}),
         loss_findings=[found["sentence"] for found in results.get("differences", ())],
         samples=_optional(run, "samples.json"),
         setting=place[0] if place else "",
         seed=place[1] if place else None,
+        pipeline=pipeline,
     )
 
 

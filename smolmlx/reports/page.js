@@ -55,7 +55,7 @@
     const box = make("div", entrant.kind);
     const head = make("header");
     head.append(make("h4", "", entrant.label));
-    if (found.scores.content_alignment !== null) head.append(make("span", "small", `content ${found.scores.content_alignment.toFixed(2)}`));
+    if (found.shown) head.append(make("span", "small", found.shown));
     const list = make("ul", "flaws");
     for (const flaw of found.flaws) list.append(make("li", "", flaw));
     if (!found.flaws.length) list.append(make("li", "none", "no flaw found"));
@@ -80,7 +80,7 @@
     return box;
   }
 
-  const content = (row, i) => row.answers[i]?.scores.content_alignment ?? 0;
+  const content = (row, i) => row.answers[i]?.score ?? 0;
   const haystack = (row) => [row.id, row.input, row.reference, ...row.answers.map((a) => a.pieces.map((p) => p[0]).join(""))].join("\n").toLowerCase();
 
   function viewer(box) {

@@ -16,8 +16,8 @@ import yaml
 
 from smolmlx import __version__
 from smolmlx.reports import charts, figures, sweep_figures
-from smolmlx.reports.boards import HEADLINES, Board, label_runs, make_boards
-from smolmlx.reports.folders import RunView
+from smolmlx.reports.boards import SUMMED_UP, Board, label_runs, make_boards
+from smolmlx.reports.folders import RunView, Tree
 from smolmlx.reports.rows import count_flaws, flaw_kind, view_rows
 from smolmlx.reports.sweeps import SweepView
 from smolmlx.reports.weights import weight_changes
@@ -25,8 +25,10 @@ from smolmlx.rundir import write_text
 
 MAX_ROWS = 500
 """Rows of each set that the viewer holds unless more are asked for; the tables always cover all."""
-SHOWN_FIRST = ("compliance", "content_alignment", "unsupported")
+SHOWN_FIRST = (*SUMMED_UP, "unsupported")
 """Metrics whose chart is seen without a click."""
+CURVES = ("loss", "accuracy", "pair-loss", "pair-accuracy", "margin")
+"""Curves seen without a click."""
 _MAX_MAPS = 6
 
 
@@ -57,11 +59,12 @@ def render(
         "labels": labels,
         "boards": boards,
         "sweeps": sweeps,
+        "pipeline": _pipeline(views),
         "sweep_figures": sweep_figures,
         "opened": [_shown_systems(board, sweeps) for board in boards],
-        "metrics": HEADLINES,
         "shown_first": SHOWN_FIRST,
         "specs": specs,
+        "curves": [(name, specs[name]["title"]) for name in CURVES if name in specs],
         "figures": figures,
         "run_table": figures.run_table(views, labels) if many else None,
         "recipes": {str(view.path): _yaml(view.recipe) for view in views},
@@ -79,9 +82,17 @@ def render(
 
 
 def _title(views: Sequence[RunView], sweeps: Sequence[SweepView], labels: Mapping[str, str]) -> str:
+    if made := _pipeline(views):
+        return str(made["name"])
     outside = [labels[str(view.path)] for view in views if not view.setting]
     named = [*(sweep.name for sweep in sweeps), *outside]
     return " · ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
+
+
+def _pipeline(views: Sequence[RunView]) -> Tree:
+    """Return the pipeline that all runs are the stages of; empty where there is none."""
+    first = views[0].pipeline if views else {}
+    return first if all(view.pipeline is first for view in views) else {}
 
 
 def _shown_systems(board: Board, sweeps: Sequence[SweepView]) -> list[int]:
@@ -115,26 +126,12 @@ def write_report(
 
 def run_charts(views: Sequence[RunView], labels: Mapping[str, str], boards: Sequence[Board]) -> dict[str, charts.Spec]:
     """Return every chart by its name; one without data is left out."""
-    pairs = {figures.loss_unit(view) for view in views} == {"mean per pair"}
-    loss, of = ("mean per pair", "pairs") if pairs else ("nats per supervised token", "supervised tokens")
-    wanted = (
-        ("loss", "loss", "val_loss", "Loss", loss, ".4f"),
-        (
-            "accuracy",
-            "accuracy",
-            "val_accuracy",
-            "Pair accuracy" if pairs else "Token accuracy",
-            f"share of {of}",
-            ".3f",
-        ),
-        ("margin", "margin", "val_margin", "Reward margin", "beta x nats", ".3f"),
-        ("learning-rate", "learning_rate", None, "Learning rate", "learning rate", ".3g"),
-        ("grad-norm", "grad_norm", None, "Gradient norm", "norm before clipping", ".3f"),
-    )
-    found: dict[str, charts.Spec] = {}
-    for name, step_key, eval_key, title, unit, style in wanted:
-        points = charts.curve_points(views, labels, step_key, eval_key)
-        if points:
+    found = _loss_charts(views, labels)
+    for name, key, title, unit, style in (
+        ("learning-rate", "learning_rate", "Learning rate", "learning rate", ".3g"),
+        ("grad-norm", "grad_norm", "Gradient norm", "norm before clipping", ".3f"),
+    ):
+        if points := charts.curve_points(views, labels, key, None):
             found[name] = charts.curve(points, title, unit, style)
     for board in boards:
         found |= {f"{board.slug}-{key}": spec for key, spec in charts.forests(board).items()}
@@ -144,6 +141,28 @@ def run_charts(views: Sequence[RunView], labels: Mapping[str, str], boards: Sequ
         changes = weight_changes(views[number].path / "adapter")
         if changes:
             found[f"weights{number}"] = charts.weight_map(changes)
+    return found
+
+
+def _loss_charts(views: Sequence[RunView], labels: Mapping[str, str]) -> dict[str, charts.Spec]:
+    """Return the curves of loss, accuracy and margin: those of pairs apart from those of tokens, where there are both."""
+    tokens = [view for view in views if figures.loss_unit(view) == figures.PER_TOKEN]
+    pairs = [view for view in views if figures.loss_unit(view) == figures.PER_PAIR]
+    prefix = "pair-" if tokens and pairs else ""
+    wanted = (
+        (tokens, "loss", "loss", "Loss", figures.PER_TOKEN, ".4f"),
+        (tokens, "accuracy", "accuracy", "Token accuracy", "share of supervised tokens", ".3f"),
+        (pairs, f"{prefix}loss", "loss", "Loss", figures.PER_PAIR, ".4f"),
+        (pairs, f"{prefix}accuracy", "accuracy", "Pair accuracy", "share of pairs", ".3f"),
+        (pairs, "margin", "margin", "Reward margin", "beta x nats", ".3f"),
+    )
+    found: dict[str, charts.Spec] = {}
+    for members, name, key, title, unit, style in wanted:
+        points = charts.curve_points(members, labels, key, f"val_{key}")
+        if points:
+            named = [labels[str(view.path)] for view in members]
+            of = f": {', '.join(named)}" if prefix and len(named) < 4 else ""
+            found[name] = charts.curve(points, title + of, unit, style)
     return found
 
 
@@ -164,7 +183,6 @@ def _viewer(board: Board, max_rows: int) -> dict[str, Any]:
             answer["kinds"] = sorted({flaw_kind(flaw) for flaw in answer["flaws"]})
     return {
         "systems": [{"label": entrant.label, "kind": entrant.kind} for entrant in board.entrants],
-        "metrics": [{"key": m.key, "label": m.label, "higher": m.higher_is_better} for m in HEADLINES],
         "rows": rows,
     }
 

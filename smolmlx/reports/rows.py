@@ -10,12 +10,14 @@ from typing import Any
 
 from smolmlx.evals.notes import BOILERPLATE
 from smolmlx.evals.text import content_spans, content_tokens
-from smolmlx.reports.boards import HEADLINES, Board, Entrant
+from smolmlx.reports.boards import SUMMED_UP, Board, Entrant, Metric
 from smolmlx.reports.folders import AnswerRow, Tree
 
 FORMULAIC = "formulaic phrase"
 MANY_UNSUPPORTED = "over a third of its terms unsupported"
 EMPTY = "empty answer"
+WRONG = {"valid": "does not keep to its schema", "index_accuracy": "another passage than the one that answers"}
+"""Metric of the research suite -> what it means where it is 0."""
 _UNSUPPORTED_SHARE = 1 / 3
 
 Piece = tuple[str, str]
@@ -29,21 +31,30 @@ def view_rows(board: Board, limit: int) -> list[dict[str, Any]]:
             "id": row.id,
             "input": row.input,
             "reference": row.reference,
-            "answers": [_answer(row, entrant, i) for entrant in board.entrants],
+            "answers": [_answer(row, entrant, i, board.metrics) for entrant in board.entrants],
         }
         for i, row in enumerate(board.rows[:limit])
     ]
 
 
-def _answer(row: AnswerRow, entrant: Entrant, index: int) -> dict[str, Any]:
+def _answer(row: AnswerRow, entrant: Entrant, index: int, metrics: Sequence[Metric]) -> dict[str, Any]:
     text = entrant.answers[index]
     score = entrant.scores[index] if index < len(entrant.scores) else {}
     known = {*content_tokens(row.input), *content_tokens(row.reference)}
     return {
         "pieces": mark_text(text, known),
         "flaws": flaws(text, score),
-        "scores": {metric.key: _number(score.get(metric.key)) for metric in HEADLINES},
+        **_rank(score, metrics),
     }
+
+
+def _rank(score: Tree, metrics: Sequence[Metric]) -> dict[str, Any]:
+    """Return the figure that answers are sorted by, and how it reads: content, not form, of those that the row has."""
+    for metric in metrics:
+        value = _number(score.get(metric.key))
+        if metric.key in SUMMED_UP and metric.key not in ("compliance", "valid") and value is not None:
+            return {"score": value, "shown": f"{metric.label.removesuffix(' alignment')} {value:.2f}"}
+    return {"score": None, "shown": ""}
 
 
 def _number(value: object) -> float | None:
@@ -51,7 +62,8 @@ def _number(value: object) -> float | None:
 
 
 def flaws(text: str, score: Tree) -> list[str]:
-    """Name what is wrong with an answer: every strict problem of its score, boilerplate, too little support."""
+    """Name what is wrong with an answer: every strict problem of its score, boilerplate, too little support,
+    a broken schema, a wrong passage."""
     if not text.strip():
         return [EMPTY]
     found = list(score.get("problems", ()))
@@ -59,6 +71,7 @@ def flaws(text: str, score: Tree) -> list[str]:
         found.append(FORMULAIC)
     if score.get("unsupported", 0.0) > _UNSUPPORTED_SHARE:
         found.append(MANY_UNSUPPORTED)
+    found += [flaw for metric, flaw in WRONG.items() if score.get(metric) == 0]
     return found
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from smolmlx.reports import figures
-from smolmlx.reports.boards import HEADLINES, Board
+from smolmlx.reports.boards import HEADLINES, RESEARCH, SUMMED_UP, Board
 from smolmlx.reports.figures import Tile
 from smolmlx.reports.sweeps import FIGURES, Figure, SweepView
 
-SEEN_FIRST = ("test.compliance", "test.content_alignment", "eval.loss", "val_loss")
+SEEN_FIRST = (*(f"test.{metric}" for metric in SUMMED_UP), "eval.loss", "val_loss")
 """Figures whose chart is seen without a click."""
 
 
@@ -102,7 +102,7 @@ def _cell(sweep: SweepView, setting: str, figure: Figure) -> Cell | None:
 
 def _beside(sweep: SweepView, boards: Sequence[Board]) -> list[Row]:
     by_name = {board.name: board for board in boards}
-    known = {metric.key for metric in HEADLINES}
+    known = {metric.key for metric in (*HEADLINES, *RESEARCH)}
     names = dict.fromkeys((e.label, e.kind) for board in boards for e in board.entrants if e.kind != "trained")
     found = []
     for name, kind in names:

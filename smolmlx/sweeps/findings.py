@@ -9,12 +9,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from smolmlx.evals.bootstrap import bootstrap_difference
 
-COMPARED = ("compliance", "content_alignment")
-"""Scores that settings are compared in."""
+COMPARED = ("compliance", "content_alignment", "valid", "index_accuracy", "set_f1", "rouge_l")
+"""Scores that settings are compared in: of suite notes, and of suite research."""
 MIN_SEEDS = 2
 """One seed cannot tell a setting from a chance of its own."""
 
@@ -23,6 +24,8 @@ Scores = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
 """Setting -> metric -> seed -> one score per test row."""
 Losses = Mapping[str, Sequence[float]]
 """Setting -> validation loss of each seed."""
+Groups = Mapping[str, Sequence[str]]
+"""Metric -> group of each row that it applies to, where rows have some; see `bootstrap_means`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,9 @@ class Best:
 
 
 def compare_with_first(
-    settings: Sequence[str], scores: Scores, losses: Losses, groups: Sequence[str] = ()
+    settings: Sequence[str], scores: Scores, losses: Losses, groups: Groups = MappingProxyType({})
 ) -> list[Comparison]:
-    """Compare every setting with the first in validation loss and in each score both have.
-
-    Args:
-        groups: of the test rows, where they have some; see `bootstrap_means`.
-    """
+    """Compare every setting with the first in validation loss and in each score both have."""
     found: list[Comparison | None] = []
     first, *others = settings
     for other in others:
@@ -68,7 +67,7 @@ def compare_with_first(
     return [comparison for comparison in found if comparison is not None]
 
 
-def find_best(settings: Sequence[str], scores: Scores, groups: Sequence[str] = ()) -> list[Best]:
+def find_best(settings: Sequence[str], scores: Scores, groups: Groups = MappingProxyType({})) -> list[Best]:
     """Name the leader in each score, as the best only where it is shown to be higher than each of the others."""
     found = []
     for metric in COMPARED:
@@ -114,7 +113,7 @@ def compare_losses(setting: str, mine: Sequence[float], against: str, base: Sequ
 
 
 def compare_scores(
-    metric: str, setting: str, against: str, scores: Scores, groups: Sequence[str] = ()
+    metric: str, setting: str, against: str, scores: Scores, groups: Groups = MappingProxyType({})
 ) -> Comparison | None:
     """Compare row by row over the seeds that both settings have; None where they have no rows in common."""
     mine, base = scores.get(setting, {}).get(metric, {}), scores.get(against, {}).get(metric, {})
@@ -123,7 +122,7 @@ def compare_scores(
         return None
     rows = [[statistics.fmean(row) for row in zip(*(side[seed] for seed in shared), strict=True)] for side in (mine, base)]  # fmt: skip
     seeds = [[statistics.fmean(side[seed]) for seed in shared] for side in (mine, base)]
-    found = bootstrap_difference(*rows, groups=groups)
+    found = bootstrap_difference(*rows, groups=groups.get(metric, ()))
     apart = _apart(*seeds)
     verdict = apart if found.shows_difference else "no difference shown"
     evidence = f"95 % interval over {found.num_groups or found.num_rows} {'groups of rows' if found.num_groups else 'rows'} {found.low:+.3g} to {found.high:+.3g}"

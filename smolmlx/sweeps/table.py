@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smolmlx import recipe as recipes
-from smolmlx.evals.suites import METRICS
+from smolmlx.errors import RunError
 from smolmlx.rundir import RunDir, write_text
 from smolmlx.sweeps.definition import SEED, Cell, Sweep
 from smolmlx.sweeps.findings import COMPARED, Best, Comparison, compare_with_first, find_best
@@ -20,7 +20,7 @@ from smolmlx.sweeps.record import read_outcome, state
 
 ALWAYS = ("lora.r", "train.learning_rate", "train.epochs")
 """Keys every table shows, whether the sweep varies them or not."""
-SHOWN = ("train_loss", "val_loss", "test.compliance", "test.content_alignment", "eval.loss", "eval.perplexity")
+SHOWN = ("train_loss", "val_loss", *(f"test.{metric}" for metric in COMPARED), "eval.loss", "eval.perplexity")
 """Figures of the Markdown table and the terminal; csv and json hold all."""
 
 
@@ -114,10 +114,8 @@ def _figures(cell: Cell, run: RunDir) -> dict[str, float]:
     results = _results(run)
     stage = cell.loaded.recipe.stage
     for name, tree in results.get("sets", {}).items():
-        for metric in METRICS:
-            interval = tree["systems"][stage].get(metric)
-            if interval is not None:
-                found |= {f"{name}.{metric}": interval["mean"], f"{name}.{metric}_low": interval["low"], f"{name}.{metric}_high": interval["high"]}  # fmt: skip
+        for metric, interval in tree["systems"][stage].items():
+            found |= {f"{name}.{metric}": interval["mean"], f"{name}.{metric}_low": interval["low"], f"{name}.{metric}_high": interval["high"]}  # fmt: skip
     for key in ("loss", "perplexity", "accuracy"):
         if "systems" in results:
             found[f"eval.{key}"] = results["systems"][stage][key]
@@ -141,19 +139,27 @@ def _spreads(lines: Sequence[Line]) -> dict[str, Spread]:
 
 def _scores(
     sweep: Sweep, folder: Path, lines: Sequence[Line]
-) -> tuple[dict[str, dict[str, dict[int, list[float]]]], list[str]]:
-    """Return setting -> metric -> seed -> one score per test row, of finished runs; and the groups of these rows."""
+) -> tuple[dict[str, dict[str, dict[int, list[float]]]], dict[str, list[str]]]:
+    """Return setting -> metric -> seed -> one score per test row that it applies to, of finished runs; and their groups.
+
+    Raises:
+        RunError: results of the research suite from before it wrote down every row.
+    """
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
-    groups: list[str] = []
+    groups: dict[str, list[str]] = {}
     for cell, line in zip(sweep.cells, lines, strict=True):
         tree = _results(RunDir(folder / cell.folder)).get("sets", {}).get("test") if line.figures else None
         if tree is None:
             continue
-        records = tree["rows"][cell.loaded.recipe.stage]
-        groups = [str(record.get("group", "")) for record in records]
+        if "rows" not in tree:
+            path = folder / cell.folder / "eval"
+            raise RunError(f"{path / 'results.json'}: set 'test' has no scores of its rows. Remove {path}, then run the same `smolmlx sweep` again: it scores this run anew.")  # fmt: skip
         for metric in COMPARED:
-            rows = [float(record[metric]) for record in records]
-            found.setdefault(cell.setting, {}).setdefault(metric, {})[cell.seed] = rows
+            records = [row for row in tree["rows"][cell.loaded.recipe.stage] if row.get(metric) is not None]
+            if records:
+                groups[metric] = [str(row.get("group", "")) for row in records]
+                rows = [float(row[metric]) for row in records]
+                found.setdefault(cell.setting, {}).setdefault(metric, {})[cell.seed] = rows
     return found, groups
 
 

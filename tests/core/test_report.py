@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from run_folders import INJECTED, make_run, make_sweep
+from run_folders import INJECTED, make_pipeline, make_run, make_sweep
 from smolmlx.adapters.analysis import DATA_FILE, analyze, keep
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.evals.text import content_spans, content_tokens
@@ -62,6 +63,18 @@ def test_an_evaluation_folder_is_a_view_without_a_run(runs: Path) -> None:
     assert not view.is_run and set(view.sets) == {"test", "ood"} and figures.training_facts(view)
 
 
+def test_an_evaluation_has_every_figure_of_every_set_in_its_csv_files(runs: Path) -> None:
+    scored = next(runs.glob("*b00e")) / "eval"
+    with (scored / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["set"] for line in lines} == {"test", "ood"} and lines[0]["sha256"].startswith("6148dd341dc2")
+    with (scored / "test-rows.csv").open() as file:
+        row = next(csv.DictReader(file))
+    parts = [f"rubric_{part}" for part in ("summary", "key_points", "limitation", "follow_up")]
+    assert sum(int(row[part]) for part in parts) == int(row["rubric"]) and row["is_question"] in ("0", "1")
+    assert {"precision", "recall", "words_summary", "words_follow_up"} <= set(row)
+
+
 def test_every_wrong_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError) as error:
@@ -73,6 +86,9 @@ def test_broken_files_of_a_run_are_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=6)
     (run / "eval" / "test-answers.jsonl").write_text('{"id": "row-0001"}\n')
     with pytest.raises(RunError, match=r"test-answers\.jsonl:1"):
+        read_run(run)
+    (run / "eval" / "results.json").write_text("[1, 2]")
+    with pytest.raises(RunError, match=r"results\.json: holds list '\[1, 2\]'"):
         read_run(run)
     (run / "eval" / "results.json").write_text("{")
     with pytest.raises(RunError, match=r"results\.json: not valid JSON"):
@@ -390,6 +406,38 @@ def test_pages_of_less_than_a_whole_run(tmp_path: Path) -> None:
     assert "Not finished: step 0 of 100" in render([read_run(run)])
 
 
+def test_a_pipeline_is_read_in_its_order_and_names_each_system_once(tmp_path: Path) -> None:
+    views = open_runs([make_pipeline(tmp_path / "notes-pipeline-20261121-081316-b00e")])
+    labels = label_runs(views)
+    assert list(labels.values()) == ["sft", "dpo"]
+    board, _ = make_boards(views)
+    assert [e.label for e in board.entrants] == ["base", "copy control", "random control", "sft", "dpo"]
+    assert ("dpo", "sft") in {(c.system, c.against) for c in board.comparisons}
+    tiles = {tile.label: tile for tile in figures.last_stage(views, labels, make_boards(views))}
+    assert tiles["template kept"].value == figures.figure(board.entrants[-1], board.metrics[0])
+    assert "; base 0 %; sft " in tiles["template kept"].note and "mean per pair" in tiles["training loss"].note
+    _, lines = figures.run_table(views, labels)
+    assert any(cell.endswith(" per pair") for cell in lines[1]) and "per pair" not in " ".join(lines[0])
+
+
+@needs_vega
+def test_a_pipelines_page_shows_its_last_stage_and_one_axis_per_unit(tmp_path: Path) -> None:
+    from smolmlx.reports.page import render
+
+    pipeline = make_pipeline(tmp_path / "notes-pipeline-20261121-081316-b00e")
+    html = render(open_runs([pipeline]))
+    assert "<h1>notes-pipeline</h1>" in html and "sft → pairs → dpo" in html and "SFT, then DPO." in html
+    assert html.count('class="tile"') == 7 and "Key figures of dpo, the last stage here." in html
+    drawn = [attributes["data-chart"] for _, attributes in _Page(html).tags if "data-chart" in attributes]
+    assert drawn[drawn.index("loss") :][:5] == ["loss", "accuracy", "pair-loss", "pair-accuracy", "margin"]
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    specs: Any = json.loads(found[1])["charts"]
+    assert specs["loss"]["title"] == "Loss: sft" and specs["pair-accuracy"]["title"] == "Pair accuracy: dpo"
+    alone = render(open_runs([pipeline / "dpo"]))
+    assert 'aria-label="Reward margin over steps"' in alone and 'aria-label="Pair accuracy over steps"' in alone
+
+
 @needs_vega
 def test_one_run_leaves_page_card_and_charts(tmp_path: Path) -> None:
     from smolmlx.reports.card import write_run_report
@@ -403,6 +451,34 @@ def test_one_run_leaves_page_card_and_charts(tmp_path: Path) -> None:
     card = (run / "README.md").read_text(encoding="utf-8")
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head)["tags"] == ["smolmlx", "sft", "lora"]
+    assert "8 rows of test.jsonl (sha256 6148dd341dc2)." in body and str(run) not in body
+    assert "| data | data/notes/train.jsonl; validation: none |" in body and "datasets" not in head
     for text in ("| test (n=8) |", "![loss](charts/loss.svg)", "| copy control |", "learning rate", "rows are few"):
         assert text in body
     assert all(metric.label in body for metric in HEADLINES)
+
+
+@needs_vega
+def test_a_card_names_hub_data_and_the_interval_of_a_loss(tmp_path: Path) -> None:
+    from smolmlx.reports import card, page
+
+    run = make_run(tmp_path / "run", rows=6)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"] = {"train": ["owner/chats", "data/notes", "gone/rows.jsonl"], "validation_share": 0.1}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    found = {
+        "num_rows": 3,
+        "num_tokens": 30,
+        "loss": 2.5,
+        "perplexity": 12.2,
+        "accuracy": 0.5,
+        "low": 2.25,
+        "high": 2.75,
+    }
+    files = {"test": {"path": "rows/test.jsonl", "sha256": "ab" * 32, "rows": 3}}
+    RunDir(run / "eval").write_json("results.json", {"suite": "loss", "files": files, "systems": {"base": found}})
+    text = card.card(read_run(run))
+    assert yaml.safe_load(text.split("---\n", 2)[1])["datasets"] == ["owner/chats"]
+    assert "3 rows of rows/test.jsonl (sha256 abababababab)." in text and "| base | 2.5000 [2.2500, 2.7500] |" in text
+    assert "validation: 10 % of the rows for training" in text
+    assert "2.5000 [2.2500, 2.7500]" in page.render([read_run(run)])

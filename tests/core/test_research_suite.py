@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from dataclasses import replace
@@ -9,17 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import lab as labs
+from smolmlx import shelf
 from smolmlx.backend import Decoding, Loading, choose
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import DataError
+from smolmlx.errors import DataError, RunError
 from smolmlx.evals import research
 from smolmlx.evals.parsers import RetrievalResult, Triplet
 from smolmlx.evals.research import RANDOM, Answered, ResearchRow, compare, random_answers
-from smolmlx.evals.run import Settings, System, evaluate, write
+from smolmlx.evals.run import Evaluation, Settings, System, describe_file, evaluate, write
+from smolmlx.evals.suites import summarise_loss
 from smolmlx.models import open_model
+from smolmlx.reports import figures, page
+from smolmlx.reports.boards import RESEARCH, make_boards
+from smolmlx.reports.folders import open_runs
+from smolmlx.reports.rows import view_rows
+from smolmlx.rundir import RunDir
+from smolmlx.sweeps.definition import open_sweep
+from smolmlx.sweeps.table import read_table, to_markdown
 from smolmlx.tasks.registry import read_registry
+from smolmlx.tasks.replies import render
 
 GOLD = {
     "bullets": ["Adam keeps two moments.", "They decay."],
@@ -150,8 +162,78 @@ def test_on_an_engine(tiny_model: Path, tmp_path: Path, constrained: bool) -> No
     report = made.research["test"]
     valid = [v for v, task in zip(report.scores["base"]["valid"], report.tasks, strict=True) if task != "rephrase"]
     assert (sum(v or 0 for v in valid) == len(valid)) == constrained
-    assert "random control" in (tmp_path / "out" / "results.md").read_text()
+    written = (tmp_path / "out" / "results.md").read_text()
+    assert "random control" in written and "Rows: 15 of" in written
     assert len((tmp_path / "out" / "test-answers.jsonl").read_text().splitlines()) == 15
+
+
+def write_scored(path: Path, out: Path, right: bool) -> None:
+    """Leave in `out` what the suite writes of a base that fails and of a stage that answers rightly, or half so."""
+    found = rows(path)
+    wrong = [Answered("", RetrievalResult(None, "") if row.task == "retrieval" else (), False) for row in found]
+    good = [
+        Answered(render(row.task, row.gold, "json"), row.gold, True) if right or i % 3 else wrong[i]
+        for i, row in enumerate(found)
+    ]
+    answers = {"base": wrong, "sft": good, RANDOM: random_answers(found)}
+    settings = Settings(str(path), suite="research")
+    outputs = {"test": {name: [one.text for one in made] for name, made in answers.items()}}
+    files = {"test": describe_file(str(path), settings, len(found))}
+    loss = {name: summarise_loss([(20.0, 10, 5)] * 8) for name in ("base", "sft")}
+    report = {"test": compare(found, answers)}
+    write(Evaluation(settings, loss=loss, research=report, outputs=outputs, files=files), out)
+
+
+def test_the_report_takes_the_suites_own_figures(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl")
+    for name in ("one", "two"):
+        write_scored(path, tmp_path / name, right=name == "one")
+    lines = list(csv.DictReader((tmp_path / "one" / "results.csv").read_text().splitlines()))
+    assert {(line["set"], line["metric"]) for line in lines} == {("test", m) for m in (*research.METRICS, "loss")}
+    assert next(line["mean"] for line in lines if (line["system"], line["metric"]) == ("sft", "set_f1")) == "1.0"
+    (alone,) = make_boards(open_runs([tmp_path / "one"]))
+    assert [metric.key for metric in alone.metrics] == list(research.METRICS)
+    assert "sft: index accuracy 100 % of 8 rows" in " ".join(figures.findings(alone))
+    (row, *_) = view_rows(alone, 9)
+    assert row["reference"] == render("bullets", tuple(GOLD["bullets"]), "json") and "Adam" not in row["input"]
+    assert row["answers"][-1]["shown"] == "set F1 1.00" and not row["answers"][-1]["flaws"]
+    (both,) = make_boards(open_runs([tmp_path / "one", tmp_path / "two"]))
+    shown = {(c.system, c.against, c.metric): c.verdict for c in both.comparisons}
+    assert shown["one", "base", "index_accuracy"] == "better" and shown["two", "one", "valid"] == "worse"
+    assert {metric for _, _, metric in shown} == set(research.METRICS)
+    pytest.importorskip("vl_convert", reason="vl-convert is not installed")
+    text = page.render(open_runs([tmp_path / "one"]))
+    assert (
+        all(metric.label in text for metric in RESEARCH)
+        and "template kept" not in text
+        and "score above base's" in text
+    )
+
+
+def test_a_sweep_compares_settings_in_the_suites_own_figures(tmp_path: Path) -> None:
+    base = {"model": {"id": "tiny"}, "data": {"train": "rows.jsonl"}, "lora": {"r": 4}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    path = write_rows(tmp_path / "rows.jsonl")
+    sweep = open_sweep(tmp_path / "base.yaml", "my", shelf.find, grid={"lora.r": [4, 8]}, seeds=2)
+    for cell in sweep.cells:
+        run = RunDir(tmp_path / "out" / cell.folder)
+        run.path.mkdir(parents=True)
+        run.write_json("plan.json", {})
+        run.write_json("report.json", {"final_loss": 2.0, "best_val_loss": None, "steps": 2, "seconds": 1.0})
+        (run.path / "recipe.yaml").write_text(yaml.safe_dump(base))
+        run.write_json("outcome.json", {"status": "finished"})
+        write_scored(path, run.path / "eval", right=cell.setting == "lora.r=8")
+    made = read_table(sweep, tmp_path / "out")
+    assert made.settings["lora.r=8"]["test.index_accuracy"].mean == 1
+    compared = {c.metric: c.verdict for c in made.comparisons}
+    assert compared["valid"] == compared["set_f1"] == compared["index_accuracy"] == "higher"
+    assert "test.set_f1" not in to_markdown(made) and "| set f1 |" in to_markdown(made)
+    (results,) = (tmp_path / "out").glob("lora.r=4-seed0/eval/results.json")
+    tree = json.loads(results.read_text())
+    del tree["sets"]["test"]["rows"]
+    results.write_text(json.dumps(tree))
+    with pytest.raises(RunError, match="has no scores of its rows"):
+        read_table(sweep, tmp_path / "out")
 
 
 class meter:

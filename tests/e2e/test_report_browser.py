@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from run_folders import INJECTED, make_run, make_sweep
+from run_folders import INJECTED, make_pipeline, make_run, make_sweep
 from smolmlx import cli
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(folder / "runs" / "notes-sft-20261121-091316-c11f", rows=24, seed=1, skill=0.3, rate=1e-3, stages=("sft",))
     one = next((folder / "runs").glob("*b00e"))
     sweep = make_sweep(folder / "sweep-my")
+    pipeline = make_pipeline(folder / "notes-pipeline-20261121-081316-b00e")
     for arguments in (
         [str(one)],
+        [str(pipeline), "--out", str(folder / "pipeline.html")],
         [str(sweep)],
         [str(folder / "runs"), "--out", str(folder / "two.html"), "--title", "Two <rates>"],
     ):
@@ -102,8 +104,19 @@ PHONE = {"viewport": {"width": 390, "height": 844}}
         ("two.html", PHONE),
         ("sweep.html", {"color_scheme": "light"}),
         ("sweep.html", {"color_scheme": "dark", **PHONE}),
+        ("pipeline.html", {"color_scheme": "light"}),
+        ("pipeline.html", PHONE),
     ],
-    ids=["one light", "two dark", "one phone", "two phone", "sweep light", "sweep dark phone"],
+    ids=[
+        "one light",
+        "two dark",
+        "one phone",
+        "two phone",
+        "sweep light",
+        "sweep dark phone",
+        "pipeline light",
+        "pipeline phone",
+    ],
 )
 def test_draws_all_without_a_word_or_a_request(browser: Browser, reports: Path, name: str, how: dict[str, Any]) -> None:
     watched = watch(browser, reports / name, **how)
