@@ -229,6 +229,7 @@ def read_rows(
         DataError: a row without question or answer, or an id that the file does not have.
     """
     wanted = set(settings.ids) if limited and choose else set()
+    seen: set[str] = set()
     found = []
     for number, (raw_input, example) in enumerate(_with_input(path, settings), 1):
         messages = list(example.messages)
@@ -238,14 +239,15 @@ def read_rows(
                 f"{example.where}: an evaluation row needs a question and an assistant answer to compare with."
             )
         row = EvalRow(f"row-{number:04d}", raw_input or str(messages[-1]["content"]), reference, example.group)
+        seen.add(row.id)
         if not wanted or row.id in wanted:
             found.append((row, tuple(messages)))
-        if limited and settings.limit and len(found) >= settings.limit:
+        if limited and settings.limit and len(found) >= settings.limit and wanted <= seen:
             break
-    missing = sorted(wanted - {row.id for row, _ in found})
-    if missing and not settings.limit:
+    missing = sorted(wanted - seen)
+    if missing:
         raise DataError(f"{path}: no row {', '.join(missing[:10])}. Ids count lines: row-0001 is the first row.")
-    return found
+    return found[: settings.limit] if limited else found
 
 
 def open_rows(path: str, settings: Settings) -> Source:

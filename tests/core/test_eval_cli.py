@@ -74,8 +74,11 @@ def test_rows_by_id_and_limit() -> None:
     some = read_rows(str(NOTES / "test.jsonl"), Settings("x", ids=("row-0007", "row-0002")))
     assert [row for row, _ in some] == [every[1][0], every[6][0]]
     assert len(read_rows(str(NOTES / "test.jsonl"), Settings("x", limit=5))) == 5
-    with pytest.raises(DataError, match="no row row-9999"):
-        read_rows(str(NOTES / "test.jsonl"), Settings("x", ids=("row-9999",)))
+    both = read_rows(str(NOTES / "test.jsonl"), Settings("x", ids=("row-0007", "row-0002", "row-0009"), limit=2))
+    assert [row for row, _ in both] == [every[1][0], every[6][0]]
+    for limit in (None, 1, 3):
+        with pytest.raises(DataError, match="no row row-9999"):
+            read_rows(str(NOTES / "test.jsonl"), Settings("x", ids=("row-0002", "row-9999"), limit=limit))
 
 
 def test_notes_without_train_rows_say_that_controls_are_missing() -> None:
