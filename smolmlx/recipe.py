@@ -201,12 +201,11 @@ Suite = Literal["notes", "loss", "research"]
 SUITES: tuple[str, ...] = get_args(Suite)
 _ANSWERED = ("notes", "research")
 _USERS: Mapping[str, Sequence[str]] = {
-    "train": ("notes",),
     "ids": ("notes",),
     "schema": ("notes",),
     "constrained": ("research",),
     "registry": ("research",),
-    **dict.fromkeys(("ood", "max_tokens", "repetition_penalty", "no_repeat_ngram"), _ANSWERED),
+    **dict.fromkeys(("train", "ood", "max_tokens", "repetition_penalty", "no_repeat_ngram"), _ANSWERED),
     **dict.fromkeys(("temperature", "seed", "top_p", "top_k", "min_p", "stop", "stop_ids"), _ANSWERED),
 }
 """Setting of an evaluation -> the suites that use it; every suite uses what is not listed."""
@@ -218,7 +217,7 @@ class Evaluate(Section):
     data: Name
     """Held-out rows the trained model is scored on."""
     train: str | None = None
-    """Rows the copy and random controls take their answers from (notes)."""
+    """Rows that controls take their answers from: copy and random (notes), copy (research)."""
     ood: str | None = None
     """Out-of-distribution rows, scored apart."""
     max_tokens: int = Field(256, ge=1)

@@ -31,7 +31,7 @@ LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsuppo
 @click.option("--model", required=True, metavar="M", help="Hub id, folder or `tiny`: the base, always scored too.")
 @click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]A", help="Adapter folder; several stand beside each other, e.g. sft=A dpo=B.")  # fmt: skip
 @click.option("--data", metavar="ROWS", help="Held-out rows; default: the recipe's evaluate.data.")
-@click.option("--train", "train", metavar="ROWS", help="Rows the copy and random controls answer from (suite notes).")
+@click.option("--train", "train", metavar="ROWS", help="Rows that controls answer from: copy and random (suite notes), copy (suite research).")  # fmt: skip
 @click.option("--ood", metavar="ROWS", help="Out-of-distribution rows, scored apart.")
 @click.option("--suite", type=click.Choice(["notes", "loss", "research"]), help="Default: the recipe's, else loss.")
 @click.option("--free", is_flag=True, help="Do not keep answers to their schemas (suite research).")

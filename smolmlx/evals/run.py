@@ -321,6 +321,7 @@ def _evaluate_research(
     registry = read_registry(settings.registry)
     paths = {"test": settings.data, **({"ood": settings.ood} if settings.ood else {})}
     sets = {name: research.read_rows(path, open_rows(path, settings), settings.limit) for name, path in paths.items()}
+    train = research.read_rows(settings.train, open_rows(settings.train, settings), None) if settings.train else []
     batches = _batches(tokenizer, settings)
     answers: dict[str, dict[str, list[research.Answered]]] = {name: {} for name in sets}
     loss = {}
@@ -335,10 +336,14 @@ def _evaluate_research(
                 )  # fmt: skip
         loss[system.name] = summarise_loss(_row_losses(generator, batches))
     for name, rows in sets.items():
+        if train:
+            answers[name][research.COPY] = research.copied_answers(train, rows)
         answers[name][research.RANDOM] = research.random_answers(rows)
     reports = {name: research.compare(rows, answers[name]) for name, rows in sets.items()}
     outputs = {name: {s: [one.text for one in made] for s, made in found.items()} for name, found in answers.items()}
     files = {name: describe_file(path, settings, len(sets[name])) for name, path in paths.items()}
+    if settings.train:
+        files["train"] = describe_file(settings.train, settings, len(train))
     return Evaluation(settings, loss=loss, research=reports, outputs=outputs, files=files)
 
 
