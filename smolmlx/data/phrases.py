@@ -22,12 +22,16 @@ Key = tuple[int, int, int]
 """(words, hash of the first window, hash of the last window); in this process only, as Python salts its hashes."""
 
 _WORD = re.compile(r"\w+")
+_ASCII_GAPS = {code: " " for code in range(128) if not _WORD.match(chr(code))}
 _LOW_BITS = np.uint64((1 << 20) - 1)
 
 
 def hash_words(text: str) -> Words:
     """Return one hash per word."""
-    return np.array([*map(hash, _WORD.findall(text.lower()))], np.int64).view(np.uint64)
+    lower = text.lower()
+    # The same words either way; of ASCII text they are found in half the time.
+    words = lower.translate(_ASCII_GAPS).split() if lower.isascii() else _WORD.findall(lower)
+    return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
 
 
 def phrase_keys(phrases: Sequence[Words]) -> list[Key | None]:

@@ -196,6 +196,13 @@ def test_phrases_are_found_where_a_substring_search_finds_them(texts: list[list[
     assert found == expected and [key is None for key in keys] == [len(words) < phrases.MIN_WORDS for words in wanted]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=40))
+def test_words_of_ascii_are_those_of_any_text(text: str) -> None:
+    more = phrases.hash_words(f"{text} é")
+    assert list(phrases.hash_words(text)) == list(more[:-1])
+
+
 def test_groups_are_counted_once_each(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", [row("q", "a", concept="shared"), row("r", "b", concept="own")])
     test = write(
