@@ -16,7 +16,7 @@ from smolmlx.adapters.convert import convert
 from smolmlx.backend import Backend, Decoding, Generator, Loading, OnText
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
-from smolmlx.errors import BackendError, RecipeError
+from smolmlx.errors import BackendError, RecipeError, nearest
 from smolmlx.evals.bases import Bases, System
 from smolmlx.evals.run import Evaluation, Settings
 from smolmlx.evals.run import evaluate as run_suite
@@ -239,7 +239,22 @@ def evaluate(
     max_length: int = 2048,
     **decoding: Any,
 ) -> Evaluation:
-    """Score a model (and its base, when it carries an adapter) on rows, as `smolmlx eval` does."""
+    """Score a model (and its base, when it carries an adapter) on rows, as `smolmlx eval` does.
+
+    Args:
+        suite: notes, loss or research.
+        decoding: fields of `backend.Decoding`, for suites that answer.
+
+    Raises:
+        RecipeError: an unknown suite, or what the suite has no use for, by name.
+        DataError: rows without what the suite needs.
+    """
+    if suite not in recipes.SUITES:
+        known = ", ".join(recipes.SUITES)
+        raise RecipeError(f"evaluate: no suite '{suite}'.{nearest(suite, recipes.SUITES)} Suites: {known}.")
+    given = {"train": train, "ood": ood, **decoding}
+    if idle := list(recipes.find_idle(suite, [key for key, value in given.items() if value is not None])):
+        raise RecipeError("evaluate: leave out what the suite has no use for", [f"{key}: {why}." for key, why in idle])
     systems = [System("base", model.base)]
     if model.adapter is not None:
         systems.append(System("adapter", model.base, model.adapter))

@@ -7,10 +7,10 @@ an engine; `plan.resolve` does that.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -197,17 +197,31 @@ class Samples(Section):
     """Longest answer."""
 
 
+Suite = Literal["notes", "loss", "research"]
+SUITES: tuple[str, ...] = get_args(Suite)
+_ANSWERED = ("notes", "research")
+_USERS: Mapping[str, Sequence[str]] = {
+    "ids": ("notes",),
+    "schema": ("notes",),
+    "constrained": ("research",),
+    "registry": ("research",),
+    **dict.fromkeys(("train", "ood", "max_tokens", "repetition_penalty", "no_repeat_ngram"), _ANSWERED),
+    **dict.fromkeys(("temperature", "seed", "top_p", "top_k", "min_p", "stop", "stop_ids"), _ANSWERED),
+}
+"""Setting of an evaluation -> the suites that use it; every suite uses what is not listed."""
+
+
 class Evaluate(Section):
-    suite: Literal["notes", "loss", "research"] = "notes"
+    suite: Suite = "notes"
     """notes: answers scored against references and controls; loss: nats per token; research: rows of `data augment` answered again."""
     data: Name
     """Held-out rows the trained model is scored on."""
     train: str | None = None
-    """Rows the copy and random controls take their answers from (notes)."""
+    """Rows that controls take their answers from: copy and random (notes), copy (research)."""
     ood: str | None = None
     """Out-of-distribution rows, scored apart."""
     max_tokens: int = Field(256, ge=1)
-    """Longest answer (notes)."""
+    """Longest answer (notes, research)."""
     repetition_penalty: float = Field(1.0, gt=0)
     """Makes tokens that an answer holds already less likely, for all systems alike; 1 is off."""
     no_repeat_ngram: int = Field(0, ge=0)
@@ -260,6 +274,14 @@ class Recipe(Section):
         return self
 
 
+def find_idle(suite: str, given: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (setting, why) for what a suite has no use for, and others have."""
+    for key in given:
+        users = _USERS.get(key)
+        if users and suite not in users:
+            yield key, f"is for suite {' and '.join(users)}, not for suite {suite}"
+
+
 def _impossible(recipe: Recipe) -> Iterator[str]:
     """Yield every combination of values that no engine could honour."""
     model, data, train = recipe.model, recipe.data, recipe.train
@@ -300,10 +322,9 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
             yield f"data.{name}: has no effect with stage pretrain, which joins all text and cuts rows of max_length. Leave it out."
     if recipe.eval.every != "epoch" and data.validation is None and not data.validation_share:
         yield "eval.every: needs data.validation or data.validation_share; without them nothing is evaluated while training."
-    if recipe.evaluate is not None and recipe.evaluate.suite == "loss":
-        for key in ("train", "ood", "max_tokens"):
-            if key in _chosen(recipe.evaluate):
-                yield f"evaluate.{key}: is for suite notes; suite loss answers nothing. Leave it out."
+    if recipe.evaluate is not None:
+        for key, why in find_idle(recipe.evaluate.suite, _chosen(recipe.evaluate)):
+            yield f"evaluate.{key}: {why}. Leave it out."
     if recipe.stage == "pretrain" and data.loss_on == "completion":
         yield "data.loss_on: 'completion' has no meaning for stage pretrain, which trains on every token."
     if data.validation is not None and data.validation_share:

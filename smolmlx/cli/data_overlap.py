@@ -96,9 +96,10 @@ def audit(
 ) -> None:
     """Look for held-out rows that training has seen.
 
-    Each file is compared with those before it, by input, answer, closing question and group: equal (but for case and
-    white space) or nearly so (MinHash). An answer may stand in two splits with no harm done, such as "Yes"; judge by
-    the places that are named. Time and memory are linear in rows.
+    Each file is compared with those before it. Inputs and answers: equal (but for case and white space) or nearly so
+    (MinHash). Answers and closing questions: word for word in any turn. Groups: how many are in both. An answer may
+    stand in two splits with no harm done, such as "Yes"; judge by the places that are named. Time and memory are linear
+    in rows.
     """
     from smolmlx import console
     from smolmlx.data.audit import audit as run
@@ -125,7 +126,7 @@ def _show_pair(pair: PairAudit) -> None:
         f"{pair.later} against {pair.earlier}: {pair.leaked:,} of {pair.rows:,} rows seen ({pair.share:.1%})"
     )
     for finding in pair.findings:
-        share = finding.count / pair.rows if pair.rows else 0.0
+        of = f" of {finding.of:,} groups" if finding.kind == "same group" else ""
         places = "; ".join(f"{_short(t.where)} = {_short(t.of)}" if t.similarity == 1 else f"{_short(t.where)} ~ {_short(t.of)} ({t.similarity:.2f})" for t in finding.first)  # fmt: skip
-        console.result(f"  {finding.kind:<26} {finding.count:>7,}  {share:>6.1%}  {places}".rstrip())
+        console.result(f"  {finding.kind:<26} {finding.count:>7,}{of}  {finding.share:>6.1%}  {places}".rstrip())
     console.result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsuppo
 @click.option("--model", required=True, metavar="M", help="Hub id, folder or `tiny`: the base, always scored too.")
 @click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]A", help="Adapter folder; several stand beside each other, e.g. sft=A dpo=B.")  # fmt: skip
 @click.option("--data", metavar="ROWS", help="Held-out rows; default: the recipe's evaluate.data.")
-@click.option("--train", "train", metavar="ROWS", help="Rows the copy and random controls answer from (suite notes).")
+@click.option("--train", "train", metavar="ROWS", help="Rows that controls answer from: copy and random (suite notes), copy (suite research).")  # fmt: skip
 @click.option("--ood", metavar="ROWS", help="Out-of-distribution rows, scored apart.")
 @click.option("--suite", type=click.Choice(["notes", "loss", "research"]), help="Default: the recipe's, else loss.")
 @click.option("--free", is_flag=True, help="Do not keep answers to their schemas (suite research).")
@@ -49,7 +48,7 @@ LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsuppo
 @click.option("--no-repeat-ngram", type=click.IntRange(min=0), help="No N tokens in a row come twice; 0 is off.")
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first N rows.")
 @click.option("--id", "ids", multiple=True, metavar="ROW", help="Score this row alone, e.g. row-0007; may be given more than once.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Prompts answered together. Default: the recipe's, else 32.")  # fmt: skip
 @options.quantize
 @click.option("--out", type=click.Path(file_okay=False), help="Write results.json, .md, .csv and the answers here.")
 @options.engine
@@ -76,13 +75,9 @@ def command(
 
     base = find_model(model)
     named = _name_adapters(adapters)
-    settings, template = _settings(recipe, given, device, quantize)
-    if (free or tasks_file) and settings.suite != "research":
-        raise RecipeError(f"--free and --tasks-file: have no use for suite {settings.suite}, only for research.")
-    settings = replace(
-        settings,
-        constrained=settings.constrained and not free,
-        registry=Path(tasks_file) if tasks_file else None,
+    registry = Path(tasks_file) if tasks_file else None
+    settings, template = _settings(
+        recipe, {**given, "constrained": False if free else None, "registry": registry}, device, quantize
     )
     choice = options.choose(backend, device)
     tokenizer = Tokenizer(options.tokenizer_folder(base.folder, list(named.values())), template)
@@ -143,14 +138,15 @@ def _settings(
         suite=suite,
         train=chosen["train"],
         ood=chosen["ood"],
-        constrained=fallback.get("constrained", True),
+        constrained=chosen["constrained"] is not False,
+        registry=chosen["registry"],
         decoding=Decoding(
             max_tokens=chosen["max_tokens"] or 256,
             temperature=given["temperature"],
             seed=given["seed"],
             repetition_penalty=chosen["repetition_penalty"] or 1.0,
             no_repeat_ngram=chosen["no_repeat_ngram"] or 0,
-            batch_size=chosen["batch_size"],
+            batch_size=chosen["batch_size"] or 32,
         ),
         limit=chosen["limit"],
         ids=given["ids"],
@@ -166,12 +162,15 @@ def _settings(
 
 def _refuse_idle(given: dict[str, Any], suite: str) -> None:
     """Refuse what a suite has no use for; a recipe's own values for another suite are no request."""
-    flags = {"train": "--train", "ood": "--ood", "max_tokens": "--max-tokens", "temperature": "--temperature", "ids": "--id", "repetition_penalty": "--repetition-penalty", "no_repeat_ngram": "--no-repeat-ngram"}  # fmt: skip
-    idle = {"loss": tuple(flags), "research": ("train", "ids")}.get(suite, ())
-    wrong = [flags[key] for key in idle if given[key]]
+    from smolmlx.recipe import find_idle
+
+    asked = [key for key, value in given.items() if value or (key == "constrained" and value is False)]
+    flags = {"ids": "--id", "constrained": "--free", "registry": "--tasks-file"}
+    wrong = [f"{flags.get(key, '--' + key.replace('_', '-'))}: {why}." for key, why in find_idle(suite, asked)]
     if wrong:
-        why = "answers nothing" if suite == "loss" else "has no copy control, and scores all rows"
-        raise RecipeError(f"eval: suite {suite} {why}, so it has no use for {', '.join(wrong)}. Leave them out, or pass --suite notes.")  # fmt: skip
+        raise RecipeError(
+            f"eval: settings that suite {suite} has no use for; leave them out, or pass another --suite", wrong
+        )
 
 
 def _from_recipe(name: str | None) -> dict[str, Any]:
@@ -194,7 +193,9 @@ def _from_recipe(name: str | None) -> dict[str, Any]:
     if wanted is not None:
         files = {key: locate(path, loaded) for key in ("data", "train", "ood") if (path := getattr(wanted, key))}
         found |= {"suite": wanted.suite, "max_tokens": wanted.max_tokens, "limit": wanted.limit, **files}
-        found |= {key: getattr(wanted, key) for key in ("constrained", "repetition_penalty", "no_repeat_ngram")}
+        found |= {
+            key: getattr(wanted, key) for key in ("constrained", "repetition_penalty", "no_repeat_ngram", "batch_size")
+        }
     return found
 
 

@@ -22,7 +22,7 @@ EPILOG = """\b
 Examples:
   smolmlx sweep sweeps/notes --dry-run                     what would run, and whether it can
   smolmlx sweep my-sweep.yaml                              run it; again: go on, or do nothing
-  smolmlx sweep notes/sft --grid lora.r=8,32 --seeds 3     without a file
+  smolmlx sweep notes/sft --grid lora.r=8,32 --seeds 4     without a file
 """
 
 
@@ -57,9 +57,9 @@ def command(
     """
     from smolmlx import console, recipe, shelf, stages
     from smolmlx.sweeps import record, table
-    from smolmlx.sweeps.definition import parse_axis
+    from smolmlx.sweeps.definition import parse_axes
 
-    axes, values = dict(map(parse_axis, grid)), dict(map(recipe.parse_override, sets))
+    axes, values = parse_axes(grid), dict(map(recipe.parse_override, sets))
     sweep, folder = shelf.find_sweep(source, out, grid=axes, seeds=_seeds(seeds), sets=values)
     if resume and not (folder / "sweep.json").is_file():
         raise RecipeError(f"{folder}: no sweep to resume. Leave --resume out to start one, or pass its folder with --out.")  # fmt: skip

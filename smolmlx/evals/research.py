@@ -1,7 +1,8 @@
 """The research suite: rows that `data augment` made are answered again, and answers compared with what the rows hold.
 
 Beside every model stand the base and a control that takes the answer of another row of the same task (for retrieval, any
-passage or none), so that a figure can be told from luck.
+passage or none), so that a figure can be told from luck; and, where the train rows are given, one that takes the answer of
+the train row of the same task that asks most nearly the same, so that it can be told from copying.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from smolmlx.data.formats import Source, to_example
 from smolmlx.data.notes import Notes
 from smolmlx.errors import DataError
 from smolmlx.evals.bootstrap import Interval, bootstrap_difference, bootstrap_means, difference_sentence
+from smolmlx.evals.controls import nearest_rows
 from smolmlx.evals.metrics import rouge_l, set_f1
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.evals.suites import Difference
@@ -26,6 +28,7 @@ from smolmlx.tasks.registry import Registry
 from smolmlx.tasks.replies import Rejected, read, read_freely, render
 from smolmlx.tasks.schemas import ANSWERS, Text, Value, kept_schema, plain
 
+COPY = "copy control"
 RANDOM = "random control"
 METRICS = ("valid", "index_accuracy", "set_f1", "rouge_l")
 """valid: the answer keeps to its schema (for texts: it ended by itself, and is not empty), over all rows.
@@ -230,13 +233,31 @@ def random_answers(rows: Sequence[ResearchRow], seed: int = 0) -> list[Answered]
     return found
 
 
+def copied_answers(train: Sequence[ResearchRow], rows: Sequence[ResearchRow]) -> list[Answered]:
+    """Answer each row with what the train row of its task holds that asks most nearly the same (TF-IDF cosine)."""
+    found: dict[int, Answered] = {}
+    for task in {row.task for row in rows}:
+        known = [row for row in train if row.task == task]
+        asked = [index for index, row in enumerate(rows) if row.task == task]
+        near = nearest_rows([_last(row) for row in known], [_last(rows[index]) for index in asked]) if known else ()
+        values = [known[neighbour.row].gold for neighbour in near] or [_nothing(rows[index].gold) for index in asked]
+        for index, value in zip(asked, values, strict=True):
+            text = render(task, value, rows[index].style) if known and value else ""
+            found[index] = Answered(text, value, bool(known and value))
+    return [found[index] for index in range(len(rows))]
+
+
+def _last(row: ResearchRow) -> str:
+    return str(row.messages[-1]["content"])
+
+
 def _nothing(gold: Value) -> Value:
     """Return what stands for the answer of another row where there is none."""
     return () if isinstance(gold, tuple) else "" if isinstance(gold, str) else gold
 
 
 def compare(rows: Sequence[ResearchRow], answers: Mapping[str, Sequence[Answered]]) -> ResearchReport:
-    """Score systems on the same rows, each but the first compared with the first (the base) and with the control."""
+    """Score systems on the same rows, each compared with those before it (the first is the base) and with the controls."""
     scores = {
         system: {name: tuple(_score(name, row, one) for row, one in zip(rows, made, strict=True)) for name in METRICS}
         for system, made in answers.items()
@@ -245,8 +266,9 @@ def compare(rows: Sequence[ResearchRow], answers: Mapping[str, Sequence[Answered
         system: {name: _interval(rows, column) for name, column in columns.items() if _known(column)}
         for system, columns in scores.items()
     }
-    base, *others = [name for name in answers if name != RANDOM]
-    pairs = [(system, control) for system in (others or [base]) for control in (base, RANDOM) if control != system]
+    systems = [name for name in answers if name not in (COPY, RANDOM)]
+    controls = [name for name in (COPY, RANDOM) if name in answers]
+    pairs = [(system, other) for i, system in enumerate(systems) for other in (*systems[:i], *controls)]
     differences = []
     for system, control in pairs:
         for name in summary[system]:

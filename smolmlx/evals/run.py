@@ -234,6 +234,7 @@ def read_rows(
         DataError: a row without question or answer, or an id that the file does not have.
     """
     wanted = set(settings.ids) if limited and choose else set()
+    seen: set[str] = set()
     found = []
     for number, (raw_input, example) in enumerate(_with_input(path, settings), 1):
         messages = list(example.messages)
@@ -243,14 +244,15 @@ def read_rows(
                 f"{example.where}: an evaluation row needs a question and an assistant answer to compare with."
             )
         row = EvalRow(f"row-{number:04d}", raw_input or str(messages[-1]["content"]), reference, example.group)
+        seen.add(row.id)
         if not wanted or row.id in wanted:
             found.append((row, tuple(messages)))
-        if limited and settings.limit and len(found) >= settings.limit:
+        if limited and settings.limit and len(found) >= settings.limit and wanted <= seen:
             break
-    missing = sorted(wanted - {row.id for row, _ in found})
-    if missing and not settings.limit:
+    missing = sorted(wanted - seen)
+    if missing:
         raise DataError(f"{path}: no row {', '.join(missing[:10])}. Ids count lines: row-0001 is the first row.")
-    return found
+    return found[: settings.limit] if limited else found
 
 
 def open_rows(path: str, settings: Settings) -> Source:
@@ -324,6 +326,7 @@ def _evaluate_research(
     registry = read_registry(settings.registry)
     paths = {"test": settings.data, **({"ood": settings.ood} if settings.ood else {})}
     sets = {name: research.read_rows(path, open_rows(path, settings), settings.limit) for name, path in paths.items()}
+    train = research.read_rows(settings.train, open_rows(settings.train, settings), None) if settings.train else []
     batches = _batches(tokenizer, settings)
     answers: dict[str, dict[str, list[research.Answered]]] = {name: {} for name in sets}
     loss = {}
@@ -338,10 +341,14 @@ def _evaluate_research(
                 )  # fmt: skip
         loss[system.name] = summarise_loss(_row_losses(generator, batches))
     for name, rows in sets.items():
+        if train:
+            answers[name][research.COPY] = research.copied_answers(train, rows)
         answers[name][research.RANDOM] = research.random_answers(rows)
     reports = {name: research.compare(rows, answers[name]) for name, rows in sets.items()}
     outputs = {name: {s: [one.text for one in made] for s, made in found.items()} for name, found in answers.items()}
     files = {name: describe_file(path, settings, len(sets[name])) for name, path in paths.items()}
+    if settings.train:
+        files["train"] = describe_file(settings.train, settings, len(train))
     return Evaluation(settings, loss=loss, research=reports, outputs=outputs, files=files)
 
 

@@ -9,10 +9,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -101,6 +101,7 @@ def open_sweep(
     axes = {**file.grid, **(grid or {})}
     chosen = file.seeds if seeds is None else seeds
     numbers = tuple(range(chosen)) if isinstance(chosen, int) else tuple(dict.fromkeys(chosen))
+    _refuse_overruled(path, file.entries, axes)
     settings = list(_settings(file.entries, axes))
     common = recipes.flatten_tree(file.common)
     _refuse_bad_settings(path, settings, common)
@@ -122,6 +123,21 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     if not isinstance(found, list) or not found:
         raise RecipeError(f"--grid {text}: no values. Expected key=v1,v2, for example --grid {example}.")
     return key.strip(), tuple(found)
+
+
+def parse_axes(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """Read several axes.
+
+    Raises:
+        RecipeError: as of `parse_axis`, or a key given twice.
+    """
+    axes: dict[str, tuple[Any, ...]] = {}
+    for text in texts:
+        key, values = parse_axis(text)
+        if key in axes:
+            raise RecipeError(f"--grid {text}: {key} is given twice. Give all its values at once: --grid {key}={','.join(map(_short, (*axes[key], *values)))}.")  # fmt: skip
+        axes[key] = values
+    return axes
 
 
 def _check(tree: Mapping[str, Any], path: Path) -> File:
@@ -157,6 +173,20 @@ def _settings(listed: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[A
             yield ", ".join(parts) or "baseline", values
 
 
+def _refuse_overruled(path: Path, listed: Sequence[Mapping[str, Any]], axes: Iterable[str]) -> None:
+    """Refuse a grid over what an entry of the list sets: the entry's value, and its name, would be untrue."""
+    problems = []
+    for number, entry in enumerate(listed, 1):
+        own = recipes.flatten_tree({key: value for key, value in entry.items() if key != "name"})
+        for key, axis in itertools.product(own, axes):
+            if f"{key}.".startswith(f"{axis}.") or f"{axis}.".startswith(f"{key}."):
+                problems.append(
+                    f"{axis}: is in the grid, and '{entry.get('name', f'entry {number}')}' of the list sets {key}. Leave one of them out."
+                )
+    if problems:
+        raise RecipeError(str(path), problems)
+
+
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
@@ -187,10 +217,21 @@ def folder_name(setting: str) -> str:
     return f"{safe[:_LONGEST].strip('-.') or 'setting'}-{hashlib.sha256(setting.encode()).hexdigest()[:4]}"
 
 
+def _refuse_pipeline(base: Path, tree: Mapping[str, Any]) -> NoReturn:
+    stages = tree["stages"] if isinstance(tree["stages"], Mapping) else {}
+    trained = [str(stage["recipe"]) for stage in stages.values() if isinstance(stage, Mapping) and "recipe" in stage]
+    raise RecipeError(
+        f"{base}: is a pipeline ({', '.join(map(str, stages))}); a sweep trains one stage under many settings. Sweep the recipe of a"
+        f" stage ({', '.join(trained) or 'a recipe'}), or train the pipeline once for each setting: smolmlx train PIPELINE --set STAGE.KEY=VALUE."
+    )
+
+
 def _build(
     base: Path, settings: Sequence[tuple[str, Mapping[str, Any]]], common: Mapping[str, Any], seeds: Sequence[int], sets: Mapping[str, Any]
 ) -> tuple[Cell, ...]:  # fmt: skip
     tree = recipes.read(base)
+    if "stages" in tree:
+        _refuse_pipeline(base, tree)
     cells: list[Cell] = []
     problems = [
         f"--set {key}: the sweep varies it, so every run would be the same there. Change the sweep's values instead."

@@ -1,7 +1,8 @@
 """What a sweep shows, in sentences that claim no more than its rows and its seeds do.
 
 A setting differs from another in a score only where the paired bootstrap over rows (each row averaged over seeds) leaves
-out 0, and no seed of the one reaches any seed of the other: rows know nothing of seeds, and few seeds little of rows.
+out 0, and no seed of the one, four at least, reaches any seed of the other: rows know nothing of seeds, and few seeds little
+of rows.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from smolmlx.evals.bootstrap import bootstrap_difference
 
 COMPARED = ("compliance", "content_alignment", "valid", "index_accuracy", "set_f1", "rouge_l")
 """Scores that settings are compared in: of suite notes, and of suite research."""
-MIN_SEEDS = 2
-"""One seed cannot tell a setting from a chance of its own."""
+MIN_SEEDS = 4
+"""Seeds of each setting that a verdict takes. Of two settings that do not differ, all seeds of the one lie on one side of
+all of the other's with probability 2 / C(2n, n): 1 in 3 for 2 seeds, 1 in 10 for 3, 1 in 35 for 4."""
 
 Verdict = Literal["higher", "lower", "no difference shown"]
 Scores = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
@@ -100,12 +102,10 @@ def compare_losses(setting: str, mine: Sequence[float], against: str, base: Sequ
     if not mine or not base:
         return None
     seeds = min(len(mine), len(base))
-    spans = (
-        f"{_span(mine, '.4f')} against {_span(base, '.4f')}; {len(mine)} and {len(base)} seed{'s' if seeds > 1 else ''}"
-    )
+    spans = f"{_span(mine, '.4f')} against {_span(base, '.4f')}; {len(mine)} and {_number(len(base))}"
     verdict = _apart(mine, base)
     if verdict == "no difference shown":
-        said = f"no difference shown between {setting} and {against} ({spans})."
+        said = f"no difference shown between {setting} and {against}{_too_few(seeds)} ({spans})."
     else:
         said = f"{setting} is {verdict} than {against} with every seed ({spans})."
     gap = statistics.fmean(mine) - statistics.fmean(base)
@@ -127,11 +127,11 @@ def compare_scores(
     verdict = apart if found.shows_difference else "no difference shown"
     evidence = f"95 % interval over {found.num_groups or found.num_rows} {'groups of rows' if found.num_groups else 'rows'} {found.low:+.3g} to {found.high:+.3g}"
     spans = f"seeds {_span(seeds[0], '.3f')} against {_span(seeds[1], '.3f')}"
-    said = f"{metric.replace('_', ' ')}, mean of {len(shared)} seed{'s' if len(shared) > 1 else ''}: "
+    said = f"{metric.replace('_', ' ')}, mean of {_number(len(shared))}: "
     if verdict != "no difference shown":
         said += f"{setting} is {verdict} than {against} by {abs(found.mean):.3g} ({evidence}; {spans})."
     else:
-        why = "" if not found.shows_difference else ", since one seed is too few" if len(shared) < MIN_SEEDS else ", since seeds overlap"  # fmt: skip
+        why = "" if not found.shows_difference else _too_few(len(shared)) or ", since seeds overlap"
         said += f"no difference shown between {setting} and {against}{why} ({found.mean:+.3g}, {evidence}; {spans})."
     return Comparison(setting, against, metric, found.mean, found.low, found.high, len(shared), verdict, said)
 
@@ -144,6 +144,14 @@ def _apart(mine: Sequence[float], base: Sequence[float]) -> Verdict:
         if max(mine) < min(base):
             return "lower"
     return "no difference shown"
+
+
+def _too_few(seeds: int) -> str:
+    return "" if seeds >= MIN_SEEDS else f", since a verdict takes {MIN_SEEDS} seeds"
+
+
+def _number(seeds: int) -> str:
+    return f"{seeds} seed{'s' if seeds > 1 else ''}"
 
 
 def _span(values: Sequence[float], style: str) -> str:

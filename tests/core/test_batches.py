@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,13 @@ def test_steps_are_rounded_up(
     plan = plan_batches(make_store(tmp_path, [5] * rows), batch_size=batch, accumulation=accumulation)
     assert epochs * plan.steps_per_epoch == steps
     assert sum(len(plan.step(k)) for k in range(plan.steps_per_epoch)) == -(-rows // batch)
+
+
+def test_steps_of_a_billion_tokens(tmp_path: Path) -> None:
+    """98,304 tokens a step: 96 rows of 1,024. One row stands for all, since only their number counts."""
+    plan = plan_batches(make_store(tmp_path, [1024]), batch_size=8, accumulation=12, pack_to=1024)
+    plan = replace(plan, rows=(np.array([0]),) * math.ceil(1e9 / 1024))
+    assert plan.steps_per_epoch == 10_173
 
 
 @pytest.mark.parametrize("pack_to", [None, 320])

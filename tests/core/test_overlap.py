@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolmlx.data import near
+from smolmlx.data import near, phrases
 from smolmlx.data.audit import audit
 from smolmlx.data.dedupe import dedupe
 from smolmlx.data.formats import Source, open_source
@@ -145,11 +145,72 @@ def test_planted_leaks_are_found_and_named(tmp_path: Path) -> None:
     (pair,) = audit(splits, group="concept")
     found = {finding.kind: finding for finding in pair.findings}
     assert {kind: finding.count for kind, finding in found.items()} == {
-        "same input": 1, "nearly the same input": 1, "same answer": 1, "nearly the same answer": 1, "same closing question": 2, "same group": 1,
+        "same input": 1, "nearly the same input": 1, "same answer": 1, "nearly the same answer": 1, "answer found verbatim": 1, "closing question found": 2, "same group": 1,
     }  # fmt: skip
     assert (pair.leaked, pair.rows) == (6, 8)
     (twin,) = found["nearly the same input"].first
     assert twin.where.endswith("test.jsonl:3") and twin.of.endswith("train.jsonl:5")
+
+
+def test_an_answer_and_a_question_are_found_wherever_training_says_them(tmp_path: Path) -> None:
+    asked = "Which of these would hold for longer inputs?"
+    train = [
+        row(f"Compare: ({text(100)}), please.", text(0)),
+        row(text(1), f"{text(2)}\n{asked}\nOne more line."),
+        row(f"{text(3)}\nWhy not?", f"Follow-up: {asked} And {text(4)}"),
+        *(row(text(i), text(i + 1000)) for i in range(2000, 2600)),
+    ]
+    test = [
+        row(text(1000), text(100).upper()),  # inside an input
+        row(text(1001), f"{text(101)}\n{asked}"),
+        row(text(1002), f"{text(102)}\nWhy  not?"),  # too short to be looked for but as a line
+        row(text(1003), f"{text(103)}\nWhy?"),
+        row(text(1004), " ".join(text(3000).split()[3:30])),  # a part of an answer
+        row(text(1005), f"{text(3001)} more"),  # more than an answer
+        row(text(1006), " ".join(text(3002).split()[:4])),  # four words prove nothing
+    ]
+    splits = {"train": write(tmp_path / "train.jsonl", train), "test": write(tmp_path / "test.jsonl", test)}
+    found = {f.kind: f for f in audit(splits, threshold=1.0)[0].findings}
+    answers, questions = found["answer found verbatim"], found["closing question found"]
+    assert [(t.where[-1], t.of.rpartition(":")[2]) for t in answers.first] == [("1", "1"), ("5", "4")]
+    assert [(t.where[-1], t.of.rpartition(":")[2]) for t in questions.first] == [("2", "2"), ("3", "3")]
+    assert (answers.count, questions.count, answers.of) == (2, 2, 7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from("ab"), max_size=24), max_size=8),
+    st.lists(st.lists(st.sampled_from("ab"), max_size=16), max_size=8),
+)
+def test_phrases_are_found_where_a_substring_search_finds_them(texts: list[list[str]], wanted: list[list[str]]) -> None:
+    keys = phrases.phrase_keys([phrases.hash_words(" ".join(words)) for words in wanted])
+    index = phrases.Phrases()
+    index.add(keys)
+    found = set(index.search([phrases.hash_words(" ".join(words)) for words in texts]))
+    expected = {
+        (key, at)
+        for key, words in zip(keys, wanted, strict=True)
+        for at, text in enumerate(texts)
+        if len(words) >= phrases.MIN_WORDS and "".join(words) in "".join(text)
+    }
+    assert found == expected and [key is None for key in keys] == [len(words) < phrases.MIN_WORDS for words in wanted]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=40))
+def test_words_of_ascii_are_those_of_any_text(text: str) -> None:
+    more = phrases.hash_words(f"{text} é")
+    assert list(phrases.hash_words(text)) == list(more[:-1])
+
+
+def test_groups_are_counted_once_each(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", [row("q", "a", concept="shared"), row("r", "b", concept="own")])
+    test = write(
+        tmp_path / "test.jsonl", [row(text(i), text(9 + i), concept="shared" if i < 3 else "new") for i in range(4)]
+    )
+    (pair,) = audit({"train": train, "test": test}, group="concept")
+    (group,) = (f for f in pair.findings if f.kind == "same group")
+    assert (group.count, group.of, group.share, pair.leaked) == (1, 2, 0.5, 3)
 
 
 def test_a_clean_split_is_clean(tmp_path: Path) -> None:

@@ -139,6 +139,22 @@ def test_names_of_nothing(text: str) -> None:
         ({"evaluate": {"suite": "loss", "data": "x", "ood": "y"}}, "evaluate.ood: is for suite notes"),
         ({"evaluate": {"suite": "loss", "data": "x", "train": "y"}}, "evaluate.train: is for suite notes"),
         ({"evaluate": {"suite": "loss", "data": "x", "max_tokens": 5}}, "evaluate.max_tokens: is for suite notes"),
+        (
+            {"evaluate": {"suite": "loss", "data": "x", "repetition_penalty": 1.2}},
+            "evaluate.repetition_penalty: is for suite notes",
+        ),
+        (
+            {"evaluate": {"suite": "loss", "data": "x", "no_repeat_ngram": 3}},
+            "evaluate.no_repeat_ngram: is for suite notes",
+        ),
+        (
+            {"evaluate": {"suite": "loss", "data": "x", "constrained": False}},
+            "evaluate.constrained: is for suite research",
+        ),
+        (
+            {"evaluate": {"suite": "notes", "data": "x", "constrained": False}},
+            "evaluate.constrained: is for suite research",
+        ),
         ({"model": {"id": "x", "first_weights": "induction"}}, "first_weights"),
         ({"stage": "pretrain", "model": {"config": {}, "tokenizer": "t", "revision": "v1"}}, "model.revision"),
         ({"train": {"optimizer": "muon"}}, "method: full"),

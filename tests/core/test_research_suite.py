@@ -139,6 +139,20 @@ def test_figures(tmp_path: Path) -> None:
     assert report.summary[RANDOM]["valid"].mean == 1
     named = {(d.system, d.control, d.metric) for d in report.differences}
     assert ("tuned", "base", "index_accuracy") in named and ("half", RANDOM, "set_f1") in named
+    assert ("half", "tuned", "set_f1") in named and ("base", RANDOM, "valid") in named
+
+
+def test_the_copy_control_answers_as_the_nearest_train_row_of_the_task(tmp_path: Path) -> None:
+    found = rows(write_rows(tmp_path / "rows.jsonl", 5))
+    train = [replace(row, gold=("copied",)) if row.id == "bullets-3" else row for row in found if row.task != "qa"]
+    made = dict(zip((row.id for row in found), research.copied_answers(train, found), strict=True))
+    assert made["bullets-3"].value == ("copied",) and "copied" in made["bullets-3"].text
+    assert made["bullets-2"].value != ("copied",)
+    assert not made["qa-0"].valid and made["qa-0"].text == ""  # train has no row of this task
+    report = compare(
+        found, {"base": list(made.values()), research.COPY: list(made.values()), RANDOM: random_answers(found)}
+    )
+    assert {d.control for d in report.differences} == {research.COPY, RANDOM}
 
 
 def test_random_control_chooses_any_passage_or_none(tmp_path: Path) -> None:
@@ -152,7 +166,9 @@ def test_on_an_engine(tiny_model: Path, tmp_path: Path, constrained: bool) -> No
     """An untrained model: with constraints every list and choice keeps to its schema, freely almost none does."""
     path = write_rows(tmp_path / "rows.jsonl", 3)
     tokenizer, base = Tokenizer(tiny_model), open_model(tiny_model)
-    settings = Settings(str(path), suite="research", decoding=Decoding(max_tokens=70), constrained=constrained)
+    settings = Settings(
+        str(path), suite="research", train=str(path), decoding=Decoding(max_tokens=70), constrained=constrained
+    )
     with labs.toy_installed():
         made = evaluate(choose("toy", "cpu").backend, [System("base", base)], tokenizer, settings, meter)
     write(made, tmp_path / "out")
@@ -162,6 +178,7 @@ def test_on_an_engine(tiny_model: Path, tmp_path: Path, constrained: bool) -> No
     report = made.research["test"]
     valid = [v for v, task in zip(report.scores["base"]["valid"], report.tasks, strict=True) if task != "rephrase"]
     assert (sum(v or 0 for v in valid) == len(valid)) == constrained
+    assert report.summary["copy control"]["set_f1"].mean == 1 and tree["files"]["train"]["rows"] == 15
     written = (tmp_path / "out" / "results.md").read_text()
     assert "random control" in written and "Rows: 15 of" in written
     assert len((tmp_path / "out" / "test-answers.jsonl").read_text().splitlines()) == 15

@@ -16,7 +16,7 @@ from smolmlx import shelf
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.rundir import RunDir
 from smolmlx.sweeps import record, table
-from smolmlx.sweeps.definition import Cell, Sweep, folder_name, open_sweep, parse_axis
+from smolmlx.sweeps.definition import Cell, Sweep, folder_name, open_sweep, parse_axes, parse_axis
 
 BASE = {"model": {"id": "tiny"}, "data": {"train": "rows.jsonl"}, "lora": {"r": 4}}
 
@@ -81,12 +81,34 @@ def test_axes_hold_lists_and_numbers() -> None:
             parse_axis(wrong)
 
 
+def test_an_axis_is_given_once() -> None:
+    assert list(parse_axes(["lora.r=8,32", "lora.alpha=1"])) == ["lora.r", "lora.alpha"]
+    with pytest.raises(RecipeError, match=r"lora.r is given twice.*--grid lora.r=8,32\."):
+        parse_axes(["lora.r=8", "lora.r=32"])
+
+
+def test_a_pipeline_is_no_recipe_to_sweep(sweep: Callable[..., Sweep]) -> None:
+    for tree in ({"recipe": "notes/pipeline"}, None):
+        with pytest.raises(
+            RecipeError, match=r"is a pipeline \(.*Sweep the recipe of a stage \(notes/sft, notes/dpo\)"
+        ):
+            sweep(tree) if tree else open_sweep(shelf.find("notes/pipeline"), "p", shelf.find)
+
+
 WRONG = {
     "unknown key": ({"gird": {}}, "gird: unknown key of a sweep. Did you mean 'grid'?"),
     "unknown recipe key": ({"grid": {"lora.rank": [1]}}, "lora.rank: unknown key"),
     "every setting's problem": ({"list": [{"lora.r": 0}, {"train.epochs": -1}]}, "2 problems"),
     "seed in a setting": ({"grid": {"train.seed": [1, 2]}}, "under `seeds`"),
     "twice the same": ({"list": [{"lora.r": 8}, {"lora": {"r": 8}}]}, "same setting"),
+    "grid over the list": (
+        {"list": [{"name": "r 8", "lora": {"r": 8}}], "grid": {"lora.r": [4, 16]}},
+        "'r 8' of the list sets lora.r",
+    ),
+    "grid over a part": (
+        {"list": [{"lora.r": 8}], "grid": {"lora": [{"alpha": 4}]}},
+        "'entry 1' of the list sets lora.r",
+    ),
     "no seeds": ({"seeds": []}, "seeds"),
     "empty axis": ({"grid": {"lora.r": []}}, "grid.lora.r"),
 }
@@ -173,23 +195,25 @@ def test_mean_spread_and_the_table_files(sweep: Callable[..., Sweep], tmp_path: 
 @pytest.mark.parametrize(
     ("mine", "said"),
     [
-        ({0: 0.9, 1: 0.9}, "two is higher than one"),
-        ({0: 0.3, 1: 0.3}, "no difference shown"),
-        ({0: 1.0, 1: 0.2}, "no difference shown between two and one, since seeds overlap"),
+        ([0.9] * 4, "two is higher than one"),
+        ([0.3] * 4, "no difference shown"),
+        ([1.0, 0.2, 1.0, 1.0], "no difference shown between two and one, since seeds overlap"),
+        ([0.9] * 3, "no difference shown between two and one, since a verdict takes 4 seeds"),
     ],
-    ids=["higher", "same", "seeds overlap"],
+    ids=["higher", "same", "seeds overlap", "three seeds"],
 )
 def test_findings_claim_what_rows_and_seeds_agree_on(
-    sweep: Callable[..., Sweep], tmp_path: Path, mine: dict[int, float], said: str
+    sweep: Callable[..., Sweep], tmp_path: Path, mine: list[float], said: str
 ) -> None:
-    made, out = sweep({"seeds": 2, "list": [{"name": "one"}, {"name": "two", "lora.r": 8}]}), tmp_path / "out"
+    made, out = sweep({"seeds": len(mine), "list": [{"name": "one"}, {"name": "two", "lora.r": 8}]}), tmp_path / "out"
     for cell in made.cells:
         score = 0.3 if cell.setting == "one" else mine[cell.seed]
-        finish(cell, out, 1.0 + cell.seed - (3 if cell.setting == "two" else 0), [score] * 8)
+        finish(cell, out, 1.0 + cell.seed - (9 if cell.setting == "two" else 0), [score] * 8)
         RunDir(out / cell.folder).write_json("outcome.json", {"status": "finished"})
     sentences = table.read_table(made, out).findings
     assert any(said in s for s in sentences if s.startswith("content alignment"))
-    assert any("two is lower than one with every seed" in s for s in sentences)
+    (loss,) = (s for s in sentences if s.startswith("validation loss"))
+    assert ("two is lower than one with every seed" if len(mine) > 3 else "since a verdict takes 4 seeds (") in loss
 
 
 def test_a_changed_sweep_does_not_mix_with_old_runs(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
