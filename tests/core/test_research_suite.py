@@ -231,7 +231,7 @@ def test_a_sweep_compares_settings_in_the_suites_own_figures(tmp_path: Path) -> 
     base = {"model": {"id": "tiny"}, "data": {"train": "rows.jsonl"}, "lora": {"r": 4}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     path = write_rows(tmp_path / "rows.jsonl")
-    sweep = open_sweep(tmp_path / "base.yaml", "my", shelf.find, grid={"lora.r": [4, 8]}, seeds=2)
+    sweep = open_sweep(tmp_path / "base.yaml", "my", shelf.find, grid={"lora.r": [4, 8]}, seeds=4)
     for cell in sweep.cells:
         run = RunDir(tmp_path / "out" / cell.folder)
         run.path.mkdir(parents=True)
