@@ -261,7 +261,7 @@ def test_flags_that_suite_loss_does_not_use_exit_2(
     call: Call, tiny_model: Path, chat_rows: Path, flag: tuple[str, str]
 ) -> None:
     code, _, err = call("eval", "--model", tiny_model, "--data", chat_rows, *flag)
-    assert code == 2 and f"no use for {flag[0]}" in err
+    assert code == 2 and f"{flag[0]}: is for suite" in err
 
 
 @pytest.mark.parametrize(

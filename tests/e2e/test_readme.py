@@ -150,7 +150,8 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return sweep(recipe, **{**options, "seeds": 1}, set={**least, **scored})
 
     def evaluate_least(*arguments: Any, **options: Any) -> Any:
-        return evaluate(*arguments, **options, limit=2, max_tokens=8)
+        answers = {"max_tokens": 8} if options.get("suite", "loss") != "loss" else {}
+        return evaluate(*arguments, **options, limit=2, **answers)
 
     monkeypatch.setattr(smolmlx, "train", train_least)
     monkeypatch.setattr(smolmlx, "sweep", sweep_least)
