@@ -8,7 +8,7 @@ the train row of the same task that asks most nearly the same, so that it can be
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -136,44 +136,53 @@ def to_value(task: str, gold: Any) -> Value:
     return tuple(map(str, gold)) if task == "bullets" else str(gold)
 
 
-def answer(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    registry: Registry,
-    rows: Sequence[ResearchRow],
-    how: Decoding,
-    *,
-    constrained: bool,
-    on_done: Callable[[int], None],
-    template_args: Mapping[str, Any] | None = None,
-    context: int | None = None,
-) -> list[Answered]:
-    """Answer rows, each within the tokens of its task and of `how`.
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How rows are asked."""
+
+    tokenizer: Tokenizer
+    registry: Registry
+    how: Decoding
+    """Its max_tokens bounds that of each task."""
+    constrained: bool = True
+    """Ask for lists and retrieval in JSON and keep the answer to its schema, as PaperResearcher does; without it the row's
+    own style is asked for, and the answer is free."""
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def request(self, row: ResearchRow) -> tuple[list[int], Decoding]:
+        """Return the prompt's tokens, and how the answer is decoded."""
+        schema = _schema(row) if self.constrained else None
+        messages = _in_json(self.registry, row) if schema is not None else row.messages
+        most = min(self.how.max_tokens, self.registry.task(row.task).max_tokens)
+        prompt = self.tokenizer.encode(self.tokenizer.prompt(messages, **self.template_args))
+        return prompt, replace(self.how, max_tokens=most, schema=schema)
+
+
+def fitting(rows: Sequence[ResearchRow], asking: Asking, context: int | None) -> list[ResearchRow]:
+    """Return the rows whose prompt and answer fit the model's context; beyond it a model was never trained.
 
     Raises:
-        DataError: rows whose prompt and answer take more tokens than the model's `context`.
-
-    Args:
-        constrained: ask for lists and retrieval in JSON and keep the answer to its schema, as PaperResearcher does;
-            without it the row's own style is asked for, and the answer is free.
+        DataError: none does.
     """
-    batcher = generator.batcher(how.batch_size)
-    asked, too_long = [], []
-    for index, row in enumerate(rows):
-        schema = _schema(row) if constrained else None
-        messages = _in_json(registry, row) if schema is not None else row.messages
-        most = min(how.max_tokens, registry.task(row.task).max_tokens)
-        prompt = tokenizer.encode(tokenizer.prompt(messages, **(template_args or {})))
-        if context is not None and len(prompt) + most > context:
-            too_long.append(f"{row.id}: {len(prompt):,} tokens, and {most} for the answer")
-        asked.append(batcher.make_row(index, prompt, replace(how, max_tokens=most, schema=schema)))
-    if too_long:
-        more = [f"... and {len(too_long) - 8} more"] if len(too_long) > 8 else []
+    found = []
+    for row in rows:
+        prompt, how = asking.request(row)
+        if context is None or len(prompt) + how.max_tokens <= context:
+            found.append(row)
+    if not found:
         raise DataError(
-            f"{len(too_long)} prompts do not fit the model's context of {context:,} tokens; make shorter chunks"
-            " (`smolmlx data chunk --words`), or lower max_tokens",
-            [*too_long[:8], *more],
+            f"none of {len(rows)} prompts fits the model's context of {context} tokens beside its answer. Make shorter"
+            " chunks (`smolmlx data chunk --words`), or lower max_tokens."
         )
+    return found
+
+
+def answer(
+    generator: Generator, rows: Sequence[ResearchRow], asking: Asking, on_done: Callable[[int], None]
+) -> list[Answered]:
+    """Answer rows, each within the tokens of its task."""
+    batcher = generator.batcher(asking.how.batch_size)
+    asked = [batcher.make_row(index, *asking.request(row)) for index, row in enumerate(rows)]
     found: dict[int, Answered] = {}
     for done in batcher.run(asked):
         made = done.completion()

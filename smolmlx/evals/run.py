@@ -87,7 +87,9 @@ class DataFile:
     sha256: str
     """Of the file's bytes; of all files' where the path is a folder."""
     rows: int
-    """Rows read, after `limit` and `ids`."""
+    """Rows scored, after `limit` and `ids`."""
+    left_out: int = 0
+    """Rows that do not fit the model's context (suite research)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,8 @@ class Evaluation:
 
     def _named(self, name: str) -> str:
         file = self.files[name]
-        return f"Rows: {file.rows:,} of `{file.path}` (sha256 {file.sha256[:16]})"
+        left_out = f"; {file.left_out:,} left out, longer than the model's context" if file.left_out else ""
+        return f"Rows: {file.rows:,} of `{file.path}` (sha256 {file.sha256[:16]}){left_out}"
 
 
 def evaluate(
@@ -209,14 +212,14 @@ def _pairs(systems: Sequence[System]) -> list[tuple[str, str]]:
     return [(name, earlier) for i, name in enumerate(names) for earlier in names[:i]]
 
 
-def describe_file(path: str, settings: Settings, rows: int) -> DataFile:
+def describe_file(path: str, settings: Settings, rows: int, left_out: int = 0) -> DataFile:
     """Hash the file, or all files of the folder, that rows were read from."""
     digest = hashlib.sha256()
     for name in open_rows(path, settings).files:
         with name.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    return DataFile(path, digest.hexdigest(), rows)
+    return DataFile(path, digest.hexdigest(), rows, left_out)
 
 
 def read_rows(
@@ -325,7 +328,10 @@ def _evaluate_research(
 ) -> Evaluation:
     registry = read_registry(settings.registry)
     paths = {"test": settings.data, **({"ood": settings.ood} if settings.ood else {})}
-    sets = {name: research.read_rows(path, open_rows(path, settings), settings.limit) for name, path in paths.items()}
+    read = {name: research.read_rows(path, open_rows(path, settings), settings.limit) for name, path in paths.items()}
+    asking = research.Asking(tokenizer, registry, settings.decoding, settings.constrained, settings.template_args)
+    context = systems[0].model.config.get("max_position_embeddings")
+    sets = {name: research.fitting(rows, asking, context) for name, rows in read.items()}
     train = research.read_rows(settings.train, open_rows(settings.train, settings), None) if settings.train else []
     batches = _batches(tokenizer, settings)
     answers: dict[str, dict[str, list[research.Answered]]] = {name: {} for name in sets}
@@ -334,11 +340,7 @@ def _evaluate_research(
         generator = bases.generator(system, tokenizer, settings.loading)
         for name, rows in sets.items():
             with meter(f"{system.name} answers {name}", len(rows)) as on_done:
-                answers[name][system.name] = research.answer(
-                    generator, tokenizer, registry, rows, settings.decoding,
-                    constrained=settings.constrained, on_done=on_done, template_args=settings.template_args,
-                    context=system.model.config.get("max_position_embeddings"),
-                )  # fmt: skip
+                answers[name][system.name] = research.answer(generator, rows, asking, on_done)
         loss[system.name] = summarise_loss(_row_losses(generator, batches))
     for name, rows in sets.items():
         if train:
@@ -346,7 +348,10 @@ def _evaluate_research(
         answers[name][research.RANDOM] = research.random_answers(rows)
     reports = {name: research.compare(rows, answers[name]) for name, rows in sets.items()}
     outputs = {name: {s: [one.text for one in made] for s, made in found.items()} for name, found in answers.items()}
-    files = {name: describe_file(path, settings, len(sets[name])) for name, path in paths.items()}
+    files = {
+        name: describe_file(path, settings, len(sets[name]), len(read[name]) - len(sets[name]))
+        for name, path in paths.items()
+    }
     if settings.train:
         files["train"] = describe_file(settings.train, settings, len(train))
     return Evaluation(settings, loss=loss, research=reports, outputs=outputs, files=files)

@@ -14,7 +14,7 @@ import yaml
 
 import lab as labs
 from smolmlx import shelf
-from smolmlx.backend import Decoding, Loading, choose
+from smolmlx.backend import Decoding, choose
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import DataError, RunError
 from smolmlx.evals import research
@@ -108,17 +108,15 @@ def test_the_only_row_of_a_task_is_no_answer_to_itself(tmp_path: Path) -> None:
     assert not any(one.value for one, row in zip(random_answers(found), found, strict=True) if row.task != "retrieval")
 
 
-def test_prompts_beyond_the_context_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_rows_beyond_the_context_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
     found = rows(write_rows(tmp_path / "rows.jsonl", 1))
-    with labs.toy_installed():
-        generator = choose("toy", "cpu").backend.generator(
-            open_model(tiny_model), None, Tokenizer(tiny_model), Loading("cpu")
-        )
-    with pytest.raises(DataError, match="do not fit the model's context of 100 tokens"):
-        research.answer(
-            generator, Tokenizer(tiny_model), read_registry(), found, Decoding(max_tokens=90),
-            constrained=True, on_done=lambda done: None, context=100,
-        )  # fmt: skip
+    asking = research.Asking(Tokenizer(tiny_model), read_registry(), Decoding(max_tokens=90))
+    lengths = [len(asking.request(row)[0]) for row in found]
+    kept = research.fitting(found, asking, min(lengths) + 90)
+    assert kept == [row for row, length in zip(found, lengths, strict=True) if length == min(lengths)]
+    assert research.fitting(found, asking, None) == found
+    with pytest.raises(DataError, match="context of 100 tokens"):
+        research.fitting(found, asking, 100)
 
 
 def test_figures(tmp_path: Path) -> None:
