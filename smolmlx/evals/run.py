@@ -375,6 +375,7 @@ def write(evaluation: Evaluation, folder: Path) -> None:
         asked = research.read_rows(
             evaluation.files[name].path, open_rows(evaluation.files[name].path, settings), settings.limit
         )
+        scored = set(found.ids)
         lines = [
             {
                 "id": row.id,
@@ -383,7 +384,7 @@ def write(evaluation: Evaluation, folder: Path) -> None:
                 "reference": render(row.task, row.gold, "json" if settings.constrained else row.style),
                 "answers": {s: made[i] for s, made in evaluation.outputs[name].items()},
             }
-            for i, row in enumerate(asked)
+            for i, row in enumerate(row for row in asked if row.id in scored)
         ]
         _write_lines(folder / f"{name}-answers.jsonl", lines)
     for name, report in evaluation.notes.items():

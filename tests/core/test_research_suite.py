@@ -119,6 +119,23 @@ def test_rows_beyond_the_context_are_left_out(tiny_model: Path, tmp_path: Path) 
         research.fitting(found, asking, 100)
 
 
+def test_rows_that_are_left_out_are_counted_and_not_written(tiny_model: Path, tmp_path: Path) -> None:
+    path, base = write_rows(tmp_path / "rows.jsonl", 2), open_model(tiny_model)
+    how = Decoding(max_tokens=70)
+    asking = research.Asking(Tokenizer(tiny_model), read_registry(), how)
+    lengths = sorted(len(asking.request(row)[0]) for row in rows(path))
+    narrow = replace(base, config={**base.config, "max_position_embeddings": lengths[4] + 70})
+    settings = Settings(str(path), suite="research", decoding=how)
+    with labs.toy_installed():
+        made = evaluate(choose("toy", "cpu").backend, [System("base", narrow)], Tokenizer(tiny_model), settings, meter)
+    write(made, tmp_path / "out")
+    kept = made.files["test"].rows
+    assert 0 < kept < 10 and made.files["test"].left_out == 10 - kept
+    written = [json.loads(line) for line in (tmp_path / "out" / "test-answers.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in written] == list(made.research["test"].ids)
+    assert f"{10 - kept} left out" in (tmp_path / "out" / "results.md").read_text()
+
+
 def test_figures(tmp_path: Path) -> None:
     found = rows(write_rows(tmp_path / "rows.jsonl", 6))
     right = [Answered("", row.gold, True) for row in found]
