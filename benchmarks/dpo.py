@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sft import HERE, WORDS, Contestant, commit, machine, make_folder, missing_modules, parse_common, run_contestant
+from sft import (
+    HERE,
+    WORDS,
+    Contestant,
+    command,
+    commit,
+    machine,
+    make_folder,
+    missing_modules,
+    parse_common,
+    run_contestant,
+)
 
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Account, Encoding
@@ -53,7 +64,7 @@ def main() -> None:
     rows = make_pairs(options.pairs, model, work / f"pairs-{options.pairs}")
     report: Tree = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "benchmarks/dpo.py", *sys.argv[1:]]),
+        "command": command("benchmarks/dpo.py"),
         "commit": commit(),
         "machine": machine(),
         "work": {"shape": options.shape, "pairs": options.pairs, "batch": BATCH, "rank": RANK, "beta": BETA},

@@ -128,7 +128,7 @@ def main() -> None:
     chosen, skipped = find_contestants(options.engines.split(","), options.peers_python)
     report: Tree = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "benchmarks/sft.py", *sys.argv[1:]]),
+        "command": command("benchmarks/sft.py"),
         "commit": commit(),
         "machine": machine(),
         "work": describe_work(options, rows),
@@ -432,10 +432,16 @@ def _gpu() -> str | None:
     return found.stdout.strip() or None
 
 
+def command(script: str) -> str:
+    """Return the command line; of paths of one machine only the last part, which is all that matters elsewhere."""
+    return " ".join(["python", script, *(Path(word).name if word.startswith("/") else word for word in sys.argv[1:])])
+
+
 def commit() -> str:
     """Return the commit that was measured, marked when the tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
+    )
     return found.stdout.strip()
 
 

@@ -57,6 +57,11 @@ class BaseModel:
         return "lm_head.weight" not in self.shapes if said is None else bool(said)
 
     @property
+    def context(self) -> int | None:
+        """Most tokens of prompt and answer together that the model was trained for; None where its config does not say."""
+        return self.config.get("max_position_embeddings")
+
+    @property
     def num_layers(self) -> int:
         return int(self.config["num_hidden_layers"])
 

@@ -12,9 +12,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolmlx.errors import RunError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,24 @@ def create(name: str, parent: Path) -> RunDir:
     with writing(path):
         path.mkdir(parents=True)
     return RunDir(path)
+
+
+def hold(lock: Path, busy: str) -> FileLock:
+    """Take a lock file, which keeps a second process out; the system lets go of it when the process ends, however it does.
+
+    Raises:
+        RunError: another process has it (`busy`), or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock, blocking=False)
+    with writing(lock.parent):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire()
+        except Timeout as error:
+            raise RunError(busy) from error
+    return held
 
 
 @contextlib.contextmanager

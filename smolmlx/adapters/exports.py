@@ -320,9 +320,8 @@ def _not_for_vllm(folder: Path) -> list[str]:
 def uniform_adapter(folder: Path, work: Path, out: Path, base: BaseModel) -> None:
     """Write a PEFT adapter of one rank and one scale; vLLM scales all modules alike, whatever the patterns say."""
     found = adapters.read(folder)
-    patterns = found.config.get("rank_pattern") or found.config.get(
-        "alpha_pattern"
-    )  # one scale may still not be alpha / r
+    # With patterns even one scale for all need not be alpha / r.
+    patterns = found.config.get("rank_pattern") or found.config.get("alpha_pattern")
     if found.form == "peft" and not patterns:
         out.mkdir()
         for name in (PEFT_WEIGHTS, CONFIG):

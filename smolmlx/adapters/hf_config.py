@@ -26,9 +26,7 @@ def readable(config: Mapping[str, Any], *, dtype: str | None = None) -> dict[str
             found[old] = found[new]
     rope = found.get("rope_parameters")
     if str(found.get("model_type")).startswith("gemma3") and isinstance(rope, dict) and "full_attention" in rope:
-        rope = rope[
-            "full_attention"
-        ]  # both libraries scale these layers only; other types have one rope_scaling for all
+        rope = rope["full_attention"]  # both libraries scale these layers alone
     if isinstance(rope, dict) and "partial_rotary_factor" in rope:  # mlx-lm's StableLM does not load without it
         found.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
     if isinstance(rope, dict) and rope.get("rope_type", "default") != "default" and not found.get("rope_scaling"):

@@ -58,7 +58,7 @@ def command(
             base, Path(adapter) if adapter else None, tokenizer, Loading(device or choice.device, quantize=quantize)
         )
     console.note(f"{model}{f' with {adapter}' if adapter else ''}. /help lists the commands.")
-    context = base.config.get("max_position_embeddings")
+    context = base.context
     Chat(generator, tokenizer, Decoding(**decoding), adapter, system, context).run()
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from smolmlx.cli import options
 from smolmlx.errors import DataError, RecipeError, RunError, nearest
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from smolmlx.synth.jobs import Outline, Workshop
     from smolmlx.synth.runtimes import Runtime
 
+_TASKS = (*MADE, *ON_REQUEST)
 CHUNK_EPILOG = """\b
 Examples:
   smolmlx data chunk papers/ chunks
@@ -169,9 +169,7 @@ def augment(source: Path | None, out_dir: Path | None, print_tasks: bool, as_jso
         raise click.UsageError(
             "Missing argument 'CHUNKS' or 'OUT_DIR'. Try: smolmlx data augment chunks rows --model MODEL"
         )
-    context = click.get_current_context()
-    passed = [name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    _refuse_idle(passed, given)
+    _refuse_idle(options.typed(*given), given)
     _Augmenting(source, out_dir, as_json, **given).run()
 
 
@@ -261,9 +259,9 @@ class _Augmenting:
         if self.adapter and not Path(self.adapter).is_dir():
             raise RecipeError(f"--adapter {self.adapter}: no such folder.")
         unknown = [
-            f"--task {task}: unknown.{nearest(task, (*MADE, *ON_REQUEST))} Known: {', '.join((*MADE, *ON_REQUEST))}"
+            f"--task {task}: unknown.{nearest(task, _TASKS)} Known: {', '.join(_TASKS)}"
             for task in self.tasks
-            if task not in (*MADE, *ON_REQUEST)
+            if task not in _TASKS
         ]
         if unknown:
             raise RecipeError("data augment", unknown)
@@ -282,7 +280,7 @@ class _Augmenting:
 
     def _tasks(self, known: Any) -> tuple[str, ...]:
         """Tasks asked for, in the registry's own order so that the order of options changes nothing."""
-        return tuple(task for task in (*MADE, *ON_REQUEST) if task in (self.tasks or {*known} & {*MADE}))
+        return tuple(task for task in _TASKS if task in (self.tasks or {*known} & {*MADE}))
 
     def _runtime(self) -> Runtime:
         if self.server:
@@ -300,7 +298,7 @@ class _Augmenting:
             adapter = Path(self.adapter) if self.adapter else None
             generator = choice.backend.generator(base, adapter, tokenizer, Loading(self.device, quantize=self.quantize))
         name = f"{self.model} + {self.adapter}" if self.adapter else str(self.model)
-        context = base.config.get("max_position_embeddings")
+        context = base.context
         return LocalRuntime(generator, tokenizer, name, context=context, batch_size=self.batch_size)
 
     def _server_runtime(self, url: str) -> Runtime:

@@ -225,7 +225,7 @@ def show(evaluation: Evaluation) -> None:
                 console.result(f"  {difference.sentence}")
     for name, found in evaluation.research.items():
         head, *body = research.table(found)
-        console.table(body, head, title=f"{name}: {len(found.ids)} rows, mean [95 % interval]")
+        console.table(body, head, title=f"{name}: {len(found.rows)} rows, mean [95 % interval]")
         for difference in found.differences:
             console.result(f"  {difference.sentence}")
         console.result()

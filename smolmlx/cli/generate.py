@@ -129,7 +129,7 @@ def command(
     tokenizer = Tokenizer(options.tokenizer_folder(base.folder, [adapter] if adapter else []))
     prompts = _read(prompt, source, system)
     tokens = [_encode(tokenizer, messages, raw, variables) for messages in prompts]
-    context = base.config.get("max_position_embeddings")
+    context = base.context
     _check_lengths(tokens, context, source)
     choice = options.choose(backend, device)
     with console.status("loading the model"):

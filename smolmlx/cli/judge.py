@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
-from click.core import ParameterSource
 
 from smolmlx.cli import options
 from smolmlx.errors import DataError, RecipeError, RunError
@@ -132,8 +131,7 @@ def _check_flags(judges: Sequence[str], given: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: with all of them.
     """
-    source = click.get_current_context().get_parameter_source
-    typed = [name for name in given if source(name) is ParameterSource.COMMANDLINE]
+    typed = options.typed(*given)
     problems = [f"--judge {name}: expected an address such as http://127.0.0.1:8000/v1." for name in judges if _is_address(name) and not _has_host(name)]  # fmt: skip
     if "other_system" in typed and given["pairwise"] is None:
         problems.append("--other-system: there are no other answers. Pass --pairwise OTHER.jsonl, or leave it out.")

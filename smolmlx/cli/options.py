@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from smolmlx.backend import Choice
@@ -55,6 +56,12 @@ def quantize(function: Function) -> Function:
         show_default=True,
         help="Quantize the base as in training.",
     )(function)
+
+
+def typed(*names: str) -> list[str]:
+    """Return which of these parameters of the command at hand stand on its command line, rather than being defaults."""
+    source = click.get_current_context().get_parameter_source
+    return [name for name in names if source(name) is ParameterSource.COMMANDLINE]
 
 
 def tokenizer_folder(base: Path, adapters: Sequence[str]) -> Path:

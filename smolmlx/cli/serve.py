@@ -64,7 +64,7 @@ def command(
     loading = Loading(device or choice.device, quantize=quantize)
     with console.status("loading the model"):
         worker = Worker(lambda: choice.backend.generator(base, None, tokenizer, loading), batch_size, folders)
-    app = make_app(Service(worker, tokenizer, served, base.config.get("max_position_embeddings")))
+    app = make_app(Service(worker, tokenizer, served, base.context))
     listener.listen(2048)  # uvicorn's own backlog; from here on nobody who was told the address is refused
     at = f"http://{host}:{listener.getsockname()[1]}"
     console.note(f"Serving {', '.join(served)} at {at}/v1 (a page to try it: {at}/). Ctrl-C ends it.", style="bold")

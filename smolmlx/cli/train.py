@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from smolmlx.cli import options
 from smolmlx.errors import RecipeError, RunError
@@ -70,8 +69,7 @@ def command(
     if resume not in (None, "auto") and not Path(str(resume)).exists() and recipe is None:
         recipe, resume = resume, "auto"  # `--resume my-recipe`: the word was meant as the recipe
     if resume:
-        named = click.get_current_context().get_parameter_source("out") is ParameterSource.COMMANDLINE
-        if resume != "auto" and named:
+        if resume != "auto" and options.typed("out"):
             raise click.UsageError(f"--out has no effect with --resume {resume}: a run goes on in its own folder.")
         run = _find_run(recipe, Path(out), resume)
         if (run.path / pipelines.FILE).is_file():

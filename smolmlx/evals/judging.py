@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
-
 from smolmlx.backend import Decoding, Generator
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RunError
 from smolmlx.evals.judge import Messages, Question, Record, parse_reply
-from smolmlx.rundir import writing
+from smolmlx.rundir import hold
 from smolmlx.synth.server import BAD_BODY, read_completion
 
 _NONSENSE = "nonsense"
@@ -77,22 +75,14 @@ class Ledger:
 
 @contextlib.contextmanager
 def open_ledger(path: Path) -> Iterator[Ledger]:
-    """Read a ledger, and keep a second process out of it; the system lets go when the process ends, however it does.
+    """Read a ledger, and keep a second process out of it.
 
     Raises:
         RunError: another process asks judges for it, or it is not a ledger.
     """
-    held = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held.acquire()
-        except Timeout as error:
-            raise RunError(f"{path}: another process is writing here. Wait for it, or choose another --out.") from error
-    try:
+    busy = f"{path}: another process is writing here. Wait for it, or choose another --out."
+    with hold(path.with_name(f".{path.name}.lock"), busy):
         yield Ledger(path)
-    finally:
-        held.release()
 
 
 def _read_ledger(path: Path) -> dict[str, Record]:

@@ -7,6 +7,7 @@ the train row of the same task that asks most nearly the same, so that it can be
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
@@ -23,13 +24,11 @@ from smolmlx.evals.bootstrap import Interval, bootstrap_difference, bootstrap_me
 from smolmlx.evals.controls import nearest_rows
 from smolmlx.evals.metrics import rouge_l, set_f1
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
-from smolmlx.evals.suites import Difference
+from smolmlx.evals.suites import COPY_CONTROL, RANDOM_CONTROL, Difference
 from smolmlx.tasks.registry import Registry
 from smolmlx.tasks.replies import Rejected, read, read_freely, render
 from smolmlx.tasks.schemas import ANSWERS, Text, Value, kept_schema, plain
 
-COPY = "copy control"
-RANDOM = "random control"
 METRICS = ("valid", "index_accuracy", "set_f1", "rouge_l")
 """valid: the answer keeps to its schema (for texts: it ended by itself, and is not empty), over all rows.
 index_accuracy: the passage chosen is the one that answers, or None where none does, over retrieval rows.
@@ -70,15 +69,11 @@ class Answered:
 class ResearchReport:
     """All systems over the same rows."""
 
-    ids: tuple[str, ...]
-    tasks: tuple[str, ...]
-    """Task of each row."""
+    rows: tuple[ResearchRow, ...]
     scores: Mapping[str, Mapping[str, tuple[float | None, ...]]]
     """System -> metric -> value per row; None where the metric does not apply."""
     summary: Mapping[str, Mapping[str, Interval]]
     differences: tuple[Difference, ...]
-    groups: tuple[str, ...]
-    """Document of each row; '' where it names none."""
 
 
 def read_rows(path: str, source: Source, limit: int | None) -> list[ResearchRow]:
@@ -275,8 +270,8 @@ def compare(rows: Sequence[ResearchRow], answers: Mapping[str, Sequence[Answered
         system: {name: _interval(rows, column) for name, column in columns.items() if _known(column)}
         for system, columns in scores.items()
     }
-    systems = [name for name in answers if name not in (COPY, RANDOM)]
-    controls = [name for name in (COPY, RANDOM) if name in answers]
+    controls = [name for name in (COPY_CONTROL, RANDOM_CONTROL) if name in answers]
+    systems = [name for name in answers if name not in controls]
     pairs = [(system, other) for i, system in enumerate(systems) for other in (*systems[:i], *controls)]
     differences = []
     for system, control in pairs:
@@ -286,8 +281,7 @@ def compare(rows: Sequence[ResearchRow], answers: Mapping[str, Sequence[Answered
             differences.append(
                 Difference(system, control, name, interval, difference_sentence(interval, name, system, control))
             )
-    ids, tasks, groups = (tuple(getattr(row, name) for row in rows) for name in ("id", "task", "document"))
-    return ResearchReport(ids, tasks, scores, summary, tuple(differences), groups)
+    return ResearchReport(tuple(rows), scores, summary, tuple(differences))
 
 
 def _interval(rows: Sequence[ResearchRow], column: Sequence[float | None]) -> Interval:
@@ -329,8 +323,8 @@ def _text(value: Value) -> str:
 def to_dict(report: ResearchReport) -> dict[str, Any]:
     """Return the whole report ready for json.dumps."""
     return {
-        "n": len(report.ids),
-        "tasks": {task: report.tasks.count(task) for task in dict.fromkeys(report.tasks)},
+        "n": len(report.rows),
+        "tasks": dict(Counter(row.task for row in report.rows)),
         "systems": {
             system: {name: asdict(interval) for name, interval in metrics.items()}
             for system, metrics in report.summary.items()
@@ -343,8 +337,8 @@ def to_dict(report: ResearchReport) -> dict[str, Any]:
 def _row_scores(report: ResearchReport, columns: Mapping[str, Sequence[float | None]]) -> list[dict[str, Any]]:
     """Return one record per row, as the notes suite writes them; a metric that does not apply is None."""
     scores = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    named = zip(report.ids, report.tasks, report.groups, scores, strict=True)
-    return [{"id": row, "task": task, "group": group, **found} for row, task, group, found in named]
+    named = zip(report.rows, scores, strict=True)
+    return [{"id": row.id, "task": row.task, "group": row.document, **found} for row, found in named]
 
 
 def table(report: ResearchReport) -> list[list[str]]:

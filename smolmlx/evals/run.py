@@ -26,6 +26,8 @@ from smolmlx.evals import research
 from smolmlx.evals.bases import Bases, System, generate
 from smolmlx.evals.research import ResearchReport
 from smolmlx.evals.suites import (
+    COPY_CONTROL,
+    RANDOM_CONTROL,
     EvalRow,
     LossDifference,
     LossSummary,
@@ -330,8 +332,7 @@ def _evaluate_research(
     paths = {"test": settings.data, **({"ood": settings.ood} if settings.ood else {})}
     read = {name: research.read_rows(path, open_rows(path, settings), settings.limit) for name, path in paths.items()}
     asking = research.Asking(tokenizer, registry, settings.decoding, settings.constrained, settings.template_args)
-    context = systems[0].model.config.get("max_position_embeddings")
-    sets = {name: research.fitting(rows, asking, context) for name, rows in read.items()}
+    sets = {name: research.fitting(rows, asking, systems[0].model.context) for name, rows in read.items()}
     train = research.read_rows(settings.train, open_rows(settings.train, settings), None) if settings.train else []
     batches = _batches(tokenizer, settings)
     answers: dict[str, dict[str, list[research.Answered]]] = {name: {} for name in sets}
@@ -344,8 +345,8 @@ def _evaluate_research(
         loss[system.name] = summarise_loss(_row_losses(generator, batches))
     for name, rows in sets.items():
         if train:
-            answers[name][research.COPY] = research.copied_answers(train, rows)
-        answers[name][research.RANDOM] = research.random_answers(rows)
+            answers[name][COPY_CONTROL] = research.copied_answers(train, rows)
+        answers[name][RANDOM_CONTROL] = research.random_answers(rows)
     reports = {name: research.compare(rows, answers[name]) for name, rows in sets.items()}
     outputs = {name: {s: [one.text for one in made] for s, made in found.items()} for name, found in answers.items()}
     files = {
@@ -371,20 +372,15 @@ def write(evaluation: Evaluation, folder: Path) -> None:
         write_text(folder / "results.csv", loss_csv(evaluation.loss, file.path, file.sha256))
     for name, found in evaluation.research.items():
         write_text(folder / f"{name}.csv", research.csv(found))
-        settings = evaluation.settings
-        asked = research.read_rows(
-            evaluation.files[name].path, open_rows(evaluation.files[name].path, settings), settings.limit
-        )
-        scored = set(found.ids)
         lines = [
             {
                 "id": row.id,
                 "task": row.task,
                 "input": str(row.messages[-1]["content"]),
-                "reference": render(row.task, row.gold, "json" if settings.constrained else row.style),
+                "reference": render(row.task, row.gold, "json" if evaluation.settings.constrained else row.style),
                 "answers": {s: made[i] for s, made in evaluation.outputs[name].items()},
             }
-            for i, row in enumerate(row for row in asked if row.id in scored)
+            for i, row in enumerate(found.rows)
         ]
         _write_lines(folder / f"{name}-answers.jsonl", lines)
     for name, report in evaluation.notes.items():

@@ -229,7 +229,7 @@ def _open(model: Any, backend: str, device: str | None) -> tuple[Answering, int 
     elif backend != "auto" or device is not None:
         warnings.warn("backend and device have no effect on a model that is loaded already", stacklevel=3)
     if isinstance(model, Model):
-        return cast(Answering, model), model.base.config.get("max_position_embeddings")
+        return cast(Answering, model), model.base.context
     return cast(Answering, model), None
 
 

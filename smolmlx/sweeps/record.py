@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from smolmlx import recipe as recipes
-from smolmlx.errors import RecipeError, RunError, SmolError
+from smolmlx.errors import RecipeError, SmolError
 from smolmlx.recipe import Recipe
-from smolmlx.rundir import RunDir, writing
+from smolmlx.rundir import RunDir, hold, writing
 from smolmlx.sweeps.definition import Cell, Sweep
 
 State = Literal["finished", "interrupted", "failed", "to do"]
@@ -66,22 +64,14 @@ def _differing(old: Recipe, new: Recipe) -> list[str]:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a sweep's folder; the system lets go of the lock when the process ends, however it does.
+    """Keep a second process out of a sweep's folder.
 
     Raises:
         RunError: another process works on this sweep.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / ".lock", blocking=False)
-        try:
-            held.acquire()
-        except Timeout as error:
-            raise RunError(f"{folder}: another process is running this sweep. Wait for it, or choose another --out.") from error  # fmt: skip
-    try:
+    busy = f"{folder}: another process is running this sweep. Wait for it, or choose another --out."
+    with hold(folder / ".lock", busy):
         yield
-    finally:
-        held.release()
 
 
 def run_cells(

@@ -15,11 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from smolmlx.data.clean import json_line
 from smolmlx.errors import RunError
-from smolmlx.rundir import writing
+from smolmlx.rundir import hold, writing
 
 ACCEPTED, REJECTED, FAILED = "accepted", "rejected", "failed"
 _NONE = -1
@@ -53,15 +51,9 @@ class Journal:
         self._offsets = array("q", [_NONE]) * num_jobs
         self._failed = bytearray(num_jobs)
         self._synced = time.monotonic()
+        busy = f"{path}: another process is writing here. Wait for it, or choose another folder."
+        self._lock = hold(path.with_name(f".{path.name}.lock"), busy)
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
-            try:
-                self._lock.acquire()
-            except Timeout as error:
-                raise RunError(
-                    f"{path}: another process is writing here. Wait for it, or choose another folder."
-                ) from error
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
         self._end = 0
         try:

@@ -242,13 +242,18 @@ def test_dora_on_an_embedding(bases: dict[str, Path], tmp_path: Path) -> None:
     np.testing.assert_allclose(stock.mlx_logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
 
 
+def stored_as(source: Path, folder: Path, kind: type[np.generic]) -> Path:
+    """Write a base with its weights in another type."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: value.astype(kind) for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
 def test_a_base_of_float64(bases: dict[str, Path], tmp_path: Path) -> None:
     """It came out as it was, the adapter left out, and was called float32."""
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_bytes((bases["qwen2"] / "config.json").read_bytes())
-    tensors = load_file(bases["qwen2"] / "model.safetensors")
-    save_file({name: value.astype(np.float64) for name, value in tensors.items()}, base / "model.safetensors")
+    base = stored_as(bases["qwen2"], tmp_path / "base", np.float64)
     adapter = stock.train_peft(bases["qwen2"], tmp_path / "peft", target_modules=LINEAR)
     assert merge(open_model(base), [(adapter, 1.0)], tmp_path / "merged").dtype == "float32"
     merge(open_model(bases["qwen2"]), [(adapter, 1.0)], tmp_path / "wanted")
@@ -257,11 +262,7 @@ def test_a_base_of_float64(bases: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_base_of_another_type_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_bytes((bases["qwen2"] / "config.json").read_bytes())
-    tensors = load_file(bases["qwen2"] / "model.safetensors")
-    save_file({name: value.astype(np.int8) for name, value in tensors.items()}, base / "model.safetensors")
+    base = stored_as(bases["qwen2"], tmp_path / "base", np.int8)
     adapter = stock.train_peft(bases["qwen2"], tmp_path / "peft", target_modules=LINEAR)
     with pytest.raises(RecipeError, match="stored as I8"):
         merge(open_model(base), [(adapter, 1.0)], tmp_path / "merged")

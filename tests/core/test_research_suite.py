@@ -19,9 +19,9 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import DataError, RunError
 from smolmlx.evals import research
 from smolmlx.evals.parsers import RetrievalResult, Triplet
-from smolmlx.evals.research import RANDOM, Answered, ResearchRow, compare, random_answers
+from smolmlx.evals.research import Answered, ResearchRow, compare, random_answers
 from smolmlx.evals.run import Evaluation, Settings, System, describe_file, evaluate, write
-from smolmlx.evals.suites import summarise_loss
+from smolmlx.evals.suites import COPY_CONTROL, RANDOM_CONTROL, summarise_loss
 from smolmlx.models import open_model
 from smolmlx.reports import figures, page
 from smolmlx.reports.boards import RESEARCH, make_boards
@@ -99,7 +99,7 @@ def test_packed_rows_are_read(tmp_path: Path) -> None:
 def test_rows_of_a_document_are_resampled_together(tmp_path: Path) -> None:
     found = [replace(row, document=f"d{i % 3}") for i, row in enumerate(rows(write_rows(tmp_path / "rows.jsonl", 6)))]
     right = [Answered("", row.gold, True) for row in found]
-    report = compare(found, {"base": right, RANDOM: random_answers(found)})
+    report = compare(found, {"base": right, RANDOM_CONTROL: random_answers(found)})
     assert report.summary["base"]["valid"].num_groups == 3
 
 
@@ -132,7 +132,7 @@ def test_rows_that_are_left_out_are_counted_and_not_written(tiny_model: Path, tm
     kept = made.files["test"].rows
     assert 0 < kept < 10 and made.files["test"].left_out == 10 - kept
     written = [json.loads(line) for line in (tmp_path / "out" / "test-answers.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in written] == list(made.research["test"].ids)
+    assert [row["id"] for row in written] == [row.id for row in made.research["test"].rows]
     assert f"{10 - kept} left out" in (tmp_path / "out" / "results.md").read_text()
 
 
@@ -144,17 +144,17 @@ def test_figures(tmp_path: Path) -> None:
         Answered("", ("adam keeps  two moments.", "Other."), True) if row.task == "bullets" else one
         for row, one in zip(found, wrong, strict=True)
     ]
-    report = compare(found, {"base": wrong, "tuned": right, "half": half, RANDOM: random_answers(found)})
+    report = compare(found, {"base": wrong, "tuned": right, "half": half, RANDOM_CONTROL: random_answers(found)})
     assert {name: i.mean for name, i in report.summary["tuned"].items()} == dict.fromkeys(research.METRICS, 1.0)
     assert all(i.mean == 0 for i in report.summary["base"].values())
     assert report.summary["tuned"]["index_accuracy"].num_rows == 6
     assert report.summary["tuned"]["set_f1"].num_rows == 18 and report.summary["tuned"]["rouge_l"].num_rows == 24
     # One of two points is right, in 6 of 18 rows of lists: F1 1/2 there, 0 in the others.
     assert report.summary["half"]["set_f1"].mean == pytest.approx(0.5 * 6 / 18)
-    assert report.summary[RANDOM]["valid"].mean == 1
+    assert report.summary[RANDOM_CONTROL]["valid"].mean == 1
     named = {(d.system, d.control, d.metric) for d in report.differences}
-    assert ("tuned", "base", "index_accuracy") in named and ("half", RANDOM, "set_f1") in named
-    assert ("half", "tuned", "set_f1") in named and ("base", RANDOM, "valid") in named
+    assert ("tuned", "base", "index_accuracy") in named and ("half", RANDOM_CONTROL, "set_f1") in named
+    assert ("half", "tuned", "set_f1") in named and ("base", RANDOM_CONTROL, "valid") in named
 
 
 def test_the_copy_control_answers_as_the_nearest_train_row_of_the_task(tmp_path: Path) -> None:
@@ -165,9 +165,9 @@ def test_the_copy_control_answers_as_the_nearest_train_row_of_the_task(tmp_path:
     assert made["bullets-2"].value != ("copied",)
     assert not made["qa-0"].valid and made["qa-0"].text == ""  # train has no row of this task
     report = compare(
-        found, {"base": list(made.values()), research.COPY: list(made.values()), RANDOM: random_answers(found)}
+        found, {"base": list(made.values()), COPY_CONTROL: list(made.values()), RANDOM_CONTROL: random_answers(found)}
     )
-    assert {d.control for d in report.differences} == {research.COPY, RANDOM}
+    assert {d.control for d in report.differences} == {COPY_CONTROL, RANDOM_CONTROL}
 
 
 def test_random_control_chooses_any_passage_or_none(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_on_an_engine(tiny_model: Path, tmp_path: Path, constrained: bool) -> No
     assert tree["suite"] == "research" and tree["sets"]["test"]["n"] == 15
     assert tree["systems"]["base"]["perplexity"] > 1
     report = made.research["test"]
-    valid = [v for v, task in zip(report.scores["base"]["valid"], report.tasks, strict=True) if task != "rephrase"]
+    valid = [v for v, row in zip(report.scores["base"]["valid"], report.rows, strict=True) if row.task != "rephrase"]
     assert (sum(v or 0 for v in valid) == len(valid)) == constrained
     assert report.summary["copy control"]["set_f1"].mean == 1 and tree["files"]["train"]["rows"] == 15
     written = (tmp_path / "out" / "results.md").read_text()
@@ -207,7 +207,7 @@ def write_scored(path: Path, out: Path, right: bool) -> None:
         Answered(render(row.task, row.gold, "json"), row.gold, True) if right or i % 3 else wrong[i]
         for i, row in enumerate(found)
     ]
-    answers = {"base": wrong, "sft": good, RANDOM: random_answers(found)}
+    answers = {"base": wrong, "sft": good, RANDOM_CONTROL: random_answers(found)}
     settings = Settings(str(path), suite="research")
     outputs = {"test": {name: [one.text for one in made] for name, made in answers.items()}}
     files = {"test": describe_file(str(path), settings, len(found))}
