@@ -83,7 +83,7 @@ def _feed_all_lanes() -> None:
     """Let MLX go through a graph breadth first, up to this width, so that the streams of all cores get work in turn.
 
     It hands out a bounded number of operations at a time. By default it goes deep where a graph is wider than 20: a step
-    over pairs then gave one core hundreds of operations in a row while the other waited (36 % longer steps).
+    over pairs then gave one core hundreds of operations in a row while the other waited (a third longer steps: benchmarks/README.md).
     """
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100")
 
