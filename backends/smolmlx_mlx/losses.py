@@ -69,7 +69,15 @@ class Losses:
         size = hidden.shape[0]
         count = max(len(self.lanes), -(-size // self._piece_rows))
         pieces = [(hidden[rows], labels[rows]) for rows in even_slices(size, count)]
-        done = self.lanes.spread(self._piece(count), pieces)
+        piece, done = self._piece(count), list[Pair]()
+
+        def in_turn(hidden: mx.array, labels: mx.array) -> Pair:
+            if len(done) >= len(self.lanes):  # logits of one piece a core: MLX would begin them all
+                hidden = mx.depends(hidden, mx.stop_gradient(done[-len(self.lanes)][0]))
+            done.append(piece(hidden, labels))
+            return done[-1]
+
+        self.lanes.spread(in_turn, pieces)
         return mx.concatenate([p[0] for p in done]), mx.concatenate([p[1] for p in done])
 
     def _hidden(self, ids: mx.array, segments: mx.array | None) -> mx.array:
@@ -111,7 +119,8 @@ class Losses:
             rest = mx.put_along_axis(shares, labels[:, None], at_target - 1.0, axis=-1).astype(logits.dtype)
             _, (slope,) = mx.vjp(self.head, [hidden], [rest])
             target = target.squeeze(-1)
-            return total - target, target >= wide.max(axis=-1), slope
+            nats = mx.depends(total - target, slope)  # what waits for the nats waits for the last use of the logits
+            return nats, target >= wide.max(axis=-1), slope
 
         @losses.vjp
         def backward(primals: Pair, cotangents: list[mx.array], outputs: list[mx.array]) -> Pair:

@@ -29,8 +29,9 @@ from smolmlx.tasks.registry import Registry
 from smolmlx.tasks.replies import Rejected, read, read_freely, render
 from smolmlx.tasks.schemas import ANSWERS, Text, Value, kept_schema, plain
 
-METRICS = ("valid", "index_accuracy", "set_f1", "rouge_l")
-"""valid: the answer keeps to its schema (for texts: it ended by itself, and is not empty), over all rows.
+METRICS = ("valid", "ended", "index_accuracy", "set_f1", "rouge_l")
+"""valid: the answer keeps to its schema, over rows of lists and retrieval.
+ended: the text is not empty and ended by itself, over rows of texts, which have no schema to keep to.
 index_accuracy: the passage chosen is the one that answers, or None where none does, over retrieval rows.
 set_f1: F1 of the sets of points, pairs or triplets, compared in lower case with single spaces, over rows of lists.
 rouge_l: ROUGE-L F1 of the whole answer as text, over rows of lists and texts."""
@@ -63,6 +64,7 @@ class Answered:
     text: str
     value: Value
     valid: bool
+    """Whether it keeps to its schema; of a text, whether it ended by itself and is not empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +300,8 @@ def _known(column: Sequence[float | None]) -> list[float]:
 
 
 def _score(name: str, row: ResearchRow, made: Answered) -> float | None:
-    if name == "valid":
-        return float(made.valid)
+    if name in ("valid", "ended"):
+        return float(made.valid) if (name == "ended") == (ANSWERS[row.task] is Text) else None
     if name == "index_accuracy":
         if not isinstance(row.gold, RetrievalResult):
             return None

@@ -63,7 +63,7 @@ def interval(entrant: Entrant, metric: Metric) -> str:
 
 
 def _level(metric: Metric, value: float) -> str:
-    if metric.key in ("compliance", "valid", "index_accuracy"):
+    if metric.key in ("compliance", "valid", "ended", "index_accuracy"):
         return f"{100 * value:.0f} %"
     return f"{value:.3f}" if metric.share else f"{value:.2f}"
 

@@ -16,7 +16,11 @@ from smolmlx.reports.folders import AnswerRow, Tree
 FORMULAIC = "formulaic phrase"
 MANY_UNSUPPORTED = "over a third of its terms unsupported"
 EMPTY = "empty answer"
-WRONG = {"valid": "does not keep to its schema", "index_accuracy": "another passage than the one that answers"}
+WRONG = {
+    "valid": "does not keep to its schema",
+    "ended": "empty, or cut off at its last token",
+    "index_accuracy": "another passage than the one that answers",
+}
 """Metric of the research suite -> what it means where it is 0."""
 _UNSUPPORTED_SHARE = 1 / 3
 
@@ -52,7 +56,7 @@ def _rank(score: Tree, metrics: Sequence[Metric]) -> dict[str, Any]:
     """Return the figure that answers are sorted by, and how it reads: content, not form, of those that the row has."""
     for metric in metrics:
         value = _number(score.get(metric.key))
-        if metric.key in SUMMED_UP and metric.key not in ("compliance", "valid") and value is not None:
+        if metric.key in SUMMED_UP and metric.key not in ("compliance", "valid", "ended") and value is not None:
             return {"score": value, "shown": f"{metric.label.removesuffix(' alignment')} {value:.2f}"}
     return {"score": None, "shown": ""}
 

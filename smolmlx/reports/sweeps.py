@@ -33,6 +33,7 @@ FIGURES = (
     Figure("ood.compliance", "template kept, other subjects", "the same on out-of-distribution rows", True, ".1%", "ood", "compliance"),
     Figure("ood.content_alignment", "content alignment, other subjects", "the same on out-of-distribution rows", True, ".3f", "ood", "content_alignment"),
     Figure("test.valid", "valid", "answers to held-out rows that keep to their schema", True, ".1%", "test", "valid"),
+    Figure("test.ended", "texts ended", "answers to held-out rows of texts that ended by themselves", True, ".1%", "test", "ended"),
     Figure("test.index_accuracy", "index accuracy", "the passage that answers, held-out retrieval rows", True, ".1%", "test", "index_accuracy"),
     Figure("test.set_f1", "set F1", "items in common with the reference, held-out rows of lists", True, ".3f", "test", "set_f1"),
     Figure("test.rouge_l", "ROUGE-L", "F1 of the longest common subsequence, held-out rows", True, ".3f", "test", "rouge_l"),

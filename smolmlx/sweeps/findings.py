@@ -15,7 +15,7 @@ from typing import Literal
 
 from smolmlx.evals.bootstrap import bootstrap_difference
 
-COMPARED = ("compliance", "content_alignment", "valid", "index_accuracy", "set_f1", "rouge_l")
+COMPARED = ("compliance", "content_alignment", "valid", "ended", "index_accuracy", "set_f1", "rouge_l")
 """Scores that settings are compared in: of suite notes, and of suite research."""
 MIN_SEEDS = 4
 """Seeds of each setting that a verdict takes. Of two settings that do not differ, all seeds of the one lie on one side of
