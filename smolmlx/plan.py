@@ -104,6 +104,14 @@ class Plan:
     def num_parameters(self) -> int:
         return self.model.num_parameters()
 
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations a trained token takes, about: 6 a parameter, or 4 where the base's weights get no gradient.
+
+        Times tokens/s, against the peak of the device, it tells how well the device is used (attention scores not counted).
+        """
+        return (6 if self.full else 4) * self.num_parameters
+
     @cached_property
     def memory_bytes(self) -> int:
         """Estimated peak memory; see `estimate_memory`."""

@@ -301,7 +301,8 @@ def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None
         ),
         (
             "time",
-            f"{console.format_seconds(report.seconds)} for {report.steps} steps, {report.tokens_per_second:,.0f} tokens/s",
+            f"{console.format_seconds(report.seconds)} for {report.steps} steps, {report.tokens_per_second:,.0f} tokens/s"
+            f" (about {plan.flops_per_token * report.tokens_per_second / 1e9:,.0f} GFLOP/s)",
         ),
     ]
     if report.best_val_loss is not None:

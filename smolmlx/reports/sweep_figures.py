@@ -9,6 +9,9 @@ from smolmlx.reports import figures
 from smolmlx.reports.boards import HEADLINES, RESEARCH, SUMMED_UP, Board
 from smolmlx.reports.figures import Tile
 from smolmlx.reports.sweeps import FIGURES, Figure, SweepView
+from smolmlx.sweeps.findings import MIN_SEEDS
+
+FEW = "too few seeds"
 
 SEEN_FIRST = (*(f"test.{metric}" for metric in SUMMED_UP), "eval.loss", "val_loss")
 """Figures whose chart is seen without a click."""
@@ -24,7 +27,7 @@ class Cell:
     seeds: str
     """Every seed's value."""
     verdict: str
-    """Against the first setting: higher, lower, no difference shown; '' where they were not compared."""
+    """Against the first setting: a verdict of `sweeps.findings`; '' where they were not compared."""
     good: bool | None
     """Whether a verdict is to the setting's credit; None where it is neither."""
     sentence: str = ""
@@ -52,11 +55,13 @@ def tiles(sweep: SweepView) -> list[Tile]:
         if figure is not None:
             mean = sweep.settings[best["leader"]][figure.key]["mean"]
             note = "higher than each other setting" if best["shown"] else "no best setting is shown"
-            found.append(Tile(f"highest {figure.label}", _value(mean, figure), f"{best['leader']}; {note}"))
+            leader = "shared by several settings" if best.get("shared") else best["leader"]
+            found.append(Tile(f"highest {figure.label}", _value(mean, figure), f"{leader}; {note}"))
     if sweep.comparisons:
-        shown = sum(c["verdict"] in ("higher", "lower") for c in sweep.comparisons)
+        shown, few = (sum(c["verdict"] in words for c in sweep.comparisons) for words in (("higher", "lower"), (FEW,)))
+        note = f"; {few} lie apart, and a verdict takes {MIN_SEEDS} seeds" if few else ""
         found.append(
-            Tile("differences shown", f"{shown} of {len(sweep.comparisons)}", f"settings against {sweep.first}")
+            Tile("differences shown", f"{shown} of {len(sweep.comparisons)}", f"settings against {sweep.first}{note}")
         )
     seconds = sum(run["figures"].get("seconds", 0.0) for run in sweep.runs)
     found.append(Tile("time in training", figures.duration(seconds), "all runs together"))
@@ -69,7 +74,7 @@ def findings(sweep: SweepView) -> list[str]:
     for metric in dict.fromkeys(c["metric"] for c in sweep.comparisons):
         own = [c for c in sweep.comparisons if c["metric"] == metric]
         said = []
-        for verdict, words in (("higher", "higher with"), ("lower", "lower with"), ("no difference shown", "no difference shown with")):  # fmt: skip
+        for verdict, words in (("higher", "higher with"), ("lower", "lower with"), ("no difference shown", "no difference shown with"), (FEW, f"apart, though a verdict takes {MIN_SEEDS} seeds, with")):  # fmt: skip
             names = [c["setting"] for c in own if c["verdict"] == verdict]
             if names:
                 said.append(f"{words} {figures.listed(names)}")

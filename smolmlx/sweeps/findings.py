@@ -21,7 +21,8 @@ MIN_SEEDS = 4
 """Seeds of each setting that a verdict takes. Of two settings that do not differ, all seeds of the one lie on one side of
 all of the other's with probability 2 / C(2n, n): 1 in 3 for 2 seeds, 1 in 10 for 3, 1 in 35 for 4."""
 
-Verdict = Literal["higher", "lower", "no difference shown"]
+Verdict = Literal["higher", "lower", "no difference shown", "too few seeds"]
+"""too few seeds: they lie apart, and fewer than MIN_SEEDS may do so by chance."""
 Scores = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
 """Setting -> metric -> seed -> one score per test row."""
 Losses = Mapping[str, Sequence[float]]
@@ -54,6 +55,8 @@ class Best:
     leader: str
     shown: bool
     """The leader is higher than every other setting."""
+    shared: bool
+    """Another setting has the same mean."""
     sentence: str
 
 
@@ -78,15 +81,26 @@ def find_best(settings: Sequence[str], scores: Scores, groups: Groups = MappingP
             continue
         leader = max(means, key=lambda name: means[name])
         against = [compare_scores(metric, leader, other, scores, groups) for other in means if other != leader]
-        unclear = [c.against for c in against if c is not None and c.verdict != "higher"]
-        shown = not unclear and None not in against
+        shown = all(c is not None and c.verdict == "higher" for c in against)
+        leaders = [name for name in means if means[name] == means[leader]]
         label, mean = metric.replace("_", " "), f"mean {means[leader]:.3f}"
         if shown:
             said = f"{label}: {leader} is best ({mean}): higher than each of the other {len(against)} settings."
+        elif len(leaders) > 1:
+            said = f"{label}: no best setting is shown. {_listed(leaders)} share the highest {mean}."
         else:
-            said = f"{label}: no best setting is shown. {leader} has the highest {mean}, but no difference is shown to {_listed(unclear)}."
-        found.append(Best(metric, leader, shown, said))
+            said = f"{label}: no best setting is shown. {leader} has the highest {mean}, but {_unclear(against)}."
+        found.append(Best(metric, leader, shown, len(leaders) > 1, said))
     return found
+
+
+def _unclear(against: Sequence[Comparison | None]) -> str:
+    """Say to which settings a difference is not shown, and to which it would take more seeds."""
+    few = [c.against for c in against if c is not None and c.verdict == "too few seeds"]
+    same = [c.against for c in against if c is not None and c.verdict not in ("higher", "too few seeds")]
+    parts = [f"no difference is shown to {_listed(same)}"] if same or not few else []
+    parts += [f"a verdict against {_listed(few)} takes {MIN_SEEDS} seeds"] if few else []
+    return ", and ".join(parts)
 
 
 def _mean(seeds: Mapping[int, Sequence[float]]) -> float:
@@ -105,7 +119,9 @@ def compare_losses(setting: str, mine: Sequence[float], against: str, base: Sequ
     spans = f"{_span(mine, '.4f')} against {_span(base, '.4f')}; {len(mine)} and {_number(len(base))}"
     verdict = _apart(mine, base)
     if verdict == "no difference shown":
-        said = f"no difference shown between {setting} and {against}{_too_few(seeds)} ({spans})."
+        said = f"no difference shown between {setting} and {against} ({spans})."
+    elif verdict == "too few seeds":
+        said = f"no verdict on {setting} against {against}: it takes {MIN_SEEDS} seeds ({spans})."
     else:
         said = f"{setting} is {verdict} than {against} with every seed ({spans})."
     gap = statistics.fmean(mine) - statistics.fmean(base)
@@ -128,26 +144,23 @@ def compare_scores(
     evidence = f"95 % interval over {found.num_groups or found.num_rows} {'groups of rows' if found.num_groups else 'rows'} {found.low:+.3g} to {found.high:+.3g}"
     spans = f"seeds {_span(seeds[0], '.3f')} against {_span(seeds[1], '.3f')}"
     said = f"{metric.replace('_', ' ')}, mean of {_number(len(shared))}: "
-    if verdict != "no difference shown":
+    if verdict == "too few seeds":
+        said += f"no verdict on {setting} against {against}: it takes {MIN_SEEDS} seeds ({found.mean:+.3g}, {evidence}; {spans})."
+    elif verdict != "no difference shown":
         said += f"{setting} is {verdict} than {against} by {abs(found.mean):.3g} ({evidence}; {spans})."
     else:
-        why = "" if not found.shows_difference else _too_few(len(shared)) or ", since seeds overlap"
+        why = ", since seeds overlap" if found.shows_difference else ""
         said += f"no difference shown between {setting} and {against}{why} ({found.mean:+.3g}, {evidence}; {spans})."
     return Comparison(setting, against, metric, found.mean, found.low, found.high, len(shared), verdict, said)
 
 
 def _apart(mine: Sequence[float], base: Sequence[float]) -> Verdict:
     """Say on which side every seed of the one lies of every seed of the other."""
-    if min(len(mine), len(base)) >= MIN_SEEDS:
-        if min(mine) > max(base):
-            return "higher"
-        if max(mine) < min(base):
-            return "lower"
-    return "no difference shown"
-
-
-def _too_few(seeds: int) -> str:
-    return "" if seeds >= MIN_SEEDS else f", since a verdict takes {MIN_SEEDS} seeds"
+    if min(mine) <= max(base) and max(mine) >= min(base):
+        return "no difference shown"
+    if min(len(mine), len(base)) < MIN_SEEDS:
+        return "too few seeds"
+    return "higher" if min(mine) > max(base) else "lower"
 
 
 def _number(seeds: int) -> str:

@@ -117,8 +117,9 @@ def _figures(cell: Cell, run: RunDir) -> dict[str, float]:
         for metric, interval in tree["systems"][stage].items():
             found |= {f"{name}.{metric}": interval["mean"], f"{name}.{metric}_low": interval["low"], f"{name}.{metric}_high": interval["high"]}  # fmt: skip
     for key in ("loss", "perplexity", "accuracy"):
-        if "systems" in results:
-            found[f"eval.{key}"] = results["systems"][stage][key]
+        value = results.get("systems", {}).get(stage, {}).get(key)
+        if value is not None:  # a perplexity beyond what a double holds is none
+            found[f"eval.{key}"] = value
     return found
 
 

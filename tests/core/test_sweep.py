@@ -185,6 +185,7 @@ def test_mean_spread_and_the_table_files(sweep: Callable[..., Sweep], tmp_path: 
     found = table.read_table(made, out)
     spread = found.settings["one"]["val_loss"]
     assert (spread.mean, spread.sd, spread.low, spread.high, spread.num_seeds) == (2.0, 1.0, 1.0, 3.0, 3)
+    assert "content alignment: no best setting is shown. one and two share the highest mean 0.250." in found.findings
     table.write_table(found, out)
     lines = list(csv.DictReader(io.StringIO((out / "sweep.csv").read_text())))
     assert [line["lora.r"] for line in lines] == ["4"] * 3 + ["8"] * 3 and lines[2]["train_loss"] == "4.0"
@@ -198,7 +199,7 @@ def test_mean_spread_and_the_table_files(sweep: Callable[..., Sweep], tmp_path: 
         ([0.9] * 4, "two is higher than one"),
         ([0.3] * 4, "no difference shown"),
         ([1.0, 0.2, 1.0, 1.0], "no difference shown between two and one, since seeds overlap"),
-        ([0.9] * 3, "no difference shown between two and one, since a verdict takes 4 seeds"),
+        ([0.9] * 3, "no verdict on two against one: it takes 4 seeds"),
     ],
     ids=["higher", "same", "seeds overlap", "three seeds"],
 )
@@ -213,7 +214,21 @@ def test_findings_claim_what_rows_and_seeds_agree_on(
     sentences = table.read_table(made, out).findings
     assert any(said in s for s in sentences if s.startswith("content alignment"))
     (loss,) = (s for s in sentences if s.startswith("validation loss"))
-    assert ("two is lower than one with every seed" if len(mine) > 3 else "since a verdict takes 4 seeds (") in loss
+    assert (
+        "two is lower than one with every seed"
+        if len(mine) > 3
+        else "no verdict on two against one: it takes 4 seeds ("
+    ) in loss
+
+
+def test_an_endless_perplexity_is_left_out(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+    made, out = sweep({"list": [{"name": "one", "lora.r": 2}]}), tmp_path / "out"
+    finish(made.cells[0], out, 1.0)
+    scored = {"suite": "loss", "systems": {"sft": {"loss": 800.0, "perplexity": None, "accuracy": 0.0}}}
+    RunDir(out / made.cells[0].folder / "eval").write_json("results.json", scored)
+    RunDir(out / made.cells[0].folder).write_json("outcome.json", {"status": "finished"})
+    figures = table.read_table(made, out).settings["one"]
+    assert figures["eval.loss"].mean == 800 and "eval.perplexity" not in figures
 
 
 def test_a_changed_sweep_does_not_mix_with_old_runs(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
