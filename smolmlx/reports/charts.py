@@ -249,7 +249,7 @@ def forests(board: Board) -> dict[str, Spec]:
     return {key: spec for key, spec in found.items() if spec is not None}
 
 
-FIRST, SHOWN, NOT_SHOWN = "first", "differs", "no difference shown"
+FIRST, SHOWN, FEW, NOT_SHOWN = "first", "differs", "too few seeds", "no difference shown"
 
 
 def settings_chart(sweep: SweepView, figure: Figure) -> Spec | None:
@@ -259,7 +259,8 @@ def settings_chart(sweep: SweepView, figure: Figure) -> Spec | None:
         if figure.key in found:
             spread = found[figure.key]
             verdict = sweep.verdict(setting, figure.metric)
-            kind = FIRST if setting == sweep.first else SHOWN if verdict in ("higher", "lower") else NOT_SHOWN
+            judged = {"higher": SHOWN, "lower": SHOWN, FEW: FEW}.get(verdict, NOT_SHOWN)
+            kind = FIRST if setting == sweep.first else judged
             shown = {"setting": setting, "kind": kind}
             means.append({**shown, **{key: _round(spread[key]) for key in ("mean", "low", "high")}, "sd": _round(spread["sd"]), "verdict": verdict or "–"})  # fmt: skip
             seeds += [{**shown, "seed": seed, "value": _round(value)} for seed, value in sweep.values(setting, figure.key)]  # fmt: skip
@@ -271,8 +272,8 @@ def settings_chart(sweep: SweepView, figure: Figure) -> Spec | None:
     label = {"grid": False, "ticks": False, "domain": False, "labelPadding": 10}
     y = {"field": "setting", "type": "nominal", "sort": [m["setting"] for m in means], "title": None, "axis": label}
     # The theme's colours by place: quiet grey is the last of eight.
-    domain = [SHOWN, FIRST, *"abcde", NOT_SHOWN]
-    kinds = [kind for kind in (FIRST, SHOWN, NOT_SHOWN) if any(m["kind"] == kind for m in means)]
+    domain = [SHOWN, FIRST, FEW, *"abcd", NOT_SHOWN]
+    kinds = [kind for kind in (FIRST, SHOWN, FEW, NOT_SHOWN) if any(m["kind"] == kind for m in means)]
     color = {"field": "kind", "type": "nominal", "scale": {"domain": domain}, "legend": {"title": None, "values": kinds, "symbolType": "circle"}}  # fmt: skip
     shared = {"y": y, "color": color}
     of_mean = [
