@@ -597,5 +597,6 @@ def estimate_memory(plan: Plan) -> int:
 def weight_bytes(plan: Plan) -> int:
     """Bytes of the base weights and of float32 trainables with gradient and two moments."""
     wide = 4.0 if plan.dtype == "float32" else 2.0
-    per_weight = {"none": wide, "8bit": 1.1, "4bit": 0.6}[plan.recipe.model.quantize]
+    quantize = "none" if plan.capabilities.device == "cpu" else plan.recipe.model.quantize  # CPUs multiply whole weights
+    per_weight = {"none": wide, "8bit": 1.1, "4bit": 0.6}[quantize]
     return int(plan.num_parameters * per_weight + plan.num_trainable * (12 if plan.full else 16))

@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from mlx_lm.tuner.dora import DoRALinear  # noqa: E402
 from mlx_lm.tuner.lora import LoRALinear  # noqa: E402
 from mlx_lm.tuner.utils import load_adapters  # noqa: E402
-from mlx_lm.utils import load_model  # noqa: E402
+from mlx_lm.utils import dequantize_model, load_model  # noqa: E402
 
 from smolmlx.adapters.convert import convert  # noqa: E402
 from smolmlx.adapters.hf_config import readable  # noqa: E402
@@ -43,7 +43,7 @@ _LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude
 
 
 def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str) -> nn.Module:
-    """Load a base model in `dtype`, quantized if asked.
+    """Load a base model in `dtype`, quantized if asked; on a CPU the quantized values are held in `dtype`.
 
     Raises:
         BackendError: mlx-lm has no such architecture.
@@ -69,6 +69,7 @@ def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str
             class_predicate=_in_block,
         )
     if mx.default_device() == mx.cpu:
+        dequantize_model(model)  # the same values; MLX multiplies quantized weights on one core, without the BLAS
         use_fast_math(model)
     model.freeze()
     mx.eval(model.parameters())
