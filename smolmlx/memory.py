@@ -49,9 +49,10 @@ def training(plan: Plan) -> str:
         knobs.append("--set train.gradient_checkpointing=true (slower)")
     if plan.full and recipe.model.config is None:
         knobs.append("--set train.method=lora")
-    if not plan.full and plan.dtype == "float32" and plan.capabilities.device != "cpu":
+    on_cpu = plan.capabilities.device == "cpu"  # where bfloat16 is slow, and quantized values are held whole
+    if not (plan.full or on_cpu) and plan.dtype == "float32":
         knobs.append("--set model.dtype=bfloat16")
-    if not plan.full and recipe.model.quantize != "4bit" and "4bit" in plan.capabilities.quantize:
+    if not (plan.full or on_cpu) and recipe.model.quantize != "4bit" and "4bit" in plan.capabilities.quantize:
         knobs.append("--set model.quantize=4bit")
     if widest >= 128:
         knobs.append(f"--set data.max_length={widest // 2}")

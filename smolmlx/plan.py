@@ -281,9 +281,11 @@ def _check_memory(plan: Plan) -> None:
     limit = plan.capabilities.memory_bytes
     needed = weight_bytes(plan)
     if limit is not None and needed > limit:
+        knobs = ["a smaller model", "train.method: lora"]
+        knobs += ["model.quantize: 4bit"] if plan.capabilities.device != "cpu" else []
         raise RecipeError(
             f"{plan.loaded.source}: weights, gradients and moments alone take {needed / 1e9:.1f} GB, the device has {limit / 1e9:.1f} GB. "
-            "Take a smaller model, train.method: lora, or model.quantize: 4bit."
+            f"Take {', '.join(knobs[:-1])} or {knobs[-1]}."
         )
 
 
@@ -597,6 +599,8 @@ def estimate_memory(plan: Plan) -> int:
 def weight_bytes(plan: Plan) -> int:
     """Bytes of the base weights and of float32 trainables with gradient and two moments."""
     wide = 4.0 if plan.dtype == "float32" else 2.0
-    quantize = "none" if plan.capabilities.device == "cpu" else plan.recipe.model.quantize  # CPUs multiply whole weights
+    quantize = (
+        "none" if plan.capabilities.device == "cpu" else plan.recipe.model.quantize
+    )  # CPUs multiply whole weights
     per_weight = {"none": wide, "8bit": 1.1, "4bit": 0.6}[quantize]
     return int(plan.num_parameters * per_weight + plan.num_trainable * (12 if plan.full else 16))

@@ -30,7 +30,7 @@ class MlxGenerator:
         device = devices.use(how.device)
         dtype = how.dtype if how.dtype != "auto" else ("bfloat16" if device == "gpu" else "float32")
         self.tokenizer = tokenizer
-        self.quantize = how.quantize != "4bit"
+        self.quantize = device == "gpu" and how.quantize != "4bit"  # a CPU holds the values whole
         self.base = model
         with memory.guard(ran_out, lambda: memory.loading(model.name, self.quantize)):
             self.model = load_base(model.folder, model.config, dtype, how.quantize)

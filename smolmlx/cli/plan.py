@@ -185,8 +185,9 @@ def _warn(plan: Plan) -> None:
         console.note(text, style="yellow")
     limit = plan.capabilities.memory_bytes
     if limit and plan.memory_bytes > limit:
+        smaller = "" if plan.capabilities.device == "cpu" else ", or model.quantize: 4bit"
         console.note(
             f"needs about {console.format_bytes(plan.memory_bytes)} but the device has {console.format_bytes(limit)}: lower train.batch_size "
-            "(raise train.accumulation), set train.gradient_checkpointing: true, or model.quantize: 4bit.",
+            f"(raise train.accumulation), or set train.gradient_checkpointing: true{smaller}.",
             style="red",
         )
