@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -99,7 +100,8 @@ def command(outputs: str, judges: tuple[str, ...], resume: bool, out: Path | Non
             with console.Counter(f"{judge.name} judges", len(asked)) as on_done:
                 judging.run(judge, asked, ledger, on_done)
         records = [record for key, record in ledger.records.items() if key in keys]
-        result = _result(records, [judge.name for judge in opened], given["price"])
+        prices = [given["price"] if _is_address(name) else None for name in judges]
+        result = _result(records, [judge.name for judge in opened], items, prices)
         write_text(folder / "judge.json", json.dumps(result, indent=2) + "\n")
     if as_json:
         console.print_json({"out": str(folder), **result})
@@ -111,17 +113,22 @@ def command(outputs: str, judges: tuple[str, ...], resume: bool, out: Path | Non
         raise RunError(f"{failed} of {len(keys)} questions got no reply ({why}). Ask them again with --resume.")
 
 
-def _result(records: Sequence[Record], names: Sequence[str], price: tuple[float, float] | None) -> dict[str, Any]:
+def _result(
+    records: Sequence[Record],
+    names: Sequence[str],
+    items: Sequence[Item],
+    prices: Sequence[tuple[float, float] | None],
+) -> dict[str, Any]:
     from smolmlx.evals.judge import PROMPT_VERSION, agreement, summarise
 
     found: dict[str, Any] = {"prompt_version": PROMPT_VERSION}
-    found["judges"] = [summarise(records, name, price) for name in names]
+    found["judges"] = [summarise(records, name, items, price) for name, price in zip(names, prices, strict=True)]
     if len(names) > 1:
         found["agreement"] = [agreement(records, names[0], other) for other in names[1:]]
     return found
 
 
-_AT_ADDRESSES = {"models": "--model", "key_from": "--key-from", "concurrency": "--concurrency", "retries": "--retries", "timeout": "--timeout"}  # fmt: skip
+_AT_ADDRESSES = {"models": "--model", "key_from": "--key-from", "concurrency": "--concurrency", "retries": "--retries", "timeout": "--timeout", "price": "--price"}  # fmt: skip
 _OF_LOCAL_MODELS = {"backend": "--backend", "device": "--device"}
 
 
@@ -194,28 +201,27 @@ def _open_judge(name: str, model: str | None, given: Mapping[str, Any]) -> Judge
 
 
 def _read_items(outputs: str, given: Mapping[str, Any]) -> list[Item]:
-    from smolmlx.evals.judge import Item
-
-    rows = _read_rows(outputs, given["system"])[: given["limit"]]
+    items = _read_rows(outputs, given["system"])[: given["limit"]]
     if given["pairwise"] is None:
-        return [Item(*row) for row in rows]
-    others = {row[0]: row for row in _read_rows(given["pairwise"], given["other_system"] or given["system"])}
-    missing = [f"{row[0]}: not in {given['pairwise']}" for row in rows if row[0] not in others]
-    differ = [f"{row[0]}: another input in {given['pairwise']}" for row in rows if row[0] in others and others[row[0]][1] != row[1]]  # fmt: skip
+        return items
+    others = {item.id: item for item in _read_rows(given["pairwise"], given["other_system"] or given["system"])}
+    missing = [f"{item.id}: not in {given['pairwise']}" for item in items if item.id not in others]
+    differ = [f"{item.id}: another input in {given['pairwise']}" for item in items if item.id in others and others[item.id].input != item.input]  # fmt: skip
     if missing or differ:
         raise DataError("--pairwise: rows must have the same ids and inputs", [*missing, *differ][:20])
-    return [Item(*row, other=others[row[0]][3]) for row in rows]
+    return [replace(item, other=others[item.id].answer) for item in items]
 
 
-def _read_rows(name: str, system: str | None) -> list[tuple[str, str, str, str]]:
-    """Return (id, input, reference, answer) of every row; raises DataError with all rows that lack one."""
+def _read_rows(name: str, system: str | None) -> list[Item]:
+    """Return every row; raises DataError with all rows that lack an input or an answer."""
     from smolmlx.data.formats import read_rows
+    from smolmlx.evals.judge import Item
 
     path = Path(name)
     if not path.is_file():
         raise DataError(f"{name}: no such file. Write one with `smolmlx eval --out` or `smolmlx generate --output`.")
     problems: list[str] = []
-    found: dict[str, tuple[str, str, str, str]] = {}
+    found: dict[str, Item] = {}
     for number, (where, raw) in enumerate(read_rows([path], problems), 1):
         key = str(raw.get("id", f"row-{number:04d}"))
         asked, answer = _text(raw.get("input", raw.get("prompt"))), _answer(raw, system)
@@ -226,7 +232,7 @@ def _read_rows(name: str, system: str | None) -> list[tuple[str, str, str, str]]
         elif key in found:
             problems.append(f"{where}: duplicate id '{key}'")
         else:
-            found[key] = (key, asked, str(raw.get("reference") or ""), answer)
+            found[key] = Item(key, asked, str(raw.get("reference") or ""), answer, group=str(raw.get("group") or ""))
     if problems or not found:
         raise DataError(name, problems[:20] or ["no rows"])
     return list(found.values())
@@ -264,14 +270,18 @@ def _show(result: Mapping[str, Any], folder: Path) -> None:
         rows = [(name.replace("_", " "), f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]") for name, m in found.get("means", {}).items()]  # fmt: skip
         if "wins" in found:
             rows += [(name, f"{found[name]}") for name in ("wins", "losses", "ties")]
+        if found.get("equal_answers"):
+            rows.append(("equal answers", f"{found['equal_answers']}, ties without being asked about"))
         if "orders_agree" in found:
             rows.append(("orders agree", f"{found['orders_agree']:.0%}"))
-            gap = found["win_minus_loss"]
+        if gap := found.get("win_minus_loss"):
             rows.append(("wins - losses", f"{gap['mean']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"))
-        rows.append(("scored", str(found["scored"])))
+        rows.append(("scored", f"{found['scored']}" + (f" in {found['groups']} groups" if found.get("groups") else "")))
         rows += [(name, str(found[name])) for name in ("nonsense", "failed") if found[name]]
         cost = "" if found["cost"] is None else f", ${found['cost']:.4f}"
         rows.append(("tokens", f"{found['prompt_tokens']:,} + {found['completion_tokens']:,}{cost}"))
+        if count := found["without_usage"]:
+            rows.append(("cost", f"unknown: {count} {'reply' if count == 1 else 'replies'} came without usage"))
         console.table(rows, title=found["judge"])
     for pair in result.get("agreement", []):
         console.result(f"{' and '.join(pair['judges'])}: {_agreed(pair)}")

@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from smolmlx.evals.bootstrap import bootstrap_mean
+from smolmlx.evals.bootstrap import Interval, bootstrap_means
 
-PROMPT_VERSION = "2"
+PROMPT_VERSION = "3"
+"""Raised where the same question, or a reply to it, comes to mean something else: older ledgers are asked anew."""
 DIMENSIONS = ("faithfulness", "answer_correctness", "relevance", "completeness")
 
 Messages = tuple[Mapping[str, str], ...]
@@ -57,6 +60,13 @@ class Item:
     reference: str
     answer: str
     other: str | None = None
+    group: str = ""
+    """Items of one group (a concept, a document) are not independent: intervals resample them together."""
+
+    @property
+    def is_equal(self) -> bool:
+        """A pair of the same answer twice: a tie whoever judges, so that no one is asked."""
+        return self.answer == self.other
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,7 @@ class Question:
 
     @property
     def key(self) -> str:
-        asked = json.dumps([PROMPT_VERSION, self.judge, self.item.id, self.messages], sort_keys=True)
+        asked = json.dumps([PROMPT_VERSION, self.judge, self.item.id, self.swapped, self.messages], sort_keys=True)
         return hashlib.sha256(asked.encode()).hexdigest()[:24]
 
 
@@ -119,15 +129,24 @@ def _fence(item: Item, **answers: str) -> tuple[str, str]:
 def parse_reply(text: str, schema: type[BaseModel]) -> dict[str, Any] | None:
     """Return the one JSON object of a reply, checked; None for anything else, such as marks out of range.
 
-    A fence or a sentence around the object is allowed, since servers without structured replies add them.
+    A fence or a sentence around the object is allowed, since servers without structured replies add them. An object inside
+    thoughts that never ended is a draft.
     """
     start, stop = text.find("{"), text.rfind("}")
-    if start < 0 or stop < start:
+    if start < 0 or stop < start or text.count("<think>", 0, start) > text.count("</think>", 0, start):
         return None
     try:
-        return schema.model_validate(json.loads(text[start : stop + 1])).model_dump()
+        tree = json.loads(text[start : stop + 1], object_pairs_hook=_without_repeats)
+        return schema.model_validate(tree).model_dump()
     except (ValueError, ValidationError, RecursionError):
         return None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object that says one thing twice: json would keep the last, which is a guess."""
+    if len(tree := dict(pairs)) < len(pairs):
+        raise ValueError("a key is repeated")
+    return tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,23 +165,30 @@ class Record:
     """The last reply, where it was nonsense."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    """Tokens are those of all replies to the question."""
+    """Tokens are those of all replies to the question that came with a count."""
+    without_usage: int = 0
+    """Replies whose server did not say what they took."""
     nonsense: int = 0
     """Replies that were nonsense: after a few, it is asked no more."""
 
 
 def questions(items: Sequence[Item], judge: str) -> list[Question]:
-    """Return what to ask one judge: each pair in both orders."""
+    """Return what to ask one judge: each pair in both orders, and nothing on a pair of equal answers."""
     orders = (False, True)
     return [
-        Question(item, judge, swapped) for item in items for swapped in (orders if item.other is not None else (False,))
-    ]
+        Question(item, judge, swapped)
+        for item in items if not item.is_equal
+        for swapped in (orders if item.other is not None else (False,))
+    ]  # fmt: skip
 
 
-def summarise(records: Sequence[Record], judge: str, prices: tuple[float, float] | None = None) -> dict[str, Any]:
+def summarise(
+    records: Sequence[Record], judge: str, items: Sequence[Item], prices: tuple[float, float] | None = None
+) -> dict[str, Any]:
     """Return one judge's means with intervals (or wins), what could not be scored, tokens and cost.
 
     Args:
+        items: what was to be judged; they say which pairs are equal and which rows are resampled together.
         prices: dollars per million prompt and completion tokens.
     """
     own = [record for record in records if record.judge == judge]
@@ -170,36 +196,50 @@ def summarise(records: Sequence[Record], judge: str, prices: tuple[float, float]
     nonsense = sum(record.error == "nonsense" for record in own)
     asked = {"judge": judge, "replies": len(own), "nonsense": nonsense, "failed": len(own) - len(good) - nonsense}
     tokens = {name: sum(getattr(r, name) for r in own) for name in ("prompt_tokens", "completion_tokens")}
+    without_usage = sum(record.without_usage for record in own)
     cost = (
         None
-        if prices is None
+        if prices is None or without_usage
         else sum(count * price for count, price in zip(tokens.values(), prices, strict=True)) / 1e6
     )
-    pairwise = any("winner" in (record.reply or {}) for record in good)
-    scores = _wins(good) if pairwise else _means(good)
-    return {**asked, **tokens, "cost": cost, **scores}
+    scores = _wins(good, items) if any(item.other is not None for item in items) else _means(good, items)
+    return {**asked, **tokens, "without_usage": without_usage, "cost": cost, **scores}
 
 
-def _means(good: Sequence[Record]) -> dict[str, Any]:
-    marks = [Marks.model_validate(record.reply) for record in good]
-    if not marks:
+def _means(good: Sequence[Record], items: Sequence[Item]) -> dict[str, Any]:
+    if not good:
         return {"scored": 0}
-    columns = {name: [float(getattr(mark, name)) for mark in marks] for name in DIMENSIONS}
-    columns["overall"] = [mark.mean for mark in marks]
-    found = {name: bootstrap_mean(values) for name, values in columns.items()}
-    return {"scored": len(marks), "means": {name: {"mean": i.mean, "low": i.low, "high": i.high} for name, i in found.items()}}  # fmt: skip
+    marks = [Marks.model_validate(record.reply) for record in good]
+    columns = np.array([[*(getattr(mark, name) for name in DIMENSIONS), mark.mean] for mark in marks], np.float64)
+    found = _intervals(columns, [record.id for record in good], items)
+    means = {name: _spread(interval) for name, interval in zip((*DIMENSIONS, "overall"), found, strict=True)}
+    return {"scored": len(marks), "groups": found[0].num_groups, "means": means}
 
 
-def _wins(good: Sequence[Record]) -> dict[str, Any]:
-    """Count the pairs that were judged in both orders."""
-    pairs = list(_orders(good).values())
-    verdicts = [_verdict(orders) for orders in pairs]
-    counts = {"wins": verdicts.count("first"), "losses": verdicts.count("second"), "ties": verdicts.count("tie")}
-    if not pairs:
+def _wins(good: Sequence[Record], items: Sequence[Item]) -> dict[str, Any]:
+    """Count the pairs that were judged in both orders, and those that need no judge."""
+    pairs = _orders(good)
+    equal = [item.id for item in items if item.is_equal]
+    verdicts = {**{key: _verdict(orders) for key, orders in pairs.items()}, **dict.fromkeys(equal, "tie")}
+    said = list(verdicts.values())
+    counts = {"wins": said.count("first"), "losses": said.count("second"), "ties": said.count("tie"), "equal_answers": len(equal)}  # fmt: skip
+    if not said:
         return {"scored": 0, **counts}
-    agree = sum(orders[False] == orders[True] for orders in pairs) / len(pairs)
-    score = bootstrap_mean([{"first": 1.0, "second": -1.0, "tie": 0.0}[verdict] for verdict in verdicts])
-    return {"scored": len(pairs), **counts, "orders_agree": agree, "win_minus_loss": {"mean": score.mean, "low": score.low, "high": score.high}}  # fmt: skip
+    column = np.array([[{"first": 1.0, "second": -1.0, "tie": 0.0}[verdict]] for verdict in said])
+    (score,) = _intervals(column, list(verdicts), items)
+    found = {"scored": len(said), "groups": score.num_groups, **counts, "win_minus_loss": _spread(score)}
+    if pairs:
+        found["orders_agree"] = sum(orders[False] == orders[True] for orders in pairs.values()) / len(pairs)
+    return found
+
+
+def _intervals(columns: npt.NDArray[np.float64], ids: Sequence[str], items: Sequence[Item]) -> list[Interval]:
+    groups = {item.id: item.group for item in items}
+    return bootstrap_means(columns, groups=[groups[key] for key in ids])
+
+
+def _spread(interval: Interval) -> dict[str, float]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
 def _orders(good: Sequence[Record]) -> dict[str, dict[bool, str]]:

@@ -7,11 +7,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from smolmlx.backend import Decoding, Generator
@@ -20,6 +21,9 @@ from smolmlx.errors import BackendError, RunError
 from smolmlx.evals.judge import Messages, Question, Record, parse_reply
 from smolmlx.rundir import hold
 from smolmlx.synth.server import BAD_BODY, read_completion
+
+if TYPE_CHECKING:
+    import httpx2
 
 _NONSENSE = "nonsense"
 _FIRST_PAUSE = 0.5
@@ -34,6 +38,10 @@ class Reply:
     text: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    has_usage: bool = True
+    """False where the server did not say; the tokens are 0 then."""
+    cut: bool = False
+    """Its tokens ran out: whatever it says, it did not come to its end."""
 
 
 class NoReply(Exception):
@@ -41,7 +49,7 @@ class NoReply(Exception):
 
 
 class Judge(Protocol):
-    """Something that answers messages; `ask` is called from several threads."""
+    """Something that answers messages; `ask` is called from several threads, or from the caller's where concurrency is 1."""
 
     name: str
     """What its replies are kept under: two judges must not share one."""
@@ -110,14 +118,20 @@ def run(
     """Ask every question that the ledger has no reply to.
 
     Raises:
-        BackendError: the judge refuses all questions (no such model, a wrong key); what was answered is kept.
+        BackendError: the judge refuses all questions (no such model, a wrong key, no quota); what was answered is kept.
     """
     settled = ledger.settled(judge.asks)
     left = [question for question in asked if question.key not in settled]
+    before = len(asked) - len(left)
+    if judge.concurrency == 1:  # no thread: MLX aborts the process at its end if another thread has used it
+        for done, question in enumerate(left, before + 1):
+            _ask(judge, question, ledger)
+            on_done(done)
+        return
     with ThreadPoolExecutor(judge.concurrency) as pool:
         waiting = [pool.submit(_ask, judge, question, ledger) for question in left]
         try:
-            for done, future in enumerate(as_completed(waiting), len(asked) - len(left) + 1):
+            for done, future in enumerate(as_completed(waiting), before + 1):
                 future.result()
                 on_done(done)
         except BaseException:
@@ -139,7 +153,7 @@ def _ask(judge: Judge, question: Question, ledger: Ledger) -> None:
         except NoReply as error:
             ledger.add(replace(record, error=str(error)))
             return
-        found = parse_reply(reply.text, question.schema)
+        found = None if reply.cut else parse_reply(reply.text, question.schema)
         record = replace(
             record,
             reply=found,
@@ -147,6 +161,7 @@ def _ask(judge: Judge, question: Question, ledger: Ledger) -> None:
             raw="" if found else reply.text,
             prompt_tokens=record.prompt_tokens + reply.prompt_tokens,
             completion_tokens=record.completion_tokens + reply.completion_tokens,
+            without_usage=record.without_usage + (not reply.has_usage),
             nonsense=record.nonsense + (not found),
         )
         ledger.add(record)
@@ -165,7 +180,9 @@ class EndpointJudge:
         except ImportError as error:
             raise BackendError("a judge at an address needs openai: pip install 'smolmlx[judge]'") from error
         self._openai = openai
-        self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=seconds)
+        http = openai.DefaultHttpxClient(event_hooks={"response": [_stop_retries]})
+        weakref.finalize(self, http.close)  # openai closes only clients that it made itself
+        self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=seconds, http_client=http)
         self._structured = True
         self._retries = retries
         self.concurrency = concurrency
@@ -207,6 +224,8 @@ class EndpointJudge:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise BackendError(f"--judge {self.url}: refused ({error}). Check --model and --key-from.") from error
         except openai.OpenAIError as error:
+            if isinstance(error, openai.APIStatusError) and _is_used_up(error.response):
+                raise BackendError(f"--judge {self.url}: the quota is used up. Go on with --resume once there is more.") from error  # fmt: skip
             raise NoReply(f"{type(error).__name__}: {error}") from error
 
     def _complete(self, messages: Messages, **extra: Any) -> Reply:
@@ -215,9 +234,27 @@ class EndpointJudge:
             time.sleep(min(8.0, _FIRST_PAUSE * 2 ** (tried - 1)) if tried else 0)
             made = self._client.chat.completions.with_raw_response.create(model=self._model, messages=[dict(m) for m in messages], temperature=0, **extra)  # fmt: skip
             with contextlib.suppress(*_UNREADABLE):
-                if (found := read_completion(json.loads(made.content))) is not None:
-                    return Reply(found.text, found.prompt_tokens, found.completion_tokens)
+                tree = json.loads(made.content)
+                if (found := read_completion(tree)) is not None:
+                    return Reply(found.text, found.prompt_tokens, found.completion_tokens, _has_usage(tree), found.cut)
         raise NoReply(BAD_BODY)
+
+
+def _is_used_up(response: httpx2.Response) -> bool:
+    return response.status_code == 429 and "insufficient_quota" in response.text
+
+
+def _stop_retries(response: httpx2.Response) -> None:
+    """Tell the client that asking again is in vain, as servers may do with this header: a quota does not come back."""
+    if response.status_code == 429:
+        response.read()
+        if _is_used_up(response):
+            response.headers["x-should-retry"] = "false"
+
+
+def _has_usage(tree: Mapping[str, Any]) -> bool:
+    usage = tree.get("usage") or {}
+    return None not in (usage.get("prompt_tokens"), usage.get("completion_tokens"))
 
 
 def _address(url: str) -> str:
@@ -241,4 +278,4 @@ class LocalJudge:
     def ask(self, messages: Messages, schema: dict[str, object]) -> Reply:
         tokens = self._tokenizer.encode(self._tokenizer.prompt(messages))
         (made,) = self._generator.generate([tokens], Decoding(max_tokens=200))
-        return Reply(made.text, len(tokens), len(made.ids))
+        return Reply(made.text, len(tokens), len(made.ids), cut=not made.finished)

@@ -376,6 +376,7 @@ def write(evaluation: Evaluation, folder: Path) -> None:
             {
                 "id": row.id,
                 "task": row.task,
+                "group": row.document,
                 "input": str(row.messages[-1]["content"]),
                 "reference": render(row.task, row.gold, "json" if evaluation.settings.constrained else row.style),
                 "answers": {s: made[i] for s, made in evaluation.outputs[name].items()},
@@ -391,6 +392,7 @@ def write(evaluation: Evaluation, folder: Path) -> None:
         lines = [
             {
                 "id": row.id,
+                "group": row.group,
                 "input": row.input,
                 "reference": row.reference,
                 "answers": {system: found[i] for system, found in evaluation.outputs[name].items()},

@@ -121,6 +121,8 @@ def test_rows_beyond_the_context_are_left_out(tiny_model: Path, tmp_path: Path) 
 
 def test_rows_that_are_left_out_are_counted_and_not_written(tiny_model: Path, tmp_path: Path) -> None:
     path, base = write_rows(tmp_path / "rows.jsonl", 2), open_model(tiny_model)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "document": f"from {line['id']}"}) + "\n" for line in lines))
     how = Decoding(max_tokens=70)
     asking = research.Asking(Tokenizer(tiny_model), read_registry(), how)
     lengths = sorted(len(asking.request(row)[0]) for row in rows(path))
@@ -133,6 +135,7 @@ def test_rows_that_are_left_out_are_counted_and_not_written(tiny_model: Path, tm
     assert 0 < kept < 10 and made.files["test"].left_out == 10 - kept
     written = [json.loads(line) for line in (tmp_path / "out" / "test-answers.jsonl").read_text().splitlines()]
     assert [row["id"] for row in written] == [row.id for row in made.research["test"].rows]
+    assert [row["group"] for row in written] == [f"from {row['id']}" for row in written]
     assert f"{10 - kept} left out" in (tmp_path / "out" / "results.md").read_text()
 
 
