@@ -201,7 +201,6 @@ Suite = Literal["notes", "loss", "research"]
 SUITES: tuple[str, ...] = get_args(Suite)
 _ANSWERED = ("notes", "research")
 _USERS: Mapping[str, Sequence[str]] = {
-    "ids": ("notes",),
     "schema": ("notes",),
     "constrained": ("research",),
     "registry": ("research",),

@@ -97,9 +97,9 @@ def audit(
     """Look for held-out rows that training has seen.
 
     Each file is compared with those before it. Inputs and answers: equal (but for case and white space) or nearly so
-    (MinHash). Answers and closing questions: word for word in any turn. Groups: how many are in both. An answer may
-    stand in two splits with no harm done, such as "Yes"; judge by the places that are named. Time and memory are linear
-    in rows.
+    (MinHash). Inputs: word for word in any user turn, whatever the instruction around them. Answers and closing
+    questions: word for word in any turn. Groups: how many are in both. An answer may stand in two splits with no harm
+    done, such as "Yes"; judge by the places that are named. Time and memory are linear in rows.
     """
     from smolmlx import console
     from smolmlx.data.audit import audit as run

@@ -47,7 +47,7 @@ LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsuppo
 @click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Of tokens that an answer holds already; 1 is off.")  # fmt: skip
 @click.option("--no-repeat-ngram", type=click.IntRange(min=0), help="No N tokens in a row come twice; 0 is off.")
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first N rows.")
-@click.option("--id", "ids", multiple=True, metavar="ROW", help="Score this row alone, e.g. row-0007; may be given more than once.")  # fmt: skip
+@click.option("--id", "ids", multiple=True, metavar="ROW", help="Score this row alone, by its `id`; row-0007 is the seventh where it has none. May be given more than once.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), help="Prompts answered together. Default: the recipe's, else 32.")  # fmt: skip
 @options.quantize
 @click.option("--out", type=click.Path(file_okay=False), help="Write results.json, .md, .csv and the answers here.")
@@ -79,6 +79,7 @@ def command(
     settings, template = _settings(
         recipe, {**given, "constrained": False if free else None, "registry": registry}, device, quantize
     )
+    options.refuse_idle_sampling(settings.decoding.temperature, "seed")
     choice = options.choose(backend, device)
     tokenizer = Tokenizer(options.tokenizer_folder(base.folder, list(named.values())), template)
     systems = [System("base", base), *(System(name, base, Path(folder)) for name, folder in named.items())]
@@ -165,7 +166,7 @@ def _refuse_idle(given: dict[str, Any], suite: str) -> None:
     from smolmlx.recipe import find_idle
 
     asked = [key for key, value in given.items() if value or (key == "constrained" and value is False)]
-    flags = {"ids": "--id", "constrained": "--free", "registry": "--tasks-file"}
+    flags = {"constrained": "--free", "registry": "--tasks-file"}
     wrong = [f"{flags.get(key, '--' + key.replace('_', '-'))}: {why}." for key, why in find_idle(suite, asked)]
     if wrong:
         raise RecipeError(

@@ -121,6 +121,7 @@ def command(
         )
     if before_after and (adapter is None or stream):
         raise RecipeError("--before-after: compares answers with and without --adapter A; it has no use with --stream.")
+    options.refuse_idle_sampling(decoding["temperature"], "seed", "top_p", "top_k", "min_p")
     how = Decoding(**decoding, schema=read_constraint(schema, regex, choices))
     variables = _variables(template_args, raw)
     base = find_model(model)

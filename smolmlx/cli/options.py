@@ -64,6 +64,16 @@ def typed(*names: str) -> list[str]:
     return [name for name in names if source(name) is ParameterSource.COMMANDLINE]
 
 
+def refuse_idle_sampling(temperature: float, *names: str) -> None:
+    """Refuse what only a sampled answer depends on, where the command line asks for greedy answers."""
+    idle = [f"--{name.replace('_', '-')}" for name in typed(*names)] if temperature == 0 else []
+    if idle:
+        from smolmlx.errors import RecipeError
+
+        why = "a greedy answer draws nothing. Pass --temperature T above 0, or leave it out"
+        raise RecipeError(f"{', '.join(idle)}: has no effect at --temperature 0: {why}.")
+
+
 def tokenizer_folder(base: Path, adapters: Sequence[str]) -> Path:
     """Serve with the tokenizer and template the first adapter was trained with, where it brings them."""
     found = [Path(adapter) for adapter in adapters if (Path(adapter) / "tokenizer.json").is_file()]

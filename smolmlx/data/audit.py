@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -20,6 +22,11 @@ _SHOWN = 3
 _MAX_WORDS = 1 << 18
 """Words searched at once; bounds memory."""
 _NOTHING = text_hash("")
+_MIN_INPUT_WORDS = 12
+"""Of the end of a message, taken for its input: shorter ones are often an instruction."""
+_MAX_ALIKE = 10
+"""An end that more held-out rows than this share is an instruction however long, not an input."""
+_BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 
 
 @dataclass(slots=True)
@@ -55,7 +62,7 @@ class PairAudit:
 
 @dataclass(slots=True)
 class _Wanted:
-    """What to look for inside an earlier split: the answers and closing questions of those after it."""
+    """What to look for inside an earlier split: the inputs, answers and closing questions of those after it."""
 
     phrases: Phrases = field(default_factory=Phrases)
     questions: set[bytes] = field(default_factory=set)
@@ -69,11 +76,17 @@ class _Split:
     answers: Texts
     references: list[Key | None] = field(default_factory=list)
     """The answers, as they are looked for inside texts."""
+    passages: list[Key | None] = field(default_factory=list)
+    """The inputs without the instruction about them, as they are looked for inside user turns."""
+    ends: Counter[Key | None] = field(default_factory=Counter)
+    """Of `passages`, those that are only taken for inputs: how many rows have them."""
     questions: list[tuple[bytes, Key | None] | None] = field(default_factory=list)
     """The answer's last line where that is a question: its hash, for equal lines, and as a phrase."""
     groups: list[str | None] = field(default_factory=list)
     phrases: dict[Key, str] = field(default_factory=dict)
     """Phrase of a later split -> the first row here that has it anywhere in its turns."""
+    asked: dict[Key, str] = field(default_factory=dict)
+    """Phrase of a later split -> the first row here that has it in a user turn, or in a text."""
     lines: dict[bytes, str] = field(default_factory=dict)
     """Question of a later split -> the first row here that has it as a line."""
 
@@ -115,23 +128,29 @@ def _read(
     *,
     later: bool,
 ) -> _Split:
-    """Read a split and find in it what is wanted; one that is `later` than others adds its answers and questions."""
+    """Read a split and find in it what is wanted; one that is `later` than others adds its own to that."""
     found = _Split(read_part(source, "input", near, on_rows), read_part(source, "answer", near, on_rows))
     columns: set[str] = set()
     for rows in _chunks(source):
-        turns = [(example.where, turn) for _, example, _ in rows for turn in _turns(example)]
-        for key, at in wanted.phrases.search([hash_words(turn) for _, turn in turns]):
-            found.phrases.setdefault(key, turns[at][0])
-        for where, line in ((where, line) for where, turn in turns if "?" in turn for line in turn.split("\n")):
+        turns = [(example.where, *turn) for _, example, _ in rows for turn in _turns(example)]
+        for key, at in wanted.phrases.search([hash_words(turn) for *_, turn in turns]):
+            where, role, _ = turns[at]
+            found.phrases.setdefault(key, where)
+            if role in ("user", "text"):
+                found.asked.setdefault(key, where)
+        for where, line in ((where, line) for where, _, turn in turns if "?" in turn for line in turn.split("\n")):
             if line.rstrip().endswith("?") and (digest := text_hash(line)) in wanted.questions:
                 found.lines.setdefault(digest, where)
         if later:
             _add_wanted(found, [answer for *_, answer in rows])
+            _add_inputs(found, source, rows)
         found.groups += [_group(raw, group) for raw, *_ in rows]
         columns.update(name for raw, *_ in rows for name in raw)
     if group and group not in columns:
         listed = ", ".join(sorted(columns))
         raise RecipeError(f"{source.files[0]}: no column '{group}'.{nearest(group, columns)} Columns: {listed}.")
+    found.passages = [None if found.ends[key] > _MAX_ALIKE else key for key in found.passages]
+    wanted.phrases.add(found.passages)
     wanted.phrases.add(found.references)
     wanted.phrases.add(question[1] for question in found.questions if question)
     wanted.questions.update(question[0] for question in found.questions if question)
@@ -145,12 +164,28 @@ def _add_wanted(found: _Split, answers: Sequence[str]) -> None:
     found.questions += [(text_hash(q), key) if q.endswith("?") else None for q, key in zip(lasts, asked, strict=True)]
 
 
+def _add_inputs(found: _Split, source: Source, rows: Sequence[tuple[Raw, Example, str]]) -> None:
+    """Note what each row is about: its `input` column, else what follows the last blank line of its last user message."""
+    given = [source.passage(raw) for raw, *_ in rows]
+    keys = phrase_keys([hash_words(text or _end(row[1])) for text, row in zip(given, rows, strict=True)])
+    for text, key in zip(given, keys, strict=True):
+        if key and not text:
+            found.ends[key] += 1
+        short = key and not text and key[0] < _MIN_INPUT_WORDS
+        found.passages.append(None if short else key)
+
+
+def _end(example: Example) -> str:
+    asked = [turn for role, turn in _turns(example) if role == "user"]
+    return _BLANK_LINE.split(asked[-1].strip())[-1] if asked else ""
+
+
 def _chunks(source: Source) -> Iterator[list[tuple[Raw, Example, str]]]:
     """Yield rows with their answers, as many at once as have about `_MAX_WORDS` words."""
     rows, characters = [], 0
     for raw, example in read_pairs(source, []):
         rows.append((raw, example, split_parts(raw, example, source)[1]))
-        characters += sum(map(len, _turns(example)))
+        characters += sum(len(turn) for _, turn in _turns(example))
         if characters >= 6 * _MAX_WORDS:
             yield rows
             rows, characters = [], 0
@@ -158,10 +193,12 @@ def _chunks(source: Source) -> Iterator[list[tuple[Raw, Example, str]]]:
         yield rows
 
 
-def _turns(example: Example) -> list[str]:
+def _turns(example: Example) -> list[tuple[str, str]]:
+    """Return (role, what is said); a row of text has one turn, of role "text"."""
     if example.text is not None:
-        return [example.text]
-    return [str(turn.get("content") or "") for turn in (*example.messages, *example.chosen, *example.rejected)]
+        return [("text", example.text)]
+    turns = (*example.messages, *example.chosen, *example.rejected)
+    return [(turn["role"], str(turn.get("content") or "")) for turn in turns]
 
 
 def _group(raw: Raw, column: str | None) -> str | None:
@@ -176,6 +213,8 @@ def _pair(earlier: str, later: str, first: _Split, second: _Split, threshold: fl
         findings.append(_equal(f"same {name}", a, b, leaked))
         if threshold < 1:
             findings.append(_alike(f"nearly the same {name}", a, b, threshold, leaked))
+    passages = (first.asked.get(key) if key else None for key in second.passages)
+    findings.append(_count("input found verbatim", second.inputs, passages, leaked))
     findings.append(_within(first, second, leaked))
     findings.append(_asked(first, second, leaked))
     if any(value is not None for value in second.groups):

@@ -66,8 +66,7 @@ def split_parts(raw: Raw, example: Example, source: Source) -> tuple[str, str]:
         return example.text, ""
     turns = [*example.messages, *example.chosen]
     answer = str(turns.pop().get("content") or "") if turns and turns[-1]["role"] == "assistant" else ""
-    passage = raw.get(source.columns.get("input", "input")) if source.form.name == "alpaca" else None
-    if isinstance(passage, str) and passage.strip():
+    if passage := source.passage(raw):
         return passage, answer
     return "\n".join(str(turn.get("content") or "") for turn in turns if turn["role"] != "system"), answer
 

@@ -34,8 +34,6 @@ class Example:
     text: str | None = None
     chosen: tuple[Mapping[str, Any], ...] = ()
     rejected: tuple[Mapping[str, Any], ...] = ()
-    group: str = ""
-    """What a row shares with others that are not independent of it: its `concept`, where it has one."""
 
     def characters(self) -> str:
         """All text of the row, for hashes and duplicate counts."""
@@ -104,6 +102,12 @@ class Source:
             if not absent:
                 break
         return problems + [f"'{column}': no row of {self.files[0]} has this column." for column in sorted(absent)]
+
+    def passage(self, raw: Raw) -> str:
+        """Return the `input` of an alpaca row, which its instruction is about; empty where it has none."""
+        column = self.columns.get("input", "input")
+        value = raw.get(column if column in raw else "input") if self.form.name == "alpaca" else None
+        return value if isinstance(value, str) and value.strip() else ""
 
     def content_hash(self) -> str:
         """Hash of all bytes of all files and of how they are read."""
@@ -384,7 +388,7 @@ def to_example(raw: Raw, form: Format, where: str, columns: Mapping[str, str], s
     if form.kind == "preference":
         return _preference(row, where, system)
     messages = _with_system(_turns(row, form, where), _own_system(row, where) or system)
-    return Example(where, messages, group=str(raw.get("concept") or ""))
+    return Example(where, messages)
 
 
 def _turns(row: Raw, form: Format, where: str) -> tuple[Mapping[str, Any], ...]:

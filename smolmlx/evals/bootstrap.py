@@ -132,7 +132,11 @@ def difference_sentence(difference: Interval, metric: str, first: str, second: s
         f" in {difference.num_groups} groups" if difference.num_groups else ""
     )
     if not difference.shows_difference:
-        return f"{metric}: no difference shown between {first} and {second} ({difference.mean:+.3g}, {evidence})."
+        few = (difference.num_groups or difference.num_rows) < MIN_ROWS
+        reason = f"; fewer than {MIN_ROWS} cannot show one" if few else ""
+        return (
+            f"{metric}: no difference shown between {first} and {second} ({difference.mean:+.3g}, {evidence}{reason})."
+        )
     direction = "higher" if difference.mean > 0 else "lower"
     return f"{metric}: {first} is {direction} than {second} by {abs(difference.mean):.3g} ({evidence})."
 

@@ -44,7 +44,10 @@ _TOLERANT = re.compile(
     rf"|^[ \t]*(?:#{{1,6}}[ \t]*(?:\*\*[ \t]*)?|\*\*[ \t]*)(?P<mark>{_NAMES})[ \t]*(?:\*\*[ \t]*)?$",
     _LOOSE,
 )
-_ABBREVIATION = re.compile(r"(?:^|[\s(\"'])(?:e\.g|i\.e|vs|cf|al|etc|fig|figs|eq|eqs|sec|no|dr|approx|[a-z])$", re.I)
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(\"'])(?:vs|cf|al|etc|figs?|eqs?|sec|no|vol|ch|pp|dr|mrs?|ms|prof|st|approx|resp|incl|excl|max|min|avg|est|(?:[a-z]\.)*[a-z])$",
+    re.I,
+)
 # A closing quote or bracket belongs to the sentence it ends.
 _SENTENCE_END = re.compile(r"[.!?]+(?P<close>[\"'”’)\]]*)(?P<gap>\s*)(?=(?P<next>\S))")
 
@@ -249,10 +252,12 @@ def _ends_sentence(line: str, match: re.Match[str]) -> bool:
         return line[match.start()] in "?!" and following.isupper()
     if match["close"] and following.islower():
         return False
-    if set(line[match.start() : match.start("close")]) == {"."}:
+    marks = line[match.start() : match.start("close")]
+    if set(marks) == {"."}:
+        trails_off = len(marks) > 1 and following.islower()
         # The longest abbreviation and the character before it fit in this; searching the whole line would be quadratic.
         before = line[max(0, match.start() - 12) : match.start()]
-        return not following.islower() and not _ABBREVIATION.search(before)
+        return not trails_off and not _ABBREVIATION.search(before)
     return True
 
 

@@ -15,16 +15,16 @@ from typing import Any, cast
 import numpy as np
 
 from smolmlx.backend import Constraint, Decoding, Generator
-from smolmlx.data import formats
 from smolmlx.data.chat import Tokenizer
-from smolmlx.data.formats import Source, to_example
+from smolmlx.data.formats import Raw, Source, to_example
 from smolmlx.data.notes import Notes
 from smolmlx.errors import DataError
 from smolmlx.evals.bootstrap import Interval, bootstrap_difference, bootstrap_means, difference_sentence
 from smolmlx.evals.controls import nearest_rows
 from smolmlx.evals.metrics import rouge_l, set_f1
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
-from smolmlx.evals.suites import COPY_CONTROL, RANDOM_CONTROL, Difference
+from smolmlx.evals.rows import Choice, read_chosen
+from smolmlx.evals.suites import COPY_CONTROL, RANDOM_CONTROL, Difference, csv_text
 from smolmlx.tasks.registry import Registry
 from smolmlx.tasks.replies import Rejected, read, read_freely, render
 from smolmlx.tasks.schemas import ANSWERS, Text, Value, kept_schema, plain
@@ -78,30 +78,20 @@ class ResearchReport:
     differences: tuple[Difference, ...]
 
 
-def read_rows(path: str, source: Source, limit: int | None) -> list[ResearchRow]:
+def read_rows(path: str, source: Source, choice: Choice) -> list[ResearchRow]:
     """Read rows that `data augment` wrote.
 
     Raises:
-        DataError: rows without task, style and gold, each named by file and line.
+        DataError: rows without task, style and gold, each named by file and line; ids that the file does not have.
     """
-    problems: list[str] = []
-    found = []
-    for where, tree in formats.read_rows(source.files, problems):
-        try:
-            messages = to_example(tree, source.form, where, source.columns, source.system).messages
-            task, style, gold = _task(tree, where)
-        except DataError as error:
-            problems.append(str(error))
-            continue
+
+    def make(name: str, where: str, raw: Raw) -> ResearchRow:
+        messages = to_example(raw, source.form, where, source.columns, source.system).messages
+        task, style, gold = _task(raw, where)
         asked = tuple(message for message in messages if message["role"] != "assistant")
-        found.append(ResearchRow(str(tree.get("id", where)), task, style, asked, gold, str(tree.get("document", ""))))
-        if limit and len(found) >= limit:
-            break
-    if problems:
-        raise DataError(f"{path}: suite research scores rows that `smolmlx data augment` wrote", problems[:20])
-    if not found:
-        raise DataError(f"{path}: no rows.")
-    return found
+        return ResearchRow(name, task, style, asked, gold, str(raw.get("document", "")))
+
+    return read_chosen(source, choice, make, f"{path}: suite research scores rows that `smolmlx data augment` wrote")
 
 
 def _task(tree: Mapping[str, Any], where: str) -> tuple[str, str, Value]:
@@ -364,7 +354,9 @@ def markdown(report: ResearchReport) -> str:
 
 def csv(report: ResearchReport) -> str:
     """Return one line per system and metric."""
-    lines = ["system,metric,n,mean,low,high"]
-    for system, metrics in report.summary.items():
-        lines += [f'"{system}",{name},{i.num_rows},{i.mean},{i.low},{i.high}' for name, i in metrics.items()]
-    return "\n".join(lines) + "\n"
+    lines = [
+        [system, name, i.num_rows, i.mean, i.low, i.high]
+        for system, metrics in report.summary.items()
+        for name, i in metrics.items()
+    ]
+    return csv_text([["system", "metric", "n", "mean", "low", "high"], *lines])

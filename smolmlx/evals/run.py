@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +19,13 @@ from smolmlx.backend import Backend, Decoding, Generator, Loading
 from smolmlx.data.batches import Batch, plan_batches
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
-from smolmlx.data.formats import Example, Source, open_source
+from smolmlx.data.formats import Raw, Source, open_source, to_example
 from smolmlx.data.store import encode_source
 from smolmlx.errors import DataError
 from smolmlx.evals import research
 from smolmlx.evals.bases import Bases, System, generate
 from smolmlx.evals.research import ResearchReport
+from smolmlx.evals.rows import Choice, choose_rows, read_chosen
 from smolmlx.evals.suites import (
     COPY_CONTROL,
     RANDOM_CONTROL,
@@ -65,7 +66,7 @@ class Settings:
     decoding: Decoding = Decoding()
     limit: int | None = None
     ids: tuple[str, ...] = ()
-    """Rows of `data` to keep, as `row-0001`; all where empty."""
+    """Rows of `data` to keep, by the names of `rows.name_rows`; all where empty."""
     template_args: Mapping[str, Any] = field(default_factory=dict)
     system_message: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -229,35 +230,27 @@ def read_rows(
 ) -> list[tuple[EvalRow, Messages]]:
     """Read rows as (what is scored, what the model is asked).
 
-    The input that is scored against is the row's own `input` field where it has one, else the last user message.
+    The input that is scored against is an alpaca row's own `input` where it has one, else the last user message.
 
     Args:
         limited: keep to `settings.limit` and `settings.ids`.
         choose: `settings.ids` are of this file.
 
     Raises:
-        DataError: a row without question or answer, or an id that the file does not have.
+        DataError: rows without question or answer, or an id that the file does not have.
     """
-    wanted = set(settings.ids) if limited and choose else set()
-    seen: set[str] = set()
-    found = []
-    for number, (raw_input, example) in enumerate(_with_input(path, settings), 1):
-        messages = list(example.messages)
-        reference = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
-        if reference is None or not messages:
-            raise DataError(
-                f"{example.where}: an evaluation row needs a question and an assistant answer to compare with."
-            )
-        row = EvalRow(f"row-{number:04d}", raw_input or str(messages[-1]["content"]), reference, example.group)
-        seen.add(row.id)
-        if not wanted or row.id in wanted:
-            found.append((row, tuple(messages)))
-        if limited and settings.limit and len(found) >= settings.limit and wanted <= seen:
-            break
-    missing = sorted(wanted - seen)
-    if missing:
-        raise DataError(f"{path}: no row {', '.join(missing[:10])}. Ids count lines: row-0001 is the first row.")
-    return found[: settings.limit] if limited else found
+    source = open_rows(path, settings)
+
+    def make(name: str, where: str, raw: Raw) -> tuple[EvalRow, Messages]:
+        *asked, last = to_example(raw, source.form, where, source.columns, source.system).messages or ({},)
+        if not asked or last["role"] != "assistant" or last.get("content") is None:
+            raise DataError(f"{where}: no question, or no assistant answer to compare with")
+        group = str(raw.get("concept") or raw.get("document") or "")
+        scored = source.passage(raw) or str(asked[-1]["content"])
+        return EvalRow(name, scored, last["content"], group), tuple(asked)
+
+    choice = Choice(settings.ids if choose else (), settings.limit) if limited else Choice()
+    return read_chosen(source, choice, make, f"{path}: an evaluation row needs a question and an assistant answer")
 
 
 def open_rows(path: str, settings: Settings) -> Source:
@@ -270,15 +263,6 @@ def open_rows(path: str, settings: Settings) -> Source:
         split="test",
         folders=settings.folders,
     )
-
-
-def _with_input(path: str, settings: Settings) -> Iterator[tuple[str | None, Example]]:
-    source = open_rows(path, settings)
-    for example in source:
-        user = example.messages[-2]["content"] if len(example.messages) >= 2 else None
-        # alpaca joins instruction and input by a blank line; the passage alone is what supports an answer
-        passage = user.split("\n\n", 1)[1] if source.form.name == "alpaca" and user and "\n\n" in user else None
-        yield passage, example
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Messages], settings: Settings) -> list[list[int]]:
@@ -304,7 +288,14 @@ def _evaluate_loss(bases: Bases, systems: Sequence[System], tokenizer: Tokenizer
 
 def _batches(tokenizer: Tokenizer, settings: Settings) -> list[Batch]:
     source = open_rows(settings.data, settings)
-    store = encode_source(source, tokenizer, settings.encoding, limit=settings.limit)
+    if settings.ids:
+        chosen = choose_rows(source, Choice(settings.ids, settings.limit))
+        places = " ".join(map(str, chosen))
+        store = encode_source(
+            source, tokenizer, settings.encoding, keep=chosen.__contains__, keep_name=f"rows {places}"
+        )
+    else:
+        store = encode_source(source, tokenizer, settings.encoding, limit=settings.limit)
     if not len(store):
         raise DataError(f"{settings.data}: no row has a supervised token within {settings.encoding.max_length} tokens.")
     size = min(8, settings.decoding.batch_size)
@@ -330,10 +321,11 @@ def _evaluate_research(
 ) -> Evaluation:
     registry = read_registry(settings.registry)
     paths = {"test": settings.data, **({"ood": settings.ood} if settings.ood else {})}
-    read = {name: research.read_rows(path, open_rows(path, settings), settings.limit) for name, path in paths.items()}
+    choices = {"test": Choice(settings.ids, settings.limit), "ood": Choice(limit=settings.limit)}
+    read = {name: research.read_rows(path, open_rows(path, settings), choices[name]) for name, path in paths.items()}
     asking = research.Asking(tokenizer, registry, settings.decoding, settings.constrained, settings.template_args)
     sets = {name: research.fitting(rows, asking, systems[0].model.context) for name, rows in read.items()}
-    train = research.read_rows(settings.train, open_rows(settings.train, settings), None) if settings.train else []
+    train = research.read_rows(settings.train, open_rows(settings.train, settings), Choice()) if settings.train else []
     batches = _batches(tokenizer, settings)
     answers: dict[str, dict[str, list[research.Answered]]] = {name: {} for name in sets}
     loss = {}

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from smolmlx.errors import DataError
 from smolmlx.evals.bootstrap import DRAWS, Interval, bootstrap_means, bootstrap_ratio, difference_sentence
 from smolmlx.evals.controls import nearest_copy, random_reference
 from smolmlx.evals.metrics import is_formulaic, perplexity, reference_overlap, token_weighted_mean
@@ -140,32 +139,6 @@ class LossDifference:
     sentence: str
 
 
-def rows_from_records(records: Iterable[Mapping[str, object]]) -> tuple[EvalRow, ...]:
-    """Read notes records (`id`, `input`, `output`); raises DataError with every record that lacks one as text."""
-    rows, problems = [], []
-    for number, record in enumerate(records, start=1):
-        missing = [name for name in ("id", "input", "output") if not isinstance(record.get(name), str)]
-        if missing:
-            problems.append(f"row {number}: no text in {', '.join(missing)} (fields: {', '.join(map(str, record))})")
-        else:
-            group = record.get("concept") or record.get("document") or ""
-            rows.append(EvalRow(str(record["id"]), str(record["input"]), str(record["output"]), str(group)))
-    if problems:
-        raise DataError("notes records need 'id', 'input' and 'output' as text", problems)
-    return tuple(rows)
-
-
-def select_rows(
-    rows: Sequence[EvalRow], *, ids: Sequence[str] | None = None, limit: int | None = None
-) -> tuple[EvalRow, ...]:
-    """Keep the rows of the given ids, in the data's order, then the first `limit`; raises DataError on unknown ids."""
-    unknown = sorted(set(ids or ()) - {row.id for row in rows})
-    if unknown:
-        raise DataError("ids that the data does not have", unknown)
-    kept = [row for row in rows if ids is None or row.id in set(ids)]
-    return tuple(kept[:limit])
-
-
 def control_outputs(train: Sequence[EvalRow], rows: Sequence[EvalRow], *, seed: int = 0) -> dict[str, tuple[str, ...]]:
     """Return the outputs of the two controls that need no model, under the names `compare_notes` knows them by."""
     references = [row.reference for row in train]
@@ -280,7 +253,7 @@ def notes_rows_csv(report: NotesReport) -> str:
         for system, scores in report.scores.items()
         for score in scores
     ]  # fmt: skip
-    return _csv([["system", "id", *singles, *parts, "problems"], *lines])
+    return csv_text([["system", "id", *singles, *parts, "problems"], *lines])
 
 
 def notes_summary_csv(report: NotesReport, data: str = "", sha256: str = "") -> str:
@@ -290,7 +263,7 @@ def notes_summary_csv(report: NotesReport, data: str = "", sha256: str = "") -> 
         for system, metrics in report.summary.items()
         for metric, interval in metrics.items()
     ]
-    return _csv([["system", "metric", "n", "mean", "low", "high", "data", "sha256"], *lines])
+    return csv_text([["system", "metric", "n", "mean", "low", "high", "data", "sha256"], *lines])
 
 
 def results_csv(
@@ -311,7 +284,7 @@ def results_csv(
         for metric, found in metrics.items()
     ]
     lines += [["test", s, "loss", made.num_rows, made.loss, made.low, made.high, *files["test"]] for s, made in loss.items()]  # fmt: skip
-    return _csv([["set", "system", "metric", "n", "mean", "low", "high", "data", "sha256"], *lines])
+    return csv_text([["set", "system", "metric", "n", "mean", "low", "high", "data", "sha256"], *lines])
 
 
 def notes_markdown(report: NotesReport) -> str:
@@ -354,7 +327,7 @@ def loss_dict(summary: LossSummary) -> dict[str, object]:
 
 def loss_csv(summaries: Mapping[str, LossSummary], data: str = "", sha256: str = "") -> str:
     """Return one line per system, with the file of the rows and its hash."""
-    return _csv(
+    return csv_text(
         [
             ["system", *LossSummary.__dataclass_fields__, "data", "sha256"],
             *([system, *asdict(made).values(), data, sha256] for system, made in summaries.items()),
@@ -382,7 +355,8 @@ def _cell(value: bool | int | float) -> int | float:
     return int(value) if isinstance(value, bool) else value
 
 
-def _csv(lines: Iterable[Sequence[object]]) -> str:
+def csv_text(lines: Iterable[Sequence[object]]) -> str:
+    """Return lines of cells as CSV."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()

@@ -30,7 +30,8 @@ from smolmlx.data.splits import Method
 from smolmlx.errors import BackendError, DataError, RecipeError, RunError
 from smolmlx.evals.notes import strict_compliance
 from smolmlx.evals.parsers import parse_retrieval
-from smolmlx.evals.suites import rows_from_records
+from smolmlx.evals.run import Settings
+from smolmlx.evals.run import read_rows as read_scored
 from smolmlx.models import open_model
 from smolmlx.synth.augment import Totals, augment, outline
 from smolmlx.synth.chunks import Cut, write_chunks
@@ -373,7 +374,9 @@ def test_notes_by_a_model(store: ChunkStore, tmp_path: Path) -> None:
     assert len(rows) == result.totals.accepted == result.totals.jobs > 50  # chunks of fewer than 50 words are left out
     assert all(strict_compliance(row["output"]).passed and row["instruction"].endswith("Question.") for row in rows)
     assert INSTRUCTION in {row["instruction"] for row in rows}
-    assert [row.group for row in rows_from_records(rows)] == [row["document"] for row in rows]
+    test = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
+    scored = [row for row, _ in read_scored(str(tmp_path / "out" / "test.jsonl"), Settings("x"))]
+    assert [(row.id, row.group) for row in scored] == [(row["id"], row["document"]) for row in test]
 
     bad = augment(made, Canned(lambda r: Reply(made_notes(r, "No question."))), tmp_path / "bad", attempts=1)
     assert set(bad.totals.rejected) == {"breaks the form (Follow-up Question: does not end in '?')"}

@@ -1,18 +1,26 @@
-"""What `smolmlx eval` makes of its words, and which rows it reads: no engine needed."""
+"""What `smolmlx eval` makes of its words, and which rows it reads: the numpy engine is enough."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+import lab as labs
 import smolmlx
+from smolmlx.backend import choose
 from smolmlx.cli.eval import _name_adapters, _settings
+from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import DataError, RecipeError
-from smolmlx.evals.run import Evaluation, Settings, read_rows
+from smolmlx.evals.bases import System
+from smolmlx.evals.run import Evaluation, Settings, evaluate, read_rows
+from smolmlx.evals.suites import score_note
+from smolmlx.models import open_model
 
 NOTES = Path(__file__).resolve().parents[2] / "data" / "notes"
 Call = Callable[..., tuple[int, str, str]]
@@ -36,8 +44,8 @@ def test_every_wrong_adapter_is_named(tmp_path: Path) -> None:
 
 
 def test_the_loss_suite_refuses_what_only_answers_have(call: Call) -> None:
-    code, _, err = call("eval", "--model", "tiny", "--data", NOTES / "test.jsonl", "--ood", NOTES / "ood.jsonl", "--id", "row-0001")  # fmt: skip
-    assert code == 2 and "--ood: is for suite notes and research" in err and "--id: is for suite notes" in err
+    code, _, err = call("eval", "--model", "tiny", "--data", NOTES / "test.jsonl", "--ood", NOTES / "ood.jsonl")
+    assert code == 2 and "--ood: is for suite notes and research" in err
 
 
 def test_a_suite_refuses_what_others_use(call: Call) -> None:
@@ -70,15 +78,82 @@ def test_python_refuses_what_the_command_line_refuses() -> None:
 
 
 def test_rows_by_id_and_limit() -> None:
-    every = read_rows(str(NOTES / "test.jsonl"), Settings("x"))
-    some = read_rows(str(NOTES / "test.jsonl"), Settings("x", ids=("row-0007", "row-0002")))
-    assert [row for row, _ in some] == [every[1][0], every[6][0]]
-    assert len(read_rows(str(NOTES / "test.jsonl"), Settings("x", limit=5))) == 5
-    both = read_rows(str(NOTES / "test.jsonl"), Settings("x", ids=("row-0007", "row-0002", "row-0009"), limit=2))
-    assert [row for row, _ in both] == [every[1][0], every[6][0]]
+    path = str(NOTES / "test.jsonl")
+    every = [row for row, _ in read_rows(path, Settings("x"))]
+    assert [row.id for row in every] == [json.loads(line)["id"] for line in Path(path).read_text().splitlines()]
+    second, seventh, ninth = (every[place].id for place in (1, 6, 8))
+    some = read_rows(path, Settings("x", ids=(seventh, second)))
+    assert [row for row, _ in some] == [every[1], every[6]]
+    assert len(read_rows(path, Settings("x", limit=5))) == 5
+    both = read_rows(path, Settings("x", ids=(seventh, second, ninth), limit=2))
+    assert [row for row, _ in both] == [every[1], every[6]]
     for limit in (None, 1, 3):
-        with pytest.raises(DataError, match="no row row-9999"):
-            read_rows(str(NOTES / "test.jsonl"), Settings("x", ids=("row-0002", "row-9999"), limit=limit))
+        with pytest.raises(DataError, match=f"no row notes-9999.*Ids of this file are like {every[0].id}, {second}"):
+            read_rows(path, Settings("x", ids=(second, "notes-9999"), limit=limit))
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rows_without_an_id_of_their_own_are_counted(tmp_path: Path) -> None:
+    ids: list[Any] = ["a", 7, "twice", "twice", None, "", True, "row-0005", "row-0009"]
+    rows = [{"instruction": "i", "output": "o"} | ({"id": name} if name is not None else {}) for name in ids]
+    found = read_rows(write_rows(tmp_path / "x.jsonl", *rows), Settings("x"))
+    assert [row.id for row, _ in found] == ["a", "7", *(f"row-{n:04d}" for n in range(3, 10))]
+
+
+def test_every_row_without_question_or_answer_is_named(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = write_rows(tmp_path / "x.jsonl", *({"messages": made} for made in (turns, turns[:1], turns[1:])))
+    with pytest.raises(DataError) as caught:
+        read_rows(path, Settings("x"))
+    assert [problem.partition(": ")[0] for problem in caught.value.problems] == [f"{path}:2", f"{path}:3"]
+
+
+def test_an_answer_is_scored_against_the_whole_request_or_the_rows_own_input(tmp_path: Path) -> None:
+    asked = "Momentum accumulates gradients across steps.\n\nMake notes of the text above."
+    rows = [{"instruction": asked, "output": "o"}, {"instruction": asked, "input": "One.\n\nTwo.", "output": "o"}]
+    path = write_rows(tmp_path / "x.jsonl", *rows)
+    whole, own = (row for row, _ in read_rows(path, Settings("x")))
+    assert (whole.input, own.input) == (asked, "One.\n\nTwo.")
+    assert score_note(whole, "Momentum accumulates gradients").unsupported == 0.0
+    path = write_rows(tmp_path / "y.jsonl", *({"instruction": asked, "passage": "Mapped.", "output": "o"},))
+    ((mapped, messages),) = read_rows(path, Settings("x", columns={"input": "passage"}))
+    assert mapped.input == "Mapped." and messages[0]["content"] == f"{asked}\n\nMapped."
+
+
+def test_the_loss_of_rows_by_id(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"id": f"r{n}", "prompt": "What?", "completion": "word " * n} for n in range(1, 6)]
+    path = write_rows(tmp_path / "x.jsonl", *rows)
+
+    def silent(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return nullcontext(lambda done: None)
+
+    def tokens(**chosen: Any) -> tuple[int, int]:
+        with labs.toy_installed():
+            engine = choose("toy", "cpu").backend
+            settings = Settings(path, suite="loss", **chosen)
+            systems = [System("base", open_model(tiny_model))]
+            found = evaluate(engine, systems, Tokenizer(tiny_model), settings, silent).loss["base"]
+        return found.num_rows, found.num_tokens
+
+    one, four, five = (tokens(ids=(name,))[1] for name in ("r1", "r4", "r5"))
+    assert one < four < five
+    assert tokens(ids=("r4", "r1", "r5")) == (3, one + four + five)
+    assert tokens(ids=("r5", "r4", "r1"), limit=2) == (2, one + four)
+
+
+@pytest.mark.parametrize(
+    "words", [("eval", "--data", NOTES / "test.jsonl", "--suite", "notes"), ("generate", "--prompt", "x")]
+)
+def test_a_seed_of_greedy_answers_is_refused(call: Call, words: tuple[Any, ...]) -> None:
+    code, _, err = call(*words, "--model", "tiny", "--seed", "0")
+    assert code == 2 and "--seed: has no effect at --temperature 0" in err
+    if words[0] == "generate":
+        code, _, err = call(*words, "--model", "tiny", "--top-k", "4", "--min-p", "0.1")
+        assert code == 2 and "--top-k, --min-p: has no effect" in err
 
 
 def test_notes_without_train_rows_say_that_controls_are_missing() -> None:

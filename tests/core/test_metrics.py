@@ -9,7 +9,6 @@ import math
 
 import pytest
 
-from smolmlx.errors import DataError
 from smolmlx.evals.metrics import (
     Overlap,
     common_subsequence,
@@ -53,9 +52,7 @@ from smolmlx.evals.suites import (
     notes_markdown,
     notes_rows_csv,
     notes_summary_csv,
-    rows_from_records,
     score_notes,
-    select_rows,
     summarise_loss,
 )
 from smolmlx.evals.text import (
@@ -179,6 +176,7 @@ def test_the_template_passes_every_rule() -> None:
         NOTE.replace("Does dropout", "Under a rate of 0.5, e.g. Srivastava et al. 2014, does dropout"),
         NOTE.replace("Does dropout", 'Asked "why?" by readers, does dropout'),
         NOTE.replace("Does dropout", "Well... does dropout"),
+        NOTE.replace("Does dropout", "At 9 a.m. and approx. twice the max. rate, does dropout"),
     ],
     ids=[
         "crlf",
@@ -187,6 +185,7 @@ def test_the_template_passes_every_rule() -> None:
         "decimals and abbreviations",
         "quoted question",
         "dots",
+        "abbreviations before lower case",
     ],
 )
 def test_strict_accepts(text: str) -> None:
@@ -204,6 +203,7 @@ HOLES = {
     "prose among the bullets": NOTE.replace("- Small", "In short:\n- Small"),
     "two questions": NOTE.replace("Does dropout", "Is it slow? Does dropout"),
     "a statement first": NOTE.replace("Does dropout", "It is fast. Does dropout"),
+    "a statement in lower case first": NOTE.replace("Does dropout", "it rains. does dropout"),
     "glued questions": NOTE.replace("Does dropout", "Why?Does dropout"),
     "star bullets": NOTE.replace("- ", "* "),
     "other case": NOTE.replace("Summary:", "SUMMARY :"),
@@ -506,17 +506,6 @@ def test_notes_report_is_the_same_each_time_in_json_csv_and_markdown() -> None:
     table = notes_markdown(first).splitlines()
     assert table[0] == "| metric (n=8) | a\\|b | copy control | random control |"
     assert table[2].startswith("| compliance | 0.500 [")
-
-
-def test_rows_are_read_selected_and_limited() -> None:
-    rows = rows_from_records([{"id": f"r{i}", "input": "x", "output": "y", "topic": "t"} for i in range(3)])
-    assert rows[0] == EvalRow("r0", "x", "y")
-    assert [row.id for row in select_rows(rows, ids=["r2", "r0"])] == ["r0", "r2"]
-    assert [row.id for row in select_rows(rows, limit=2)] == ["r0", "r1"]
-    with pytest.raises(DataError, match="r9"):
-        select_rows(rows, ids=["r9"])
-    with pytest.raises(DataError, match="row 2: no text in output"):
-        rows_from_records([{"id": "a", "input": "x", "output": "y"}, {"id": "b", "input": "x", "output": 1}])
 
 
 def test_losses_are_compared_row_by_row() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolmlx.data import near, phrases
-from smolmlx.data.audit import audit
+from smolmlx.data.audit import PairAudit, audit
 from smolmlx.data.dedupe import dedupe
 from smolmlx.data.formats import Source, open_source
 from smolmlx.errors import DataError, RecipeError
@@ -145,7 +145,7 @@ def test_planted_leaks_are_found_and_named(tmp_path: Path) -> None:
     (pair,) = audit(splits, group="concept")
     found = {finding.kind: finding for finding in pair.findings}
     assert {kind: finding.count for kind, finding in found.items()} == {
-        "same input": 1, "nearly the same input": 1, "same answer": 1, "nearly the same answer": 1, "answer found verbatim": 1, "closing question found": 2, "same group": 1,
+        "same input": 1, "nearly the same input": 1, "input found verbatim": 1, "same answer": 1, "nearly the same answer": 1, "answer found verbatim": 1, "closing question found": 2, "same group": 1,
     }  # fmt: skip
     assert (pair.leaked, pair.rows) == (6, 8)
     (twin,) = found["nearly the same input"].first
@@ -175,6 +175,36 @@ def test_an_answer_and_a_question_are_found_wherever_training_says_them(tmp_path
     assert [(t.where[-1], t.of.rpartition(":")[2]) for t in answers.first] == [("1", "1"), ("5", "4")]
     assert [(t.where[-1], t.of.rpartition(":")[2]) for t in questions.first] == [("2", "2"), ("3", "3")]
     assert (answers.count, questions.count, answers.of) == (2, 2, 7)
+
+
+def count(kind: str, pair: PairAudit) -> int:
+    return next(finding.count for finding in pair.findings if finding.kind == kind)
+
+
+def test_an_input_is_found_whatever_the_words_around_it(tmp_path: Path) -> None:
+    passage, made = text(1), {"a": text(2, 25), "b": text(3, 25)}
+    splits = {
+        name: write(tmp_path / f"{name}.jsonl", [row(f"{asked}\n \n{passage}\n", text(ord(name)))])
+        for name, asked in made.items()
+    }
+    splits["c"] = write(tmp_path / "c.jsonl", [{"instruction": "Sum up.", "input": passage.upper(), "output": text(6)}])
+    pages = write(tmp_path / "d.jsonl", [{"text": f"{text(7)} {passage}. {text(8)}"}])
+    for pair in audit(splits) + audit({"d": pages, **splits})[:3] + audit(dict(reversed(splits.items()))):
+        assert (count("input found verbatim", pair), pair.leaked) == (1, 1), (pair.earlier, pair.later)
+
+
+def test_what_is_no_input_is_not_looked_for(tmp_path: Path) -> None:
+    closing = text(9, 14)
+    train = [row(f"{text(1)}\n\n{closing}", text(50)), row(text(2), f"{text(51)} {text(3)}"), row(text(4), text(52))]
+    test = [
+        *(row(f"{text(100 + i)}\n\n{closing}", text(150 + i)) for i in range(11)),  # an instruction that they share
+        row(f"{text(10)}\n\n{text(3)}", text(60)),  # known from an answer only
+        row(f"{text(11)}\n\n{' '.join(text(4).split()[:11])}", text(61)),  # too short
+    ]
+    made = {"train": write(tmp_path / "train.jsonl", train), "test": write(tmp_path / "test.jsonl", test)}
+    assert audit(made, threshold=1.0)[0].leaked == 0
+    made["test"] = write(tmp_path / "test.jsonl", test[1:])  # ten rows may share a passage
+    assert audit(made, threshold=1.0)[0].leaked == 10
 
 
 @settings(max_examples=60, deadline=None)
@@ -223,7 +253,8 @@ def test_the_shipped_notes_share_no_concept_and_no_passage() -> None:
     splits = {name: open_source(str(NOTES / f"{name}.jsonl")) for name in ("train", "test", "ood")}
     for pair in audit(splits, group="concept"):
         counts = {finding.kind: finding.count for finding in pair.findings}
-        assert counts["same group"] == counts["same input"] == counts["nearly the same input"] == 0
+        kinds = ("same group", "same input", "nearly the same input", "input found verbatim")
+        assert [counts[kind] for kind in kinds] == [0] * 4
 
 
 def test_wrong_wishes_are_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from smolmlx.errors import DataError, RunError
 from smolmlx.evals import research
 from smolmlx.evals.parsers import RetrievalResult, Triplet
 from smolmlx.evals.research import Answered, ResearchRow, compare, random_answers
+from smolmlx.evals.rows import Choice
 from smolmlx.evals.run import Evaluation, Settings, System, describe_file, evaluate, write
 from smolmlx.evals.suites import COPY_CONTROL, RANDOM_CONTROL, summarise_loss
 from smolmlx.models import open_model
@@ -63,7 +64,7 @@ def rows(path: Path) -> list[ResearchRow]:
     settings = Settings(str(path), suite="research")
     from smolmlx.evals.run import open_rows
 
-    return research.read_rows(str(path), open_rows(str(path), settings), None)
+    return research.read_rows(str(path), open_rows(str(path), settings), Choice())
 
 
 def test_reads_what_augment_writes(tmp_path: Path) -> None:
@@ -94,6 +95,27 @@ def test_packed_rows_are_read(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", 1)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     assert rows(tmp_path / "rows.jsonl.gz") == [replace(row) for row in rows(path)]
+
+
+def test_rows_by_id_are_answered_and_scored_alone(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 2)
+    settings = Settings(str(path), suite="research", decoding=Decoding(max_tokens=70), ids=("qa-1", "bullets-0"))
+    with labs.toy_installed():
+        systems = [System("base", open_model(tiny_model))]
+        made = evaluate(choose("toy", "cpu").backend, systems, Tokenizer(tiny_model), settings, meter)
+        with pytest.raises(DataError, match=r"no row qa-9\. Did you mean 'qa-\d'"):
+            evaluate(
+                choose("toy", "cpu").backend, systems, Tokenizer(tiny_model), replace(settings, ids=("qa-9",)), meter
+            )
+    assert [row.id for row in made.research["test"].rows] == ["bullets-0", "qa-1"]
+    assert made.loss["base"].num_rows == 2
+
+
+def test_a_name_with_quotes_is_one_cell(tmp_path: Path) -> None:
+    found = rows(write_rows(tmp_path / "rows.jsonl", 2))
+    name = 'the "best", so far'
+    report = compare(found, {name: [Answered("", row.gold, True) for row in found]})
+    assert {line["system"] for line in csv.DictReader(research.csv(report).splitlines())} == {name}
 
 
 def test_rows_of_a_document_are_resampled_together(tmp_path: Path) -> None:

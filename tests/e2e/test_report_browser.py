@@ -189,8 +189,8 @@ def test_the_viewer_filters_searches_and_sorts(browser: Browser, reports: Path) 
     ]
     assert scores == sorted(scores) and scores[0] < scores[-1]
 
-    watched.page.locator("details[data-board='0'] input[name=search]").fill("row-0007")
-    assert watched.count() == "1 of 24 rows" and cards.first.locator("h4").first.inner_text() == "row-0007"
+    watched.page.locator("details[data-board='0'] input[name=search]").fill("notes-0482")
+    assert watched.count() == "1 of 24 rows" and cards.first.locator("h4").first.inner_text() == "notes-0482"
     watched.page.locator("details[data-board='0'] input[name=search]").fill("")
     watched.page.locator("details[data-board='0'] .more").click()
     assert cards.count() == 24
