@@ -274,7 +274,7 @@ def settings_chart(sweep: SweepView, figure: Figure) -> Spec | None:
     # The theme's colours by place: quiet grey is the last of eight.
     domain = [SHOWN, FIRST, FEW, *"abcd", NOT_SHOWN]
     kinds = [kind for kind in (FIRST, SHOWN, FEW, NOT_SHOWN) if any(m["kind"] == kind for m in means)]
-    color = {"field": "kind", "type": "nominal", "scale": {"domain": domain}, "legend": {"title": None, "values": kinds, "symbolType": "circle"}}  # fmt: skip
+    color = {"field": "kind", "type": "nominal", "scale": {"domain": domain}, "legend": {"title": None, "values": kinds, "symbolType": "circle", "columns": 2}}  # fmt: skip
     shared = {"y": y, "color": color}
     of_mean = [
         {"field": "setting"}, {"field": "mean", "title": "mean", "format": figure.style},
