@@ -20,7 +20,7 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RunError
 from smolmlx.evals.judge import Messages, Question, Record, parse_reply
 from smolmlx.rundir import hold
-from smolmlx.synth.server import BAD_BODY, read_completion
+from smolmlx.synth.server import BAD_BODY, is_used_up, read_completion
 
 if TYPE_CHECKING:
     import httpx2
@@ -224,7 +224,7 @@ class EndpointJudge:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise BackendError(f"--judge {self.url}: refused ({error}). Check --model and --key-from.") from error
         except openai.OpenAIError as error:
-            if isinstance(error, openai.APIStatusError) and _is_used_up(error.response):
+            if isinstance(error, openai.APIStatusError) and is_used_up(error.response):
                 raise BackendError(f"--judge {self.url}: the quota is used up. Go on with --resume once there is more.") from error  # fmt: skip
             raise NoReply(f"{type(error).__name__}: {error}") from error
 
@@ -240,15 +240,11 @@ class EndpointJudge:
         raise NoReply(BAD_BODY)
 
 
-def _is_used_up(response: httpx2.Response) -> bool:
-    return response.status_code == 429 and "insufficient_quota" in response.text
-
-
 def _stop_retries(response: httpx2.Response) -> None:
     """Tell the client that asking again is in vain, as servers may do with this header: a quota does not come back."""
     if response.status_code == 429:
         response.read()
-        if _is_used_up(response):
+        if is_used_up(response):
             response.headers["x-should-retry"] = "false"
 
 

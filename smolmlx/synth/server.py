@@ -216,7 +216,7 @@ class ServerRuntime:
         status = response.status_code
         if status == 200:
             return _read(response)
-        if status == 429 and "insufficient_quota" in response.text:
+        if is_used_up(response):
             raise BackendError(
                 f"--server {self.url}: the quota is used up. The same command goes on once there is more."
             )
@@ -279,6 +279,11 @@ def chat_body(request: Request, model: str, form: Format) -> dict[str, Any]:
     elif form == "json_object":
         body["response_format"] = {"type": form}
     return body
+
+
+def is_used_up(response: httpx2.Response) -> bool:
+    """Tell a quota that does not come back from a 429 that says to wait."""
+    return response.status_code == 429 and "insufficient_quota" in response.text
 
 
 def read_completion(tree: Any) -> Reply | None:
