@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from smolmlx import backend as backends
 from smolmlx.adapters import adapter as adapters
-from smolmlx.adapters import awq, gguf_model, verification
+from smolmlx.adapters import awq, gguf_model, gguf_vocab, verification
 from smolmlx.adapters.adapter import ADAPTER_SIDE_FILES, CONFIG, PEFT_WEIGHTS
 from smolmlx.adapters.convert import convert, copy_side_files, refuse_used
 from smolmlx.adapters.merge import ERASED, Merged, merge, prepare
@@ -349,6 +350,7 @@ def _write_gguf(source: Source, place: Path, how: Settings, done: Export, judge:
             done.notes.append(f"quantized by {gguf_model.quantize(Path(folder) / 'f32.gguf', place, kind)}")
     done.precision = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
     done.notes += prepared.notes
+    done.notes += [gguf_vocab.NFC_NOTE] if gguf_vocab.normalizes(prepared.tokenizer) else []
     path = done.path if done.path.suffix == ".gguf" else done.path / place.name
     done.commands.append(f"llama-cli -m {path}")
 
@@ -415,16 +417,20 @@ def _check_gguf(source: Source, place: Path, done: Export, samples: Sequence[Sam
     )  # fmt: skip
     try:
         tokenizer = Tokenizer(_tokenizer_folder(source))
-        count = verification.compare_ids(
-            tokenizer, lambda text: llama.tokenize(text.encode(), add_bos=False, special=True), name
-        )
+        composed = gguf_vocab.normalizes(tokenizer.folder)  # llama.cpp does not, and the export says so
+
+        def cut(text: str) -> list[int]:
+            text = unicodedata.normalize("NFC", text) if composed else text
+            return list(llama.tokenize(text.encode(), add_bos=False, special=True))
+
+        count = verification.compare_ids(tokenizer, cut, name)
         around, own = list(llama.tokenize(b"a", add_bos=True, special=True)), tokenizer.encode("a", special=True)
         if around != own:
             raise VerificationError(
                 f"{name} makes {around} of 'a' where the tokenizer, which adds BOS and EOS by itself, makes {own}."
                 " The export was not kept; --no-verify keeps it."
             )
-        done.notes.append(f"the same ids from llama.cpp on {count} hard texts")
+        done.notes.append(f"the same ids from llama.cpp on {count} hard texts{' in NFC' if composed else ''}")
 
         def logits(ids: Sequence[int]) -> Any:
             llama.reset()

@@ -43,6 +43,7 @@ HARD_TEXTS = (
     "naïve café – “quotes” … don't can't I'LL we've",
     "https://example.org/a_b?c=%20&d=é#x <b>&amp;</b>",
     "ﬁ Ⅷ ½ é",
+    "Cafe\u0301 nai\u0308ve A\u030angstro\u0308m \u0438\u0306",
 )
 _NUM_TOKENS = 64
 Consumer = Callable[[Sequence[int]], FloatArray]

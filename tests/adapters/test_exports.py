@@ -17,7 +17,7 @@ import stock
 from safetensors.numpy import load_file
 
 from smolmlx.adapters import adapter as adapters
-from smolmlx.adapters import gguf_model, gguf_vocab, verification
+from smolmlx.adapters import gguf_model, gguf_vocab, hub, verification
 from smolmlx.adapters.exports import Settings, Source, export
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RecipeError, VerificationError
@@ -247,6 +247,43 @@ def test_real_tokenizers_in_llama_cpp(name: str, assets: Path, tmp_path: Path) -
 
 @needs_gguf
 @needs_llama
+def test_gguf_says_that_llama_cpp_does_not_normalize(tiny_model: Path, tmp_path: Path) -> None:
+    """With NFC in the tokenizer, a decomposed text is cut otherwise: in the output and on the card, checked or not."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    edit_tokenizer(base, normalizer={"type": "NFC"})
+    source = Source("x", open_model(base), None)
+    done = export("gguf", source, tmp_path / "out.gguf", Settings(kind="f32"))
+    assert gguf_vocab.NFC_NOTE in done.notes and gguf_vocab.NFC_NOTE in hub.card(done, source)
+    assert any("hard texts in NFC" in note for note in done.notes)
+    import llama_cpp
+
+    llama: Any = llama_cpp.Llama(str(tmp_path / "out.gguf"), vocab_only=True, verbose=False)
+    cut = {text: llama.tokenize(text.encode(), add_bos=False) for text in ("Café", "Cafe\u0301")}
+    llama.close()
+    ours = Tokenizer(base).encode("Cafe\u0301")
+    assert cut["Café"] == ours != cut["Cafe\u0301"]
+    unchecked = export("gguf", source, tmp_path / "other.gguf", Settings(kind="f32", verify=False))
+    assert gguf_vocab.NFC_NOTE in unchecked.notes
+    edit_tokenizer(base, normalizer=None)
+    done = export("gguf", source, tmp_path / "plain.gguf", Settings(kind="f32"))
+    assert gguf_vocab.NFC_NOTE not in done.notes
+
+
+@needs_gguf
+@needs_llama
+def test_a_normalizer_that_went_unseen_does_not_pass(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hard text is decomposed, so that llama.cpp's other ids show."""
+    monkeypatch.setattr(gguf_vocab, "normalizes", lambda folder: False)
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    edit_tokenizer(base, normalizer={"type": "NFC"})
+    with pytest.raises(VerificationError, match="cuts"):
+        export("gguf", Source("x", open_model(base), None), tmp_path / "out.gguf", Settings(kind="f32"))
+
+
+@needs_gguf
+@needs_llama
 def test_a_wrong_gguf_does_not_pass(tuned: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """q and k left in transformers' order: the file loads and talks, and is wrong."""
     monkeypatch.setitem(gguf_model.ARCHITECTURES, "llama", gguf_model.Architecture("llama", interleaved=False))
@@ -362,6 +399,61 @@ def test_vocabularies_that_llama_cpp_would_cut_differently(tiny_model: Path, tmp
     (folder / "tokenizer.model").write_bytes(b"\x0a\xff\xff\x01junk")
     with pytest.raises(RecipeError, match="not a SentencePiece model"):
         gguf_vocab.read_vocabulary(folder, 320)
+
+
+@pytest.mark.parametrize("name", ["Lowercase", "NFKC"])
+def test_normalizers_that_llama_cpp_lacks_are_refused(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder = with_tokenizer(tmp_path, tiny_model)
+    edit_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": name}]})
+    with pytest.raises(RecipeError, match=f"normalizer {name}: llama.cpp does not normalize"):
+        gguf_vocab.read_vocabulary(folder, 320)
+    edit_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]})
+    assert gguf_vocab.read_vocabulary(folder, 320).model == "gpt2"
+
+
+SENTENCEPIECE = ("tokenizer.json", "tokenizer.model")
+
+
+def test_sentencepiece_models_that_llama_cpp_would_cut_differently(assets: Path, tmp_path: Path) -> None:
+    stories = assets / "models" / "stories260k"
+    for name in SENTENCEPIECE:
+        shutil.copyfile(stories / name, tmp_path / name)
+    assert gguf_vocab.read_vocabulary(tmp_path, 512).model == "llama"
+    tree = json.loads((stories / "tokenizer.json").read_text())
+    changes: dict[str, dict[str, Any]] = {
+        "a Unigram tokenizer": {"model": {"type": "Unigram", "vocab": [[t, 0.0] for t in tree["model"]["vocab"]]}},
+        "normalizer Precompiled": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+        "pre-tokenizer Whitespace": {"pre_tokenizer": {"type": "Whitespace"}},
+    }
+    for message, change in changes.items():
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**tree, **change}))
+        with pytest.raises(RecipeError, match=message):
+            gguf_vocab.read_vocabulary(tmp_path, 512)
+
+
+def test_a_tokenizer_model_of_unigram_is_refused(assets: Path, tmp_path: Path) -> None:
+    """Protobuf takes the last of two values, so a trainer_spec at the end says what the model is."""
+    stories = assets / "models" / "stories260k"
+    for number, name in ((1, "Unigram"), (3, "word")):
+        written = (stories / "tokenizer.model").read_bytes() + bytes([0x12, 2, 0x18, number])
+        (tmp_path / "tokenizer.model").write_bytes(written)
+        with pytest.raises(RecipeError, match=f"a {name} model"):
+            gguf_vocab.read_pieces(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["renamed", "longer", "shorter"])
+def test_a_stale_tokenizer_model_is_refused(change: str, assets: Path, tmp_path: Path) -> None:
+    stories = assets / "models" / "stories260k"
+    shutil.copyfile(stories / "tokenizer.model", tmp_path / "tokenizer.model")
+    tree = json.loads((stories / "tokenizer.json").read_text())
+    vocab = tree["model"]["vocab"]
+    last = max(vocab, key=lambda token: vocab[token])
+    index = vocab.pop(last) if change != "longer" else len(vocab)
+    if change != "shorter":
+        vocab["▁other"] = index
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(RecipeError, match=f"not of the same tokenizer as tokenizer.json: id {index} "):
+        gguf_vocab.read_vocabulary(tmp_path, 512)
 
 
 def test_pieces_as_sentencepiece_reads_them(assets: Path) -> None:
