@@ -187,6 +187,15 @@ def test_gguf_of_each_architecture(name: str, tiny_model: Path, tmp_path: Path) 
 
 @needs_gguf
 @needs_llama
+def test_gguf_of_gemma_3_as_its_config_was_before_transformers_5(tiny_model: Path, tmp_path: Path) -> None:
+    base = with_tokenizer(stock.make_base("gemma3", tmp_path / "base", vocab_size=320), tiny_model)
+    edit_config(base, rope_parameters=None, rope_theta=300.0, rope_local_base_freq=50.0)
+    done = export("gguf", Source("x", open_model(base), None), tmp_path / "out.gguf", Settings(kind="f32"))
+    assert done.agreements[0].nats < 1e-6
+
+
+@needs_gguf
+@needs_llama
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_k_m"])
 def test_gguf_types(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320, hidden_size=256), tiny_model)
@@ -381,6 +390,13 @@ def test_compare_finds_noise_and_nonsense() -> None:
             verification.compare([sample], lambda ids, wrong=wrong: wrong, ("a", "b"), "q4_k_m")  # type: ignore[misc]
 
 
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of config.json; None takes one out."""
+    path = folder / "config.json"
+    tree = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
 def edit_tokenizer(folder: Path, **changes: Any) -> None:
     path = folder / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -466,13 +482,25 @@ def test_pieces_as_sentencepiece_reads_them(assets: Path) -> None:
     ]
 
 
+GEMMA2 = {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 64}
+
+
 @pytest.mark.parametrize(
     ("config", "word"),
     [
         ({"model_type": "bert"}, "model_type bert"),
         ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"model_type": "gemma2", "query_pre_attn_scalar": 144}, "query_pre_attn_scalar"),
+        ({**GEMMA2, "query_pre_attn_scalar": 144}, "query_pre_attn_scalar"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 128}, "sliding_window: 64"),
+        ({**GEMMA2, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({**GEMMA2, "attn_logit_softcapping": None}, "attn_logit_softcapping: None"),
+        ({**GEMMA2, "sliding_window": None}, "sliding_window: None"),
+        ({"model_type": "llama", "rope_scaling": "x"}, "rope_scaling: 'x'"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor: None"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads: 0"),
+        ({"model_type": "llama", "hidden_size": None}, "hidden_size: None"),
+        ({"model_type": "llama", "rms_norm_eps": "x"}, "rms_norm_eps: 'x'"),
     ],
 )
 def test_models_that_would_be_others_in_llama_cpp(config: dict[str, Any], word: str) -> None:
@@ -530,6 +558,129 @@ def test_broken_tokenizer(tiny_model: Path, tmp_path: Path, call: Callable[..., 
     for extra in ([], ["--no-verify"]):
         code, _, err = call("export", "hf", base, "out", *extra)
         assert code == 2 and "tokenizer.json: not a tokenizer" in err, err
+
+
+def no_engine(*arguments: object) -> None:
+    raise AssertionError("an engine was asked")
+
+
+@pytest.mark.parametrize("extra", [[], ["--no-verify"]])
+@pytest.mark.parametrize("header", [b"[]", b'{"a": []}'])
+def test_broken_weights(
+    header: bytes, extra: list[str], tiny_model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    code, _, err = call("export", "hf", base, "out", *extra)
+    assert code == 4 and "not a whole safetensors file" in err and "Fetch it again" in err, err
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "hidden_size: missing": {"hidden_size": None},
+    "num_attention_heads: 0": {"num_attention_heads": 0},
+    "num_key_value_heads: 0": {"num_key_value_heads": 0},
+    "vocab_size: 640, but model.embed_tokens.weight has 320 rows": {"vocab_size": 640},
+    "hidden_size: 4096, but model.embed_tokens.weight has 32 columns": {"hidden_size": 4096},
+    "num_hidden_layers: 3, but the weights are of 2": {"num_hidden_layers": 3},
+    "model_type: missing": {"model_type": None},
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+@pytest.mark.parametrize("target", ["hf", "mlx", "gguf"])
+def test_a_config_that_is_not_of_the_weights(
+    target: str,
+    message: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
+    """An engine would build the model of the config, defaults and all."""
+    monkeypatch.setattr(verification, "make_samples", no_engine)
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    edit_config(base, **BROKEN[message])
+    code, _, err = call("export", target, base, "out")
+    assert code == 4 and message in err and "fetch it again" in err, err
+
+
+def test_a_config_of_a_model_type_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.setattr(verification, "make_samples", no_engine)
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    for kind, missing in (("llama", "num_hidden_layers"), ("gpt_neox", "vocab_size")):
+        (base / "config.json").write_text(json.dumps({"model_type": kind}))
+        code, _, err = call("export", "hf", base, "out")
+        assert code == 4 and f"{missing}: missing" in err, err
+
+
+@needs_gguf
+def test_heads_that_do_not_fit_the_weights(
+    tiny_model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    edit_config(base, num_attention_heads=3)
+    code, _, err = call("export", "gguf", base, "out", "--no-verify")
+    assert code == 4 and "q_proj.weight has 32 rows" in err and "num_attention_heads" in err, err
+
+
+@pytest.mark.parametrize("extra", [[], ["--no-verify"]])
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(
+    extra: list[str], tiny_model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=64), tiny_model)
+    code, _, err = call("export", "hf", base, "out", *extra)
+    assert code == 4 and "the embedding has 64 rows" in err and "resize_token_embeddings" in err, err
+
+
+def test_an_added_token_that_no_text_gives_may_lie_beyond_the_embedding(tiny_model: Path, tmp_path: Path) -> None:
+    """Gemma 3's text models have an image token behind the last row."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    added = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
+    edit_tokenizer(base, added_tokens=[*added, {**added[-1], "id": 320, "content": "<image>"}])
+    done = export("hf", Source("x", open_model(base), None), tmp_path / "out", Settings())
+    assert len(done.agreements) == 2
+
+
+@pytest.mark.parametrize(("target", "verify"), [("hf", True), ("mlx", True), ("mlx", False)])
+def test_a_sliding_window_that_mlx_lm_lacks_is_named(
+    target: str, verify: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = with_tokenizer(
+        stock.make_base("mistral", tmp_path / "base", vocab_size=320, sliding_window=256, max_position_embeddings=512),
+        tiny_model,
+    )
+    source = Source("x", open_model(base), None)
+    done = export(target, source, tmp_path / "out", Settings(verify=verify))
+    assert "beyond 256 tokens: mlx-lm has no sliding window for mistral" in done.unverified
+    assert "not verified: beyond 256 tokens" in hub.card(done, source)
+
+
+def test_glm_is_not_for_mlx_lm(tiny_model: Path, tmp_path: Path) -> None:
+    """mlx-lm rotates the whole head; transformers, which `export hf` is for, is not held up by that."""
+    stock_base = stock.make_base("glm", tmp_path / "base", vocab_size=320)
+    source = Source("x", open_model(with_tokenizer(stock_base, tiny_model)), None)
+    with pytest.raises(RecipeError, match="rotates the whole head"):
+        export("mlx", source, tmp_path / "mlx", Settings(verify=False))
+    done = export("hf", source, tmp_path / "hf", Settings())
+    assert len(done.agreements) == 1 and any("rotates the whole head" in text for text in done.unverified)
+
+
+def test_a_type_that_was_not_compared_is_named_until_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    base = with_tokenizer(stock.make_base("ernie", tmp_path / "base", vocab_size=320), tiny_model)
+    source = Source("x", open_model(base), None)
+    done = export("hf", source, tmp_path / "hf", Settings(verify=False))
+    assert any("ernie4_5" in note and "was not compared" in note for note in done.notes)
+    done = export("hf", source, tmp_path / "asked", Settings())
+    assert len(done.agreements) == 2 and not any("was not compared" in note for note in done.notes)
+
+
+def test_quantizing_nothing_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    with pytest.raises(RecipeError, match="nothing would be quantized"):
+        export("mlx", Source("x", open_model(base), None), tmp_path / "out", Settings(quantize="4bit"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_drift_is_exit_5_and_keeps_nothing(
