@@ -58,9 +58,11 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     tree = _read_tree(folder)
     model = tree["model"]
     _refuse_normalizer(tree, folder)
-    added = {int(token["id"]): token for token in tree.get("added_tokens", [])}
     vocab = model_vocab(model, folder)
-    tokens = [f"[PAD{i}]" for i in range(max(size, 1 + max([*vocab.values(), *added])))]
+    size = max(size, 1 + max(vocab.values(), default=-1))
+    # Gemma 3's text models have an image token behind the last row, where llama.cpp wants a row for each token.
+    added = {int(token["id"]): token for token in tree.get("added_tokens", []) if int(token["id"]) < size}
+    tokens = [f"[PAD{i}]" for i in range(size)]
     types = [UNUSED] * len(tokens)
     for token, index in vocab.items():
         tokens[index], types[index] = token, NORMAL

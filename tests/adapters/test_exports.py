@@ -634,13 +634,16 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(
     assert code == 4 and "the embedding has 64 rows" in err and "resize_token_embeddings" in err, err
 
 
+@needs_gguf
+@needs_llama
 def test_an_added_token_that_no_text_gives_may_lie_beyond_the_embedding(tiny_model: Path, tmp_path: Path) -> None:
     """Gemma 3's text models have an image token behind the last row."""
     base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
     added = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
     edit_tokenizer(base, added_tokens=[*added, {**added[-1], "id": 320, "content": "<image>"}])
-    done = export("hf", Source("x", open_model(base), None), tmp_path / "out", Settings())
-    assert len(done.agreements) == 2
+    source = Source("x", open_model(base), None)
+    assert len(export("hf", source, tmp_path / "out", Settings()).agreements) == 2
+    assert len(export("gguf", source, tmp_path / "out.gguf", Settings(kind="f32")).agreements) == 1
 
 
 @pytest.mark.parametrize(("target", "verify"), [("hf", True), ("mlx", True), ("mlx", False)])
