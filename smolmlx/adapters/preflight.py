@@ -83,7 +83,7 @@ def _shape_problems(prepared: Prepared) -> list[str]:
 def _embedding(prepared: Prepared) -> tuple[str, tuple[int, ...]] | None:
     """Return name and shape of the input embedding, where it has a name known here."""
     for name, made in prepared.tensors.items():
-        if name.split(".", 1)[-1].endswith(_EMBEDDINGS) and len(made.shape) == 2:
+        if name.endswith(_EMBEDDINGS) and len(made.shape) == 2:
             return name, made.shape
     return None
 
