@@ -3,7 +3,9 @@
     python benchmarks/convert.py                    # 160 MB adapter; Qwen2.5-1.5B's shape, 3 GB of disk twice
     python benchmarks/convert.py --layers 4         # a smaller merge
 
-Weights are random. Each measurement is a process of its own; memory is its peak, mapped file pages included.
+Weights are random. Each measurement is a process of its own; memory is its peak, mapped file pages included. Two limits
+are judged, a line each: converting runs at half the speed of the copy or faster, and a merge takes less memory than the
+model's size and 1 GB. The exit code is 1 where one is missed.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +37,10 @@ SHAPE = {  # Qwen2.5-1.5B without its biases
     "model_type": "llama", "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
+
+
+SHARE_OF_COPY = 0.5
+SPARE_BYTES = 1_000_000_000
 
 
 def noise(shape: tuple[int, ...], dtype: str) -> Made:
@@ -106,6 +113,20 @@ def apart(job: str, source: Path, out: Path, base: Path) -> dict[str, float]:
     return found
 
 
+def judge(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+    """Return each limit in words, with what was measured, and whether it is kept."""
+    found = {row["job"]: row for row in rows}
+    verdicts = []
+    for kind in ("plain", "patterns"):
+        share = found[f"convert, {kind}"]["bytes_per_second"] / found[f"copy, {kind}"]["bytes_per_second"]
+        words = f"convert, {kind}: at least {SHARE_OF_COPY:.0%} of the copy's speed: {share:.0%}"
+        verdicts.append((words, share >= SHARE_OF_COPY))
+    merged = found["merge"]
+    limit = merged["bytes"] + SPARE_BYTES
+    words = f"merge: memory below the model's size and 1 GB, {limit / 1e6:.0f} MB: {merged['peak_bytes'] / 1e6:.0f} MB"
+    return [*verdicts, (words, merged["peak_bytes"] < limit)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28)
@@ -144,11 +165,16 @@ def main() -> None:
             f"{row['job']:<20}{row['bytes'] / 1e6:>8.0f}{row['seconds']:>10.2f}{row['cpu_seconds']:>8.2f}"
             f"{row['bytes_per_second'] / 1e6:>8.0f}{row['peak_bytes'] / 1e6:>10.0f}"
         )
+    verdicts = judge(rows)
+    for words, kept in verdicts:
+        print(f"{'yes' if kept else 'no ':<5}{words}")
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     record = {"command": sys.argv, "machine": platform.platform(), "cpus": os.cpu_count(), "rank": rank, "rows": rows}
+    record["limits"] = [{"limit": words, "kept": kept} for words, kept in verdicts]
     (results / f"convert-{stamp}.json").write_text(json.dumps(record, indent=1) + "\n")
+    sys.exit(0 if all(kept for _, kept in verdicts) else 1)
 
 
 if __name__ == "__main__":

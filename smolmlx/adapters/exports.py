@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from smolmlx import backend as backends
 from smolmlx.adapters import adapter as adapters
-from smolmlx.adapters import awq, gguf_model, verification
+from smolmlx.adapters import awq, gguf_model, gguf_vocab, hf_config, preflight, verification
 from smolmlx.adapters.adapter import ADAPTER_SIDE_FILES, CONFIG, PEFT_WEIGHTS
 from smolmlx.adapters.convert import convert, copy_side_files, refuse_used
 from smolmlx.adapters.merge import ERASED, Merged, merge, prepare
@@ -126,6 +127,7 @@ def export(target: str, source: Source, out: Path, how: Settings, say: Say = lam
     elif how.calibration is not None:
         raise RecipeError("--calibration has no effect without --quantize awq. Leave it out, or pass both.")
     done = Export(target, out)
+    _preflight(target, source, how, done)
     samples, reference = _reference(source, how, done, say)
     check = _check_gguf if target == "gguf" else _check_folders
 
@@ -150,7 +152,31 @@ def export(target: str, source: Source, out: Path, how: Settings, say: Say = lam
             say("loading it where it will be used")
             check(source, place, done, samples, reference)
             done.unverified += _unseen(done)
+    if target in ("hf", "mlx") and not _compared(source, done):
+        done.notes.append(hf_config.uncompared(source.base.config))
     return done
+
+
+def _preflight(target: str, source: Source, how: Settings, done: Export) -> None:
+    """Refuse a broken base, and what the target would compute otherwise, before an engine is asked."""
+    prepared = prepare(source.base, source.terms, dtype="float32" if target == "gguf" else how.dtype, untie=how.untie)
+    preflight.check_source(prepared, source.base.folder)
+    if target == "gguf":
+        gguf_model.check(prepared)
+    difference = hf_config.mlx_difference(prepared.config)
+    if target == "mlx" and difference:
+        raise RecipeError(f"{difference}. Use `export hf` with transformers.")
+    window = hf_config.ignored_window(prepared.config)
+    if target in ("hf", "mlx") and window is not None:
+        kind = prepared.config["model_type"]
+        done.unverified.append(f"beyond {window} tokens: mlx-lm has no sliding window for {kind}")
+
+
+def _compared(source: Source, done: Export) -> bool:
+    """Whether transformers and mlx-lm are known to read the same model, by the tests or by what was asked now."""
+    asked = " ".join(f"{found.consumer} {found.reference}" for found in done.agreements)
+    both = "transformers" in asked and "mlx-lm" in asked
+    return both or source.base.config.get("model_type") in hf_config.COMPARED
 
 
 def _unseen(done: Export) -> list[str]:
@@ -258,15 +284,17 @@ def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Expo
             )
         shutil.copytree(Path(folder) / "mlx", place, dirs_exist_ok=True)
         copy_side_files(merged.folder, place)
-    _sharpen_quantized_config(place, done)
+    _check_quantized(place, how.quantize)
     done.precision = how.quantize
 
 
-def _sharpen_quantized_config(place: Path, done: Export) -> None:
-    """Remove mlx-lm's own card and say where nothing was quantized."""
+def _check_quantized(place: Path, quantize: str) -> None:
+    """Remove mlx-lm's own card, and refuse what is called quantized and is not."""
     (place / "README.md").unlink(missing_ok=True)
     if not any(name.endswith(".scales") for name in open_model(place).shapes):
-        done.notes.append("no layer is a multiple of 64 wide, so nothing was quantized")
+        raise RecipeError(
+            f"--quantize {quantize}: no layer is a multiple of 64 wide, so nothing would be quantized. Leave it out."
+        )
 
 
 def _write_vllm(source: Source, place: Path, out: Path, how: Settings, done: Export, judge: Judge) -> None:
@@ -349,6 +377,7 @@ def _write_gguf(source: Source, place: Path, how: Settings, done: Export, judge:
             done.notes.append(f"quantized by {gguf_model.quantize(Path(folder) / 'f32.gguf', place, kind)}")
     done.precision = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
     done.notes += prepared.notes
+    done.notes += [gguf_vocab.NFC_NOTE] if gguf_vocab.normalizes(prepared.tokenizer) else []
     path = done.path if done.path.suffix == ".gguf" else done.path / place.name
     done.commands.append(f"llama-cli -m {path}")
 
@@ -368,6 +397,10 @@ def _check_folders(source: Source, place: Path, done: Export, samples: Sequence[
             done.unverified.append(f"{program}: not installed")
             continue
         if not samples:
+            continue
+        difference = hf_config.mlx_difference(source.base.config)
+        if engine == "mlx" and difference:
+            done.unverified.append(f"mlx-lm, which computes another model from it: {difference}")
             continue
         try:
             done.agreements.append(verification.check_folder(engine, folder, samples, reference, done.precision))
@@ -415,16 +448,20 @@ def _check_gguf(source: Source, place: Path, done: Export, samples: Sequence[Sam
     )  # fmt: skip
     try:
         tokenizer = Tokenizer(_tokenizer_folder(source))
-        count = verification.compare_ids(
-            tokenizer, lambda text: llama.tokenize(text.encode(), add_bos=False, special=True), name
-        )
+        composed = gguf_vocab.normalizes(tokenizer.folder)  # llama.cpp does not, and the export says so
+
+        def cut(text: str) -> list[int]:
+            text = unicodedata.normalize("NFC", text) if composed else text
+            return list(llama.tokenize(text.encode(), add_bos=False, special=True))
+
+        count = verification.compare_ids(tokenizer, cut, name)
         around, own = list(llama.tokenize(b"a", add_bos=True, special=True)), tokenizer.encode("a", special=True)
         if around != own:
             raise VerificationError(
                 f"{name} makes {around} of 'a' where the tokenizer, which adds BOS and EOS by itself, makes {own}."
                 " The export was not kept; --no-verify keeps it."
             )
-        done.notes.append(f"the same ids from llama.cpp on {count} hard texts")
+        done.notes.append(f"the same ids from llama.cpp on {count} hard texts{' in NFC' if composed else ''}")
 
         def logits(ids: Sequence[int]) -> Any:
             llama.reset()

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smolmlx.adapters.gguf_vocab import adds_special, read_vocabulary
+from smolmlx.adapters.hf_config import sliding_window
 from smolmlx.adapters.merge import Prepared
-from smolmlx.adapters.tensors import Floats, to_floats
+from smolmlx.adapters.preflight import is_count
+from smolmlx.adapters.tensors import Floats, is_number, to_floats
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import BackendError, RecipeError, RunError
+from smolmlx.errors import BackendError, DataError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -108,6 +110,23 @@ def import_gguf() -> Any:
     return gguf
 
 
+def check(prepared: Prepared) -> None:
+    """Refuse what cannot be written, before anything heavy; see `write_gguf`."""
+    import_gguf()
+    find_architecture(prepared.config)
+    read_vocabulary(prepared.tokenizer, int(prepared.config["vocab_size"]))
+    head = _head_size(prepared.config)
+    heads = int(prepared.config["num_attention_heads"])
+    counts = {"q_proj": heads, "k_proj": int(prepared.config.get("num_key_value_heads") or heads)}
+    for name, made in prepared.tensors.items():
+        count = counts.get(name.split(".")[-2] if "." in name else "")
+        if count is not None and made.shape[0] != count * head:
+            raise DataError(
+                f"{name} has {made.shape[0]} rows, where num_attention_heads, num_key_value_heads and head_dim of config.json"
+                f" give {count} heads of {head}. Fetch the base again."
+            )
+
+
 def find_architecture(config: Mapping[str, Any]) -> Architecture:
     """Return how llama.cpp stores this model.
 
@@ -120,7 +139,9 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
         raise RecipeError(
             f"model_type {kind}: GGUF is written for {', '.join(ARCHITECTURES)}. Use llama.cpp's converter on `export hf`."
         )
-    problems = []
+    problems = _number_problems(config)
+    if problems:
+        raise RecipeError("this config cannot be written as GGUF", problems)
     head = _head_size(config)
     if kind in ("gemma2", "gemma3_text") and float(config.get("query_pre_attn_scalar", head)) != head:
         problems.append(
@@ -136,12 +157,59 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
         problems.append("no_rope_layers: llama.cpp leaves out positions in every fourth layer.")
     if kind in ("qwen2", "qwen3", "smollm3") and config.get("use_sliding_window"):
         problems.append("use_sliding_window: llama.cpp attends in full here.")
+    if kind == "mistral" and sliding_window(config) is not None:
+        problems.append(f"sliding_window: {config['sliding_window']}: llama.cpp attends in full here.")
+    if kind == "gemma2" and any(
+        (layer == "full_attention") != (i % 2 == 1) for i, layer in enumerate(config.get("layer_types") or [])
+    ):
+        problems.append("layer_types: llama.cpp expects every second layer to attend in full.")
     scaling = _rope_scaling(config)
     if scaling.get("rope_type", "default") not in ("default", "linear", "llama3"):
         problems.append(f"rope_scaling: {scaling['rope_type']!r}; default, linear and llama3 are written.")
     if problems:
         raise RecipeError("this model would be another one in llama.cpp", problems)
     return found
+
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _number_problems(config: Mapping[str, Any]) -> list[str]:
+    """Say which values are not the numbers that the header of a GGUF needs."""
+    kind, problems = config.get("model_type"), []
+    counts, numbers = ["hidden_size", "num_attention_heads"], []
+    if kind in ("gemma2", "gemma3_text"):
+        counts.append("sliding_window")
+    if kind == "gemma2":  # without a number llama.cpp does not go uncapped, it takes its default
+        numbers += ["attn_logit_softcapping", "final_logit_softcapping"]
+    tables: dict[str, Any] = {name: config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name)}
+    problems += [
+        f"{name}: {table!r}; expected a table." for name, table in tables.items() if not isinstance(table, dict)
+    ]
+    if not problems:
+        scaling = _rope_scaling(config)
+        wanted = {"linear": _LLAMA3[:1], "llama3": _LLAMA3}.get(str(scaling["rope_type"]), ())
+        found = [(f"rope_scaling.{key}", scaling.get(key)) for key in wanted]
+        problems += [f"{key}: {value!r}; expected a number above 0." for key, value in found if not _is_positive(value)]
+    optional = (
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_local_base_freq",
+        "query_pre_attn_scalar",
+        "max_position_embeddings",
+    )
+    numbers += [key for key in optional if config.get(key) is not None]
+    for key in numbers:
+        if not _is_positive(config.get(key)):
+            problems.append(f"{key}: {config.get(key)!r}; expected a number above 0.")
+    for key in counts:
+        if not is_count(config.get(key)):
+            problems.append(f"{key}: {config.get(key)!r}; expected a whole number above 0.")
+    return problems
+
+
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,8 +222,10 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
 def _theta(config: Mapping[str, Any], layer: str = "full_attention") -> float:
     rope = config.get("rope_parameters") or {}
     inner = rope.get(layer)
-    if isinstance(inner, dict):
+    if isinstance(inner, dict) and "rope_theta" in inner:
         return float(inner["rope_theta"])
+    if layer == "sliding_attention" and config.get("rope_local_base_freq"):  # Gemma 3 before transformers 5
+        return float(config["rope_local_base_freq"])
     return float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
 
 

@@ -30,6 +30,7 @@ def card(done: Export, source: Source) -> str:
         f"* {a.consumer} against {a.reference}: {a.nats:.2g} nats per token, {a.greedy:.1%} of {a.num_tokens} greedy tokens"
         for a in done.agreements
     ]
+    lines += [f"* {note}" for note in done.notes]
     lines += [f"* not verified: {text}" for text in done.unverified]
     return "\n".join([*lines, ""])
 

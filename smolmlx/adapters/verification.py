@@ -43,6 +43,7 @@ HARD_TEXTS = (
     "naïve café – “quotes” … don't can't I'LL we've",
     "https://example.org/a_b?c=%20&d=é#x <b>&amp;</b>",
     "ﬁ Ⅷ ½ é",
+    "Cafe\u0301 nai\u0308ve A\u030angstro\u0308m \u0438\u0306",
 )
 _NUM_TOKENS = 64
 Consumer = Callable[[Sequence[int]], FloatArray]
@@ -169,20 +170,25 @@ def compare_ids(tokenizer: Tokenizer, encode: Callable[[str], Sequence[int]], na
     return len(HARD_TEXTS)
 
 
-def make_samples(engine: str, base: BaseModel, adapter: Path | None, tokenizer: Tokenizer) -> list[Sample]:
-    """Ask the reference: base and adapter (in PEFT's form), loaded apart by an engine, in float32."""
+def prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the ids of what the reference is asked."""
     texts = [*PROMPTS]
     if tokenizer.template_text is not None:
         texts.append(tokenizer.prompt(({"role": "user", "content": PROMPTS[2]},)))
-    prompts = [ids for ids in (tokenizer.encode(text)[:256] for text in texts) if ids]
+    return [ids for ids in (tokenizer.encode(text)[:256] for text in texts) if ids]
+
+
+def make_samples(engine: str, base: BaseModel, adapter: Path | None, tokenizer: Tokenizer) -> list[Sample]:
+    """Ask the reference: base and adapter (in PEFT's form), loaded apart by an engine, in float32."""
+    asked = prompts(tokenizer)
     with loaded(engine, base, adapter, tokenizer) as generator:
-        answers = {c.index: c.ids for c in generator.generate(prompts, Decoding(max_tokens=_NUM_TOKENS))}
-        whole = [(*prompt, *answers[index]) for index, prompt in enumerate(prompts)]
+        answers = {c.index: c.ids for c in generator.generate(asked, Decoding(max_tokens=_NUM_TOKENS))}
+        whole = [(*prompt, *answers[index]) for index, prompt in enumerate(asked)]
         tuned = [generator.logits(ids) for ids in whole]
         if adapter is not None:
             generator.use_adapter(None)
         bare = [generator.logits(ids) if adapter else None for ids in whole]
-        return [Sample(ids, len(prompts[i]), tuned[i], bare[i]) for i, ids in enumerate(whole)]
+        return [Sample(ids, len(asked[i]), tuned[i], bare[i]) for i, ids in enumerate(whole)]
 
 
 @contextlib.contextmanager

@@ -137,6 +137,7 @@ def merge(
     """Write the base with ADAPTERS folded in as a plain model folder OUT."""
     from smolmlx import console
     from smolmlx.adapters.adapter import find_folder, named_base
+    from smolmlx.adapters.hf_config import limits
     from smolmlx.adapters.merge import ERASED
     from smolmlx.adapters.merge import merge as run
 
@@ -148,6 +149,7 @@ def merge(
         done = run(
             base, list(zip(folders, weights or (1.0,) * len(folders), strict=True)), Path(out), dtype=dtype, untie=untie
         )
+    done.notes += limits(base.config)
     for note in done.notes:
         console.note(note)
     if done.erased:

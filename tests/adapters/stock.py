@@ -52,6 +52,15 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"tie_word_embeddings": False, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4,
          "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
+    "gpt_neox": (
+        "gpt_neox",  # mlx-lm's GELU is the tanh one, and its inner width four times the outer
+        {"hidden_act": "gelu_pytorch_tanh", "intermediate_size": 128,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "lfm2": ("lfm2", {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}),
+    "exaone4": ("exaone4", {"num_hidden_layers": 4, "head_dim": 8, "sliding_window": 4}),
+    "glm": ("glm", {"head_dim": 8}),
+    "ernie": ("ernie4_5", {"head_dim": 8}),
 }  # fmt: skip
 
 

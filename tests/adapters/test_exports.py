@@ -17,7 +17,7 @@ import stock
 from safetensors.numpy import load_file
 
 from smolmlx.adapters import adapter as adapters
-from smolmlx.adapters import gguf_model, gguf_vocab, verification
+from smolmlx.adapters import gguf_model, gguf_vocab, hub, verification
 from smolmlx.adapters.exports import Settings, Source, export
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RecipeError, VerificationError
@@ -187,6 +187,15 @@ def test_gguf_of_each_architecture(name: str, tiny_model: Path, tmp_path: Path) 
 
 @needs_gguf
 @needs_llama
+def test_gguf_of_gemma_3_as_its_config_was_before_transformers_5(tiny_model: Path, tmp_path: Path) -> None:
+    base = with_tokenizer(stock.make_base("gemma3", tmp_path / "base", vocab_size=320), tiny_model)
+    edit_config(base, rope_parameters=None, rope_theta=300.0, rope_local_base_freq=50.0)
+    done = export("gguf", Source("x", open_model(base), None), tmp_path / "out.gguf", Settings(kind="f32"))
+    assert done.agreements[0].nats < 1e-6
+
+
+@needs_gguf
+@needs_llama
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_k_m"])
 def test_gguf_types(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320, hidden_size=256), tiny_model)
@@ -243,6 +252,43 @@ def test_real_tokenizers_in_llama_cpp(name: str, assets: Path, tmp_path: Path) -
     )
     done = export("gguf", Source(name, open_model(base), None), tmp_path / "out.gguf", Settings(kind="f16"))
     assert any("same ids from llama.cpp" in note for note in done.notes) and done.agreements
+
+
+@needs_gguf
+@needs_llama
+def test_gguf_says_that_llama_cpp_does_not_normalize(tiny_model: Path, tmp_path: Path) -> None:
+    """With NFC in the tokenizer, a decomposed text is cut otherwise: in the output and on the card, checked or not."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    edit_tokenizer(base, normalizer={"type": "NFC"})
+    source = Source("x", open_model(base), None)
+    done = export("gguf", source, tmp_path / "out.gguf", Settings(kind="f32"))
+    assert gguf_vocab.NFC_NOTE in done.notes and gguf_vocab.NFC_NOTE in hub.card(done, source)
+    assert any("hard texts in NFC" in note for note in done.notes)
+    import llama_cpp
+
+    llama: Any = llama_cpp.Llama(str(tmp_path / "out.gguf"), vocab_only=True, verbose=False)
+    cut = {text: llama.tokenize(text.encode(), add_bos=False) for text in ("Café", "Cafe\u0301")}
+    llama.close()
+    ours = Tokenizer(base).encode("Cafe\u0301")
+    assert cut["Café"] == ours != cut["Cafe\u0301"]
+    unchecked = export("gguf", source, tmp_path / "other.gguf", Settings(kind="f32", verify=False))
+    assert gguf_vocab.NFC_NOTE in unchecked.notes
+    edit_tokenizer(base, normalizer=None)
+    done = export("gguf", source, tmp_path / "plain.gguf", Settings(kind="f32"))
+    assert gguf_vocab.NFC_NOTE not in done.notes
+
+
+@needs_gguf
+@needs_llama
+def test_a_normalizer_that_went_unseen_does_not_pass(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hard text is decomposed, so that llama.cpp's other ids show."""
+    monkeypatch.setattr(gguf_vocab, "normalizes", lambda folder: False)
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    edit_tokenizer(base, normalizer={"type": "NFC"})
+    with pytest.raises(VerificationError, match="cuts"):
+        export("gguf", Source("x", open_model(base), None), tmp_path / "out.gguf", Settings(kind="f32"))
 
 
 @needs_gguf
@@ -344,6 +390,13 @@ def test_compare_finds_noise_and_nonsense() -> None:
             verification.compare([sample], lambda ids, wrong=wrong: wrong, ("a", "b"), "q4_k_m")  # type: ignore[misc]
 
 
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of config.json; None takes one out."""
+    path = folder / "config.json"
+    tree = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
 def edit_tokenizer(folder: Path, **changes: Any) -> None:
     path = folder / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -364,6 +417,61 @@ def test_vocabularies_that_llama_cpp_would_cut_differently(tiny_model: Path, tmp
         gguf_vocab.read_vocabulary(folder, 320)
 
 
+@pytest.mark.parametrize("name", ["Lowercase", "NFKC"])
+def test_normalizers_that_llama_cpp_lacks_are_refused(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder = with_tokenizer(tmp_path, tiny_model)
+    edit_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": name}]})
+    with pytest.raises(RecipeError, match=f"normalizer {name}: llama.cpp does not normalize"):
+        gguf_vocab.read_vocabulary(folder, 320)
+    edit_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]})
+    assert gguf_vocab.read_vocabulary(folder, 320).model == "gpt2"
+
+
+SENTENCEPIECE = ("tokenizer.json", "tokenizer.model")
+
+
+def test_sentencepiece_models_that_llama_cpp_would_cut_differently(assets: Path, tmp_path: Path) -> None:
+    stories = assets / "models" / "stories260k"
+    for name in SENTENCEPIECE:
+        shutil.copyfile(stories / name, tmp_path / name)
+    assert gguf_vocab.read_vocabulary(tmp_path, 512).model == "llama"
+    tree = json.loads((stories / "tokenizer.json").read_text())
+    changes: dict[str, dict[str, Any]] = {
+        "a Unigram tokenizer": {"model": {"type": "Unigram", "vocab": [[t, 0.0] for t in tree["model"]["vocab"]]}},
+        "normalizer Precompiled": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+        "pre-tokenizer Whitespace": {"pre_tokenizer": {"type": "Whitespace"}},
+    }
+    for message, change in changes.items():
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**tree, **change}))
+        with pytest.raises(RecipeError, match=message):
+            gguf_vocab.read_vocabulary(tmp_path, 512)
+
+
+def test_a_tokenizer_model_of_unigram_is_refused(assets: Path, tmp_path: Path) -> None:
+    """Protobuf takes the last of two values, so a trainer_spec at the end says what the model is."""
+    stories = assets / "models" / "stories260k"
+    for number, name in ((1, "Unigram"), (3, "word")):
+        written = (stories / "tokenizer.model").read_bytes() + bytes([0x12, 2, 0x18, number])
+        (tmp_path / "tokenizer.model").write_bytes(written)
+        with pytest.raises(RecipeError, match=f"a {name} model"):
+            gguf_vocab.read_pieces(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["renamed", "longer", "shorter"])
+def test_a_stale_tokenizer_model_is_refused(change: str, assets: Path, tmp_path: Path) -> None:
+    stories = assets / "models" / "stories260k"
+    shutil.copyfile(stories / "tokenizer.model", tmp_path / "tokenizer.model")
+    tree = json.loads((stories / "tokenizer.json").read_text())
+    vocab = tree["model"]["vocab"]
+    last = max(vocab, key=lambda token: vocab[token])
+    index = vocab.pop(last) if change != "longer" else len(vocab)
+    if change != "shorter":
+        vocab["▁other"] = index
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(RecipeError, match=f"not of the same tokenizer as tokenizer.json: id {index} "):
+        gguf_vocab.read_vocabulary(tmp_path, 512)
+
+
 def test_pieces_as_sentencepiece_reads_them(assets: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed to compare with")
     folder = assets / "models" / "stories260k"
@@ -374,13 +482,25 @@ def test_pieces_as_sentencepiece_reads_them(assets: Path) -> None:
     ]
 
 
+GEMMA2 = {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 64}
+
+
 @pytest.mark.parametrize(
     ("config", "word"),
     [
         ({"model_type": "bert"}, "model_type bert"),
         ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"model_type": "gemma2", "query_pre_attn_scalar": 144}, "query_pre_attn_scalar"),
+        ({**GEMMA2, "query_pre_attn_scalar": 144}, "query_pre_attn_scalar"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 128}, "sliding_window: 64"),
+        ({**GEMMA2, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({**GEMMA2, "attn_logit_softcapping": None}, "attn_logit_softcapping: None"),
+        ({**GEMMA2, "sliding_window": None}, "sliding_window: None"),
+        ({"model_type": "llama", "rope_scaling": "x"}, "rope_scaling: 'x'"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor: None"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads: 0"),
+        ({"model_type": "llama", "hidden_size": None}, "hidden_size: None"),
+        ({"model_type": "llama", "rms_norm_eps": "x"}, "rms_norm_eps: 'x'"),
     ],
 )
 def test_models_that_would_be_others_in_llama_cpp(config: dict[str, Any], word: str) -> None:
@@ -438,6 +558,132 @@ def test_broken_tokenizer(tiny_model: Path, tmp_path: Path, call: Callable[..., 
     for extra in ([], ["--no-verify"]):
         code, _, err = call("export", "hf", base, "out", *extra)
         assert code == 2 and "tokenizer.json: not a tokenizer" in err, err
+
+
+def no_engine(*arguments: object) -> None:
+    raise AssertionError("an engine was asked")
+
+
+@pytest.mark.parametrize("extra", [[], ["--no-verify"]])
+@pytest.mark.parametrize("header", [b"[]", b'{"a": []}'])
+def test_broken_weights(
+    header: bytes, extra: list[str], tiny_model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    code, _, err = call("export", "hf", base, "out", *extra)
+    assert code == 4 and "not a whole safetensors file" in err and "Fetch it again" in err, err
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "hidden_size: missing": {"hidden_size": None},
+    "num_attention_heads: 0": {"num_attention_heads": 0},
+    "num_key_value_heads: 0": {"num_key_value_heads": 0},
+    "vocab_size: 640, but model.embed_tokens.weight has 320 rows": {"vocab_size": 640},
+    "hidden_size: 4096, but model.embed_tokens.weight has 32 columns": {"hidden_size": 4096},
+    "num_hidden_layers: 3, but the weights are of 2": {"num_hidden_layers": 3},
+    "model_type: missing": {"model_type": None},
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+@pytest.mark.parametrize("target", ["hf", "mlx", "gguf"])
+def test_a_config_that_is_not_of_the_weights(
+    target: str,
+    message: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
+    """An engine would build the model of the config, defaults and all."""
+    monkeypatch.setattr(verification, "make_samples", no_engine)
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    edit_config(base, **BROKEN[message])
+    code, _, err = call("export", target, base, "out")
+    assert code == 4 and message in err and "fetch it again" in err, err
+
+
+def test_a_config_of_a_model_type_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.setattr(verification, "make_samples", no_engine)
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    for kind, missing in (("llama", "num_hidden_layers"), ("gpt_neox", "vocab_size")):
+        (base / "config.json").write_text(json.dumps({"model_type": kind}))
+        code, _, err = call("export", "hf", base, "out")
+        assert code == 4 and f"{missing}: missing" in err, err
+
+
+@needs_gguf
+def test_heads_that_do_not_fit_the_weights(
+    tiny_model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    edit_config(base, num_attention_heads=3)
+    code, _, err = call("export", "gguf", base, "out", "--no-verify")
+    assert code == 4 and "q_proj.weight has 32 rows" in err and "num_attention_heads" in err, err
+
+
+@pytest.mark.parametrize("extra", [[], ["--no-verify"]])
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(
+    extra: list[str], tiny_model: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=64), tiny_model)
+    code, _, err = call("export", "hf", base, "out", *extra)
+    assert code == 4 and "the embedding has 64 rows" in err and "resize_token_embeddings" in err, err
+
+
+@needs_gguf
+@needs_llama
+def test_an_added_token_that_no_text_gives_may_lie_beyond_the_embedding(tiny_model: Path, tmp_path: Path) -> None:
+    """Gemma 3's text models have an image token behind the last row."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    added = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
+    edit_tokenizer(base, added_tokens=[*added, {**added[-1], "id": 320, "content": "<image>"}])
+    source = Source("x", open_model(base), None)
+    assert len(export("hf", source, tmp_path / "out", Settings()).agreements) == 2
+    assert len(export("gguf", source, tmp_path / "out.gguf", Settings(kind="f32")).agreements) == 1
+
+
+@pytest.mark.parametrize(("target", "verify"), [("hf", True), ("mlx", True), ("mlx", False)])
+def test_a_sliding_window_that_mlx_lm_lacks_is_named(
+    target: str, verify: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = with_tokenizer(
+        stock.make_base("mistral", tmp_path / "base", vocab_size=320, sliding_window=256, max_position_embeddings=512),
+        tiny_model,
+    )
+    source = Source("x", open_model(base), None)
+    done = export(target, source, tmp_path / "out", Settings(verify=verify))
+    assert "beyond 256 tokens: mlx-lm has no sliding window for mistral" in done.unverified
+    assert "not verified: beyond 256 tokens" in hub.card(done, source)
+
+
+def test_glm_is_not_for_mlx_lm(tiny_model: Path, tmp_path: Path) -> None:
+    """mlx-lm rotates the whole head; transformers, which `export hf` is for, is not held up by that."""
+    stock_base = stock.make_base("glm", tmp_path / "base", vocab_size=320)
+    source = Source("x", open_model(with_tokenizer(stock_base, tiny_model)), None)
+    with pytest.raises(RecipeError, match="rotates the whole head"):
+        export("mlx", source, tmp_path / "mlx", Settings(verify=False))
+    done = export("hf", source, tmp_path / "hf", Settings())
+    assert len(done.agreements) == 1 and any("rotates the whole head" in text for text in done.unverified)
+
+
+def test_a_type_that_was_not_compared_is_named_until_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    base = with_tokenizer(stock.make_base("ernie", tmp_path / "base", vocab_size=320), tiny_model)
+    source = Source("x", open_model(base), None)
+    done = export("hf", source, tmp_path / "hf", Settings(verify=False))
+    assert any("ernie4_5" in note and "was not compared" in note for note in done.notes)
+    done = export("hf", source, tmp_path / "asked", Settings())
+    assert len(done.agreements) == 2 and not any("was not compared" in note for note in done.notes)
+
+
+def test_quantizing_nothing_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
+    with pytest.raises(RecipeError, match="nothing would be quantized"):
+        export("mlx", Source("x", open_model(base), None), tmp_path / "out", Settings(quantize="4bit"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_drift_is_exit_5_and_keeps_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import lab as labs
 from smolmlx.adapters import adapter as adapters
+from smolmlx.adapters import hf_config
 from smolmlx.adapters.analysis import analyze, effective_rank
 from smolmlx.adapters.base import Weights, dequantize
 from smolmlx.adapters.merge import merge
@@ -133,6 +135,68 @@ def test_gemma_3_keeps_its_two_kinds_of_position(tmp_path: Path) -> None:
     wanted = stock.peft_logits(base, None)
     for logits in stock.LOGITS.values():
         np.testing.assert_allclose(logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+TRANSFORMERS_5: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox": ("gpt_neox", {}),
+    "lfm2": ("lfm2", {}),
+    "exaone4": ("exaone4", {}),
+    "exaone4, of no period": ("exaone4", {"layer_types": [FULL, SLIDING, SLIDING, FULL]}),
+    "exaone4, no window": ("exaone4", {"sliding_window": None, "sliding_window_pattern": None, "layer_types": [FULL] * 4}),
+    "cohere2, every second": ("cohere2", {"layer_types": [SLIDING, FULL] * 2, "sliding_window": 4}),
+    "cohere2, all in full": ("cohere2", {"layer_types": [FULL] * 4, "sliding_window": 4}),
+    "gemma3, every third": (
+        "gemma3-64", {"num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, FULL], "sliding_window": 4},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS_5)
+def test_both_libraries_read_the_configs_of_transformers_5(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers saves values under new names only; mlx-lm does not load then, or takes its defaults."""
+    name, settings = TRANSFORMERS_5[kind]
+    monkeypatch.setattr(stock, "readable", lambda config: config)  # as transformers saves it
+    base = stock.make_base(name, tmp_path / "base", **settings)
+    merge(open_model(base), [], tmp_path / "merged")
+    wanted = stock.peft_logits(base, None)
+    for logits in stock.LOGITS.values():
+        np.testing.assert_allclose(logits(tmp_path / "merged", None), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral", "qwen2", "gemma2", "starcoder2", "phi3", "cohere2", "exaone4", "gemma3-64"]
+)
+def test_a_window_that_mlx_lm_ignores_is_known(name: str, tmp_path: Path) -> None:
+    """With a window shorter than the prompt, logits differ exactly where a note says so."""
+    settings = {"use_sliding_window": True, "max_window_layers": 0} if name == "qwen2" else {}
+    base = stock.make_base(name, tmp_path / "base", sliding_window=4, **settings)
+    config = json.loads((base / "config.json").read_text())
+    off = float(np.abs(stock.peft_logits(base, None) - stock.mlx_logits(base, None)).max())
+    assert hf_config.ignored_window(config) == (4 if off > 1e-3 else None)
+    assert hf_config.ignored_window({**config, "max_position_embeddings": 4}) is None
+
+
+def test_what_mlx_lm_computes_otherwise_is_named(tmp_path: Path) -> None:
+    """No config makes both agree on these; a whole rotated head and a period do."""
+    for name, settings in (("glm", {}), ("cohere2", {"layer_types": [FULL, SLIDING] * 2, "sliding_window": 4})):
+        base = stock.make_base(name, tmp_path / name, **settings)
+        config = json.loads((base / "config.json").read_text())
+        assert np.abs(stock.peft_logits(base, None) - stock.mlx_logits(base, None)).max() > 0.05
+        assert hf_config.mlx_difference(config) and hf_config.mlx_difference(config) in hf_config.limits(config)
+    whole = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    base = stock.make_base("glm", tmp_path / "whole", rope_parameters=whole)
+    assert hf_config.mlx_difference(json.loads((base / "config.json").read_text())) is None
+    np.testing.assert_allclose(stock.peft_logits(base, None), stock.mlx_logits(base, None), atol=1e-4, rtol=0)
+
+
+def test_a_merge_names_a_type_that_was_not_compared(tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    base = stock.make_base("ernie", tmp_path / "base")
+    adapter = stock.train_peft(base, tmp_path / "adapter", target_modules=["q_proj"])
+    code, out, err = call("adapter", "merge", adapter, "out", "--model", base)
+    assert code == 0 and "ernie4_5" in out + err and "not compared" in " ".join((out + err).split()), err
 
 
 def test_erased_change_is_reported(bases: dict[str, Path], tmp_path: Path) -> None:
