@@ -43,7 +43,7 @@ def fold(words: Words, dtype: str, by: float) -> Words:
     if by == 1.0:
         return words
     with np.errstate(all="ignore"):
-        return from_floats(to_floats(np.ascontiguousarray(words), dtype) * np.float32(by), "F32")
+        return from_floats(to_floats(words, dtype) * np.float32(by), "F32")
 
 
 def unfold(words: Words, dtype: str, by: float) -> Words:
@@ -60,10 +60,9 @@ def difference(original: Words, folded: Words, dtype: str, by: float) -> Words |
     One bit a value for a step up, then one for a step down; where a step is longer (infinities, NaNs, values too small
     to divide), the bits that differ, compressed. The first byte says which.
     """
-    steps = np.ascontiguousarray(original).reshape(-1)
-    steps = np.subtract(steps, unfold(folded, dtype, by).reshape(-1))  # unsigned: one down is the largest word
+    steps = np.subtract(original, unfold(folded, dtype, by))  # unsigned: one down is the largest word
     up, down = steps == 1, steps == np.iinfo(steps.dtype).max
-    masks = np.packbits(up), np.packbits(down)
+    masks = np.packbits(up.reshape(-1)), np.packbits(down.reshape(-1))
     if np.count_nonzero(steps) == np.count_nonzero(up) + np.count_nonzero(down):
         return np.concatenate((_STEPS, *masks)) if masks[0].any() or masks[1].any() else None
     return np.concatenate((_BITS, np.frombuffer(zlib.compress(steps.tobytes(), 1), np.uint8)))
