@@ -17,7 +17,7 @@ import numpy as np
 
 from smolmlx.adapters import tensors
 from smolmlx.adapters.adapter import read
-from smolmlx.adapters.base import INDEX, Weights
+from smolmlx.adapters.base import Weights
 from smolmlx.adapters.convert import copy_side_files, refuse_used
 from smolmlx.adapters.delta import Changes, Term, find_changes, row_blocks
 from smolmlx.adapters.hf_config import readable
@@ -27,6 +27,7 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.models import BaseModel, check_base
 from smolmlx.rundir import publish
+from smolmlx.weight_files import INDEX
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES = {code: name for name, code in DTYPES.items()}
