@@ -22,7 +22,7 @@ _ASCII_ONLY_FROM = 1 << 20
 """Bytes of metadata beyond which other letters are refused: one of them makes Python's text four times as long."""
 # Possessive throughout, so that a match costs no memory per letter.
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
-_PAIR = re.compile(rb"\s*+(" + _STRING + rb")\s*+:\s*+(\{(?:[^{}\"]++|" + _STRING + rb")*+\})\s*+([,}])", re.DOTALL)
+_PAIR = re.compile(rb"\s*+(" + _STRING + rb")\s*+:\s*+(\{(?:[^{}\"]++|" + _STRING + rb")*+\}|null)\s*+([,}])", re.DOTALL)
 _NOTES = re.compile(
     rb"\{\s*+(?:" + _STRING + rb"\s*+:\s*+" + _STRING + rb"\s*+,?\s*+){0,%d}+\}" % _MAX_NOTES, re.DOTALL
 )
@@ -114,5 +114,7 @@ def _load(piece: bytes, place: int) -> Any:
 
 
 def _check_notes(piece: bytes) -> None:
+    if piece == b"null":  # so mlx writes it
+        return
     if not _NOTES.fullmatch(piece) or (len(piece) > _ASCII_ONLY_FROM and not piece.isascii()):
         raise ValueError("its metadata is not a table of texts")

@@ -74,7 +74,7 @@ class TensorFile:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         tree = _parse(path, self.header)
-        self.metadata: dict[str, str] = tree.pop("__metadata__", {})
+        self.metadata: dict[str, str] = tree.pop("__metadata__", None) or {}
         self.entries = {name: _entry(path, name, found) for name, found in tree.items()}
         _check_layout(path, self.entries, size - 8 - length)
         empty = size == 8 + length
