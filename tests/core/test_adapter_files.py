@@ -180,6 +180,9 @@ def test_refused(case: str, tmp_path: Path) -> None:
         (config(lora_parameters=None), "lora_parameters"),
         (config(lora_parameters={"rank": 4, "scale": 10**400}), "scale: expected a number"),
         (config(lora_parameters={"rank": 4, "scale": 2.0, "dropout": 10**400}), "dropout: expected a number"),
+        (config(num_layers="x"), "num_layers: expected a whole number .* found 'x'"),
+        (config(num_layers=None), "num_layers: expected a whole number"),
+        (config(num_layers=1), "layers.0.self_attn.q_proj: an extra module: num_layers is 1"),
         (config(fine_tune_type="dora"), "m is missing"),
         (config(fine_tune_type="lokr"), "none of mlx-lm's"),
     ],
@@ -189,6 +192,20 @@ def test_broken_mlx_adapters(change: Change, word: str, tmp_path: Path) -> None:
     change(folder)
     with pytest.raises((DataError, RecipeError), match=word):
         convert(folder, tmp_path / "out")
+
+
+def test_a_saved_tie_must_be_one(tmp_path: Path) -> None:
+    """PEFT saves the tied head beside an embedding of modules_to_save; which of two different ones it loads is chance."""
+    folder = make_peft(tmp_path / "adapter", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    saved = {
+        f"base_model.model.{name}.weight": np.ones((5, 8), np.float32) for name in ("model.embed_tokens", "lm_head")
+    }
+    edit(lambda t: t.update(saved))(folder)
+    assert set(adapters.read(folder).full) == {"model.embed_tokens.weight", "lm_head.weight"}
+    saved["base_model.model.lm_head.weight"][2] += 1
+    edit(lambda t: t.update(saved))(folder)
+    with pytest.raises(DataError, match=r"lm_head.weight: not in modules_to_save, and not the saved embedding"):
+        adapters.read(folder)
 
 
 def test_a_base_whose_name_is_no_path(tmp_path: Path) -> None:
