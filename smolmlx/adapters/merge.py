@@ -186,7 +186,7 @@ def _breaks_tie(changes: Changes, weights: Weights, untie: bool) -> bool:
     if not untie:
         raise RecipeError(
             "this adapter changes head and embedding differently, and the base ties them, so no tied model equals it."
-            " Pass --untie to write both, or train with ensure_weight_tying."
+            " Pass --untie to write both, or train with ensure_weight_tying and no rank_pattern or alpha_pattern on the embedding."
         )
     return True
 

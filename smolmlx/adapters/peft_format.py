@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smolmlx.adapters.adapter import Adapter, Module
+from smolmlx.adapters.mlx_format import EMBEDDING
 from smolmlx.adapters.tensors import FLOATS, TensorFile, is_number
 from smolmlx.errors import DataError, RecipeError
 
@@ -41,6 +44,7 @@ _REFUSED = {
     "use_qalora": "QALoRA pools its inputs before A",
 }
 _MAX_RANK = 1 << 31
+_HEAD = "lm_head"
 _OWN_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 
 
@@ -52,7 +56,10 @@ def read(folder: Path, config: Mapping[str, Any], file: TensorFile) -> Adapter:
     grouped, full, copies, problems = _group(file, config)
     modules = []
     for path, leaves in sorted(grouped.items()):
-        module, problem = _module(path, leaves, config, file)
+        ranked = path
+        if path == _HEAD and config.get("ensure_weight_tying"):  # PEFT makes the head of the embedding's factors
+            ranked = next((name for name in grouped if "ea" in grouped[name]), path)
+        module, problem = _module(path, leaves, config, file, ranked)
         if module:
             modules.append(module)
         problems += problem
@@ -172,15 +179,20 @@ def _group(file: TensorFile, config: Mapping[str, Any]) -> tuple[Grouped, dict[s
             grouped[bare.removesuffix(leaf)][_LEAVES[leaf]] = name
         elif bare.endswith(".base_layer.weight"):
             copies[bare.replace(".base_layer.weight", ".weight")] = name
-        elif _saved_whole(bare, saved):
+        elif _saved_whole(bare, saved) or (bare == f"{_HEAD}.weight" and config.get("ensure_weight_tying")):
             full[bare] = name
         else:
             problems.append(f"{name}: an extra tensor: neither LoRA nor in modules_to_save.")
+    head = full.get(f"{_HEAD}.weight")
+    if head and not _saved_whole(f"{_HEAD}.weight", saved):  # PEFT saves the other side of a tie by itself
+        embedding = next((full[name] for name in full if EMBEDDING.search(name.removesuffix(".weight"))), None)
+        if embedding is None or not np.array_equal(file.words(embedding), file.words(head)):
+            problems.append(f"{head}: not in modules_to_save, and not the saved embedding as ensure_weight_tying says.")
     return grouped, full, copies, problems
 
 
 def _module(
-    path: str, leaves: Mapping[str, str], config: Mapping[str, Any], file: TensorFile
+    path: str, leaves: Mapping[str, str], config: Mapping[str, Any], file: TensorFile, ranked: str
 ) -> tuple[Module | None, list[str]]:
     embedding = "ea" in leaves or "eb" in leaves
     a, b = (leaves.get("ea"), leaves.get("eb")) if embedding else (leaves.get("a"), leaves.get("b"))
@@ -193,10 +205,12 @@ def _module(
             return None, [
                 f"{path}: adapts a parameter that target_parameters does not name as one of {', '.join(EXPERT_PARAMETERS)}."
             ]
-        real, kind = parameter, "experts"
+        real, ranked, kind = parameter, parameter, "experts"
     rank = pattern_value(config.get("rank_pattern") or {}, real, config.get("r", 8))
     alpha = pattern_value(config.get("alpha_pattern") or {}, real, config.get("lora_alpha", 8))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if ranked != real and file.entries[a].shape[:1] != (rank,):  # its scale does not follow
+        rank = pattern_value(config.get("rank_pattern") or {}, ranked, config.get("r", 8))
     module = Module(real, kind, rank, scale, a, b, leaves.get("m"))
     return module, _bad_shapes(module, file)
 
@@ -238,7 +252,7 @@ def _unmatched(modules: Iterable[Module], config: Mapping[str, Any]) -> list[str
     problems = []
     for module in modules:
         path = module.path
-        if path == "lm_head" and config.get("ensure_weight_tying"):
+        if path == _HEAD and config.get("ensure_weight_tying"):
             continue  # PEFT adds the tied head by itself
         if module.kind == "experts" or _matches(f"{path}.weight", parameters):
             continue
