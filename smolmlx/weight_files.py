@@ -22,7 +22,9 @@ _ASCII_ONLY_FROM = 1 << 20
 """Bytes of metadata beyond which other letters are refused: one of them makes Python's text four times as long."""
 # Possessive throughout, so that a match costs no memory per letter.
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
-_PAIR = re.compile(rb"\s*+(" + _STRING + rb")\s*+:\s*+(\{(?:[^{}\"]++|" + _STRING + rb")*+\}|null)\s*+([,}])", re.DOTALL)
+_PAIR = re.compile(
+    rb"\s*+(" + _STRING + rb")\s*+:\s*+(\{(?:[^{}\"]++|" + _STRING + rb")*+\}|null)\s*+([,}])", re.DOTALL
+)
 _NOTES = re.compile(
     rb"\{\s*+(?:" + _STRING + rb"\s*+:\s*+" + _STRING + rb"\s*+,?\s*+){0,%d}+\}" % _MAX_NOTES, re.DOTALL
 )

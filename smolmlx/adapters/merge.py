@@ -31,7 +31,7 @@ from smolmlx.weight_files import INDEX
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES = {code: name for name, code in DTYPES.items()}
-GENERATION = "generation_config.json"
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 _SHARD_BYTES = 5_000_000_000
 ERASED = 0.05
 """A change that loses more than this share of its norm to rounding is reported."""
@@ -142,6 +142,11 @@ def prepare(
     config = {**readable(base.config, dtype=_NAMES[code]), "tie_word_embeddings": tied}
     folders = [*(adapter.folder for adapter, _ in opened), base.folder]
     tokenizer = next((folder for folder in folders if _brings_tokenizer(folder)), base.folder)
+    notes += [
+        f"{folder / TEMPLATE} is left out: there is no tokenizer beside it. Copy it over the result's, if it was trained with it"
+        for folder in folders[:-1]
+        if (folder / TEMPLATE).is_file() and not _brings_tokenizer(folder)
+    ]
     return Prepared(made, config, _NAMES[code], tied, len(changes), notes, tokenizer, tallies)
 
 

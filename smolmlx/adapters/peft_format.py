@@ -48,11 +48,11 @@ _HEAD = "lm_head"
 _OWN_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 
 
-def read(folder: Path, config: Mapping[str, Any], file: TensorFile) -> Adapter:
-    """Return the checked adapter; see `adapter.read`."""
+def describe(folder: Path, config: Mapping[str, Any], file: TensorFile) -> tuple[Adapter, list[str]]:
+    """Return what can be told of an adapter, and why it is of a kind that is refused; see `adapter.describe`."""
+    if problems := _other_type(config) or _bad_values(config):
+        raise RecipeError(f"{folder}: not an adapter that can be read", problems)
     refusals = _refusals(config)
-    if refusals:
-        raise RecipeError(f"{folder}: an adapter of a kind that is not converted or merged", refusals)
     grouped, full, copies, problems = _group(file, config)
     modules = []
     for path, leaves in sorted(grouped.items()):
@@ -66,8 +66,8 @@ def read(folder: Path, config: Mapping[str, Any], file: TensorFile) -> Adapter:
     problems += _unmatched(modules, config)
     columns = [m.path for m in modules if m.m and m.kind == "embedding"]
     if columns and not problems:
-        raise RecipeError(
-            f"{folder}: {columns[0]}: DoRA on an embedding: PEFT's magnitude is per column there, mlx-lm's and this program's per"
+        refusals.append(
+            f"{columns[0]}: DoRA on an embedding: PEFT's magnitude is per column there, mlx-lm's and this program's per"
             " row. Merge with PEFT: PeftModel.merge_and_unload()."
         )
     if config.get("use_dora"):
@@ -76,9 +76,9 @@ def read(folder: Path, config: Mapping[str, Any], file: TensorFile) -> Adapter:
         problems += [f"{m.path}: a lora_magnitude_vector, though use_dora is not set." for m in modules if m.m]
     if not modules and not problems:
         problems.append("no LoRA tensor in it.")
-    if problems:
+    if problems and not refusals:
         raise DataError(f"{file.path}", problems)
-    return Adapter(folder, "peft", config, file, tuple(modules), full, copies)
+    return Adapter(folder, "peft", config, file, tuple(modules), full, copies), refusals
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any:
@@ -91,8 +91,6 @@ def pattern_value(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any
 
 def _refusals(config: Mapping[str, Any]) -> list[str]:
     """Name every setting that would be lost."""
-    if config.get("peft_type") != "LORA":
-        return [f"peft_type: {config.get('peft_type')!r} is not LORA; only LoRA, rsLoRA and DoRA are known here."]
     problems = [f"{key}: {config[key]!r}: {why}." for key, why in _REFUSED.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         problems.append(f"bias: {config['bias']!r}: trained biases have no place in mlx-lm's adapters.")
@@ -106,7 +104,14 @@ def _refusals(config: Mapping[str, Any]) -> list[str]:
     problems += [
         f"{key}: {config[key]!r}: a setting unknown here." for key in config if key not in known and config[key]
     ]
-    return problems + _bad_values(config)
+    return problems
+
+
+def _other_type(config: Mapping[str, Any]) -> list[str]:
+    kind = config.get("peft_type")
+    if kind == "LORA":
+        return []
+    return [f"peft_type: {kind!r} is not LORA; only LoRA, rsLoRA and DoRA are known here."]
 
 
 def _bad_values(config: Mapping[str, Any]) -> list[str]:

@@ -102,7 +102,7 @@ def test_a_weight_in_two_files(base: Path) -> None:
         merged(base)
     save_file(tensors, second)
     save_file({"x": np.zeros(3, np.float32)}, base / "model-00003-of-00002.safetensors")
-    with pytest.raises(DataError, match="model-00003-of-00002.safetensors is not in"):
+    with pytest.raises(DataError, match=r"model-00003-of-00002.safetensors is not in"):
         merged(base)
 
 
