@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from smolmlx.errors import BackendError, RecipeError
+from smolmlx.base_config import EMBEDDING, HEAD, config_problems
+from smolmlx.errors import BackendError, DataError, RecipeError
 from smolmlx.first_weights import draw
 from smolmlx.rundir import usual_mode
+from smolmlx.weight_files import INDEX, MAX_HEADER_BYTES, PATTERN, parse_header, weight_files, weight_map
 
 EMBEDDED = "tiny"
 BASE_FILE = "base_model.json"
-# A header longer than this is not a model but an attack or a broken file (safetensors' own limit).
-_MAX_HEADER_BYTES = 100_000_000
+_BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class BaseModel:
     def weights_fingerprint(self) -> str:
         """Hash of each weight file's first and last megabyte."""
         digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in weight_files(self.folder):
             with path.open("rb") as file:
                 digest.update(file.read(1 << 20))
                 file.seek(-min(1 << 20, path.stat().st_size), os.SEEK_END)
@@ -161,7 +162,7 @@ def find_model(name: str, revision: str | None = None) -> BaseModel:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/")
     if looks_local:
         raise RecipeError(
-            f"{name}: no such model folder. Pass a folder with config.json and *.safetensors, a hub id, or 'tiny'."
+            f"{name}: no such model folder. Pass a folder with config.json and {PATTERN}, a hub id, or 'tiny'."
         )
     folder, commit = _download(name, revision)
     return open_model(folder, name, commit)
@@ -180,7 +181,8 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
     """Read the config of a local model folder.
 
     Raises:
-        RecipeError: the folder is not a model that can be trained.
+        RecipeError: the folder is not a model that can be trained, or its config and weights do not fit.
+        DataError: weights that are incomplete, or that loaders would not agree on.
     """
     name = name or str(folder)
     config_file = folder / "config.json"
@@ -204,20 +206,59 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
         raise RecipeError(
             f"{config_file}: expected a JSON table, found a {type(config).__name__}. Download the file again."
         )
-    if not any(folder.glob("*.safetensors")):
+    if not weight_files(folder):
         if any(folder.glob("*.gguf")):
             raise RecipeError(
                 f"{name}: its weights are GGUF, which cannot be fine-tuned. Use the original safetensors model."
             )
-        other = (
-            "pytorch_model.bin is a pickle, which is not read"
-            if any(folder.glob("*.bin"))
-            else "the folder has only a config"
-        )
+        other = "the folder has only a config"
+        if any(folder.glob("*.bin")):
+            other = "pytorch_model.bin is a pickle, which is not read"
+        elif named := sorted(path.name for path in folder.glob("*.safetensors")):
+            other = f"{named[0]} is a name that neither transformers nor mlx-lm loads"
         raise RecipeError(
-            f"{name}: no *.safetensors weights ({other}). Download the weights, or convert them to safetensors."
+            f"{name}: no {PATTERN} weights ({other}). Download the weights, or convert them to safetensors."
         )
-    return BaseModel(name, folder, revision, with_rope_theta(config))
+    model = BaseModel(name, folder, revision, with_rope_theta(config))
+    problems = config_problems(model.config, model.shapes)
+    if problems:
+        raise RecipeError(f"{config_file}", problems)
+    _refuse_two_heads(model)
+    return model
+
+
+def _refuse_two_heads(model: BaseModel) -> None:
+    """Refuse a head of its own beside a tie: transformers 5 keeps both then, mlx-lm the embedding alone.
+
+    Raises:
+        RecipeError
+    """
+    parts = [f"{name.removesuffix('weight')}{leaf}" for name in (HEAD, EMBEDDING) for leaf in ("weight", "scales")]
+    pairs = [pair for pair in zip(parts[:2], parts[2:], strict=True) if set(pair) <= set(model.shapes)]
+    if model.config.get("tie_word_embeddings") and not all(_same(model.folder, *pair) for pair in pairs):
+        raise RecipeError(
+            f"{model.name}: config.json says tie_word_embeddings, but {HEAD} is stored and is not {EMBEDDING}: transformers"
+            " would use both, mlx-lm the embedding alone. Set tie_word_embeddings to false in config.json where the head"
+            f" was trained, or save the model again without {HEAD}."
+        )
+
+
+def _same(folder: Path, *names: str) -> bool:
+    """Whether two stored weights are equal, bit by bit."""
+    found = []
+    for path in weight_files(folder):
+        header = read_header(path)
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+        for name in set(names) & set(header):
+            first, end = header[name]["data_offsets"]
+            words = (
+                np.memmap(path, np.uint8, "r", start + first, (end - first,)) if end > first else np.zeros(0, np.uint8)
+            )
+            found.append((header[name]["dtype"], header[name]["shape"], words))
+    (*kind, one), (*other, two) = found
+    blocks = (slice(at, at + _BLOCK_BYTES) for at in range(0, len(one), _BLOCK_BYTES))
+    return kind == other and all(np.array_equal(one[block], two[block]) for block in blocks)
 
 
 def with_rope_theta(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,12 +282,23 @@ def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
     Raises:
         RecipeError: a file that is truncated or not safetensors.
+        DataError: a shard that lacks what the index says it has, or a weight in two of them.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    where: dict[str, str] = {}
+    problems = []
+    for path in weight_files(folder):
         for name, entry in read_header(path).items():
-            if name != "__metadata__":
-                found[name] = (tuple(entry["shape"]), str(entry["dtype"]))
+            if name == "__metadata__":
+                continue
+            if name in found:
+                problems.append(f"{name}: in {where[name]} and in {path.name}; loaders differ in which they take.")
+            found[name], where[name] = (tuple(entry["shape"]), str(entry["dtype"])), path.name
+    for name, file in weight_map(folder).items():
+        if where.get(name) != file:
+            problems.append(f"{name}: {INDEX} says it is in {file}, which lacks it. Fetch that file again.")
+    if problems:
+        raise DataError(f"{folder}", problems[:5] + ([f"and {len(problems) - 5} more."] if problems[5:] else []))
     return found
 
 
@@ -255,20 +307,22 @@ def read_header(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise RecipeError(
                 f"{path}: not a whole safetensors file (header of {length} bytes in a file of {size}). Fetch it again."
             )
         try:
-            header = json.loads(file.read(length))
+            header = parse_header(file.read(length))
         except ValueError as error:
-            raise RecipeError(f"{path}: the safetensors header is not JSON. Fetch the file again.") from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            raise RecipeError(f"{path}: not a whole safetensors file: {error}. Fetch the file again.") from error
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise RecipeError(f"{path}: a tensor without offsets in its header. Fetch the file again.") from error
     if ends and size < 8 + length + max(ends):
         raise RecipeError(
             f"{path}: truncated: {size} bytes, but its header promises {8 + length + max(ends)}. Fetch it again."
         )
-    assert isinstance(header, dict)
     return header
 
 
@@ -335,7 +389,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
         raise BackendError(
             f"{name}: not a local folder, and huggingface_hub is not installed. pip install 'smolmlx[mlx]' or [cuda]."
         ) from error
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+    patterns = ["*.json", PATTERN, "*.jinja", "tokenizer.model", "merges.txt"]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from smolmlx.adapters.tensors import Floats, TensorFile, Words, read_json, to_floats
-from smolmlx.errors import RecipeError
+from smolmlx.errors import RecipeError, SmolError
 from smolmlx.models import BASE_FILE, BaseModel, find_model, local_folder, open_model
 
 PEFT_WEIGHTS, MLX_WEIGHTS, CONFIG = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
@@ -105,13 +105,24 @@ def read(folder: Path) -> Adapter:
         RecipeError: not an adapter folder, or one of a kind that is refused, with all reasons.
         DataError: broken files, tensors missing or too many, shapes that do not fit.
     """
+    found, refusals = describe(folder)
+    if refusals:
+        raise RecipeError(f"{folder}: an adapter of a kind that is not converted or merged", refusals)
+    return found
+
+
+def describe(folder: Path) -> tuple[Adapter, list[str]]:
+    """Open an adapter folder as `read` does, one of a kind that is refused too; also return the reasons.
+
+    Tensors that such a kind has beside A and B are not among the modules.
+    """
     from smolmlx.adapters import mlx_format, peft_format
 
     form = detect(folder)
     config = read_json(folder / CONFIG)
     if form == "peft":
-        return peft_format.read(folder, config, TensorFile(folder / PEFT_WEIGHTS))
-    return mlx_format.read(folder, config, TensorFile(folder / MLX_WEIGHTS))
+        return peft_format.describe(folder, config, TensorFile(folder / PEFT_WEIGHTS))
+    return mlx_format.read(folder, config, TensorFile(folder / MLX_WEIGHTS)), []
 
 
 def detect(folder: Path) -> str:
@@ -165,9 +176,15 @@ def named_base(folder: Path) -> BaseModel:
 
     Raises:
         RecipeError: none is named.
+        SmolError: what `find_model` says of the one that is named.
     """
     found = read(folder)
     if found.base_name is None:
         raise RecipeError(f"{folder}: names no base model. Pass --model M.")
     revision = found.config.get("revision")
-    return find_model(found.base_name, str(revision) if revision else None)
+    try:
+        return find_model(found.base_name, str(revision) if revision else None)
+    except SmolError as error:
+        raise type(error)(
+            f"{error}\n  It is the base that {folder / CONFIG} names. Pass --model M for another copy."
+        ) from error

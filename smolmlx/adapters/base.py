@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from smolmlx.adapters.names import HEAD_WEIGHT
-from smolmlx.adapters.tensors import FLOATS, WIDTHS, Floats, TensorFile, Words, read_json, to_floats
+from smolmlx.adapters.names import EQUAL_BLOCKS, HEAD_WEIGHT
+from smolmlx.adapters.tensors import FLOATS, WIDTHS, Floats, TensorFile, Words, to_floats
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.models import BaseModel
+from smolmlx.weight_files import weight_files
 
-INDEX = "model.safetensors.index.json"
 _BITS = (2, 4, 8)
 
 
@@ -22,13 +22,13 @@ class Weights:
 
     Raises:
         RecipeError: a quantization that is not MLX's own affine one.
-        DataError: shards that are missing, broken, or named outside the folder.
+        DataError: shards that are missing, broken, or named outside the folder; a block that lacks a weight of the others.
     """
 
     def __init__(self, model: BaseModel) -> None:
         self.model = model
         self._refuse_foreign_quantization()
-        self._files = [TensorFile(path) for path in _shards(model.folder)]
+        self._files = [TensorFile(path) for path in weight_files(model.folder)]
         self._where = {name: file for file in self._files for name in file.entries}
         packed = {
             name.removesuffix(".scales") for name in self._where if name.endswith(".scales") and model.quantization
@@ -36,6 +36,7 @@ class Weights:
         self._packed = {f"{path}.weight": path for path in packed}
         hidden = {f"{path}.{leaf}" for path in packed for leaf in ("scales", "biases")}
         self.names = sorted(name for name in self._where if name not in hidden)
+        self._refuse_holes()
 
     @property
     def tied(self) -> bool:
@@ -92,7 +93,8 @@ class Weights:
     def _part(self, name: str, rows: slice) -> Floats:
         if name not in self._where:
             raise DataError(f"{self.model.folder}: {name} is missing. Fetch the model again.")
-        return to_floats(self._where[name].words(name)[rows], self.dtype(name))
+        words = self._where[name].words(name)
+        return to_floats(words[rows] if words.ndim else words, self.dtype(name))
 
     def _packing(self, name: str) -> tuple[int, int]:
         settings: Mapping[str, Any] = self.model.quantization or {}
@@ -105,6 +107,25 @@ class Weights:
                 f"MLX's affine {', '.join(map(str, _BITS))} bits. Use the unquantized base, or mlx_lm.convert --dequantize."
             )
         return bits, group
+
+    def _refuse_holes(self) -> None:
+        """Refuse a model of equal blocks of which one lacks a weight of another: what merges is then no whole model."""
+        if self.model.config.get("model_type") not in EQUAL_BLOCKS:
+            return
+        blocks: dict[str, set[str]] = {
+            str(block): set() for block in range(self.model.config.get("num_hidden_layers") or 0)
+        }
+        for name in self.names:
+            found = re.match(r"model\.layers\.(\d+)\.(.*)", name)
+            if found and found[1] in blocks:
+                blocks[found[1]].add(found[2])
+        known = set().union(*blocks.values())
+        missing = [f"model.layers.{block}.{leaf}" for block, has in blocks.items() for leaf in sorted(known - has)]
+        if missing:
+            listed = [f"{name}: missing, though other blocks have it. Fetch the model again." for name in missing]
+            raise DataError(
+                f"{self.model.folder}", listed[:5] + ([f"and {len(listed) - 5} more."] if listed[5:] else [])
+            )
 
     def _refuse_foreign_quantization(self) -> None:
         foreign = self.model.config.get("quantization_config")
@@ -126,22 +147,6 @@ def dequantize(words: Words, scales: Floats, biases: Floats, bits: int, group: i
     grouped = values.reshape(*scales.shape, group).astype(np.float32)
     found: Floats = (grouped * scales[..., None] + biases[..., None]).reshape(*words.shape[:-1], -1)
     return found
-
-
-def _shards(folder: Path) -> list[Path]:
-    if not (folder / INDEX).is_file():
-        return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter"))
-    table = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(table, dict):
-        raise DataError(f"{folder / INDEX}: no weight_map table. Fetch the file again.")
-    names = sorted({str(name) for name in table.values()})
-    outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-    if outside:
-        raise DataError(f"{folder / INDEX}", [f"{name!r}: not a file of this folder." for name in outside])
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise DataError(f"{folder}", [f"{name}: this shard is missing. Fetch it." for name in missing])
-    return [folder / name for name in names]
 
 
 def num_bytes(weights: Weights) -> int:

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from smolmlx.adapters import names
+from smolmlx.adapters import mlx_format, names
 from smolmlx.adapters.adapter import Adapter, Module
 from smolmlx.adapters.base import Weights
 from smolmlx.adapters.tensors import Floats, from_floats
@@ -115,6 +115,9 @@ def find_changes(adapters: Sequence[tuple[Adapter, float]], weights: Weights) ->
     found: dict[str, list[Term]] = {}
     for adapter, weight in adapters:
         problems = _copy_problems(adapter, weights)
+        if adapter.form == "mlx" and adapter.modules:
+            num_blocks = weights.model.config.get("num_hidden_layers") or 0
+            problems += mlx_format.outside_layers(adapter.modules, adapter.config, num_blocks)
         for name, term in _all_spots(adapter, weight, weights, problems):
             problems += _misfits(name, term, weights)
             found.setdefault(name, []).append(term)

@@ -12,6 +12,7 @@ import numpy as np
 
 from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters.adapter import Adapter
+from smolmlx.adapters.tensors import FLOATS
 from smolmlx.models import local_folder
 
 _LOUD = 16.0
@@ -48,9 +49,10 @@ def inspect(folder: Path) -> Inspection:
     """Look into an adapter folder; every tensor is read once.
 
     Raises:
-        RecipeError, DataError: not an adapter, or a broken one; see `adapter.read`.
+        RecipeError, DataError: not an adapter, or a broken one; see `adapter.read`. A kind that is refused elsewhere is
+            described, with the reasons among its problems.
     """
-    found = adapters.read(folder)
+    found, refusals = adapters.describe(folder)
     config = found.config
     inner = config.get("lora_parameters")
     dropout = config.get("lora_dropout") or (inner.get("dropout") if isinstance(inner, dict) else 0.0) or 0.0
@@ -73,15 +75,15 @@ def inspect(folder: Path) -> Inspection:
         dtypes=tuple(sorted({entry.dtype for entry in entries.values()})),
         num_parameters=sum(math.prod(entries[name].shape) for name in entries if name not in found.copies.values()),
         num_bytes=found.file.path.stat().st_size,
-        problems=tuple(_problems(found)),
+        problems=(*(f"not converted or merged: {reason}" for reason in refusals), *_problems(found)),
     )
 
 
 def _problems(found: Adapter) -> list[str]:
     problems = []
     silent = []
-    for name in found.file.entries:
-        if not np.isfinite(found.file.floats(name)).all():
+    for name, entry in found.file.entries.items():
+        if entry.dtype in FLOATS and not np.isfinite(found.file.floats(name)).all():
             problems.append(f"{name}: has values that are not finite; the run that made it went wrong.")
     for module in found.modules:
         if not found.file.words(module.b).any():

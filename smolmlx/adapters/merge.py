@@ -17,7 +17,7 @@ import numpy as np
 
 from smolmlx.adapters import tensors
 from smolmlx.adapters.adapter import read
-from smolmlx.adapters.base import INDEX, Weights
+from smolmlx.adapters.base import Weights
 from smolmlx.adapters.convert import copy_side_files, refuse_used
 from smolmlx.adapters.delta import Changes, Term, find_changes, row_blocks
 from smolmlx.adapters.hf_config import readable
@@ -27,10 +27,11 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.models import BaseModel, check_base
 from smolmlx.rundir import publish
+from smolmlx.weight_files import INDEX
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES = {code: name for name, code in DTYPES.items()}
-GENERATION = "generation_config.json"
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 _SHARD_BYTES = 5_000_000_000
 ERASED = 0.05
 """A change that loses more than this share of its norm to rounding is reported."""
@@ -141,6 +142,11 @@ def prepare(
     config = {**readable(base.config, dtype=_NAMES[code]), "tie_word_embeddings": tied}
     folders = [*(adapter.folder for adapter, _ in opened), base.folder]
     tokenizer = next((folder for folder in folders if _brings_tokenizer(folder)), base.folder)
+    notes += [
+        f"{folder / TEMPLATE} is left out: there is no tokenizer beside it. Copy it over the result's, if it was trained with it"
+        for folder in folders[:-1]
+        if (folder / TEMPLATE).is_file() and not _brings_tokenizer(folder)
+    ]
     return Prepared(made, config, _NAMES[code], tied, len(changes), notes, tokenizer, tallies)
 
 
@@ -185,7 +191,7 @@ def _breaks_tie(changes: Changes, weights: Weights, untie: bool) -> bool:
     if not untie:
         raise RecipeError(
             "this adapter changes head and embedding differently, and the base ties them, so no tied model equals it."
-            " Pass --untie to write both, or train with ensure_weight_tying."
+            " Pass --untie to write both, or train with ensure_weight_tying and no rank_pattern or alpha_pattern on the embedding."
         )
     return True
 

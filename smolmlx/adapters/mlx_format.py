@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,13 @@ def read(folder: Path, config: Mapping[str, Any], file: TensorFile) -> Adapter:
     if kind == "full":
         return Adapter(folder, "mlx", config, file, (), {name: name for name in file.entries})
     rank, scale = _parameters(folder, config)
+    if type(config.get("num_layers")) is not int:
+        raise DataError(
+            f"{folder}/adapter_config.json: num_layers: expected a whole number (-1 for all blocks), found"
+            f" {config.get('num_layers', 'nothing')!r:.80}."
+        )
     modules, problems = _modules(file, rank, scale, kind == "dora")
-    problems += _unmatched(modules, config)
+    problems += _unmatched(modules, config) + outside_layers(modules, config, 0)
     if not modules and not problems:
         problems.append("no LoRA tensor in it.")
     if problems:
@@ -107,4 +112,22 @@ def _unmatched(modules: list[Module], config: Mapping[str, Any]) -> list[str]:
         f"{module.path}: an extra module: it is not among lora_parameters.keys, so mlx-lm's loader refuses it."
         for module in modules
         if module.path not in known and re.sub(r"^.*?\.\d+\.", "", module.path) not in known
+    ]
+
+
+def outside_layers(modules: Sequence[Module], config: Mapping[str, Any], num_blocks: int) -> list[str]:
+    """Name modules below the last `num_layers` blocks, which mlx-lm would not adapt; keys of full paths reach all.
+
+    Args:
+        num_blocks: of the base; 0 where it is not known, which leaves what the modules themselves tell.
+    """
+    last, keys = config["num_layers"], set(config["lora_parameters"].get("keys") or ())
+    found = {module.path: re.match(r".*?\.(\d+)\.", module.path) for module in modules}
+    blocks = {path: int(block[1]) for path, block in found.items() if block}
+    num_blocks = num_blocks or max(blocks.values(), default=-1) + 1
+    return [
+        f"{path}: an extra module: num_layers is {last}, and its block is not among the last {last} of {num_blocks}, so"
+        " mlx-lm's loader refuses it."
+        for path, block in blocks.items()
+        if last > 0 and block < num_blocks - last and path not in keys
     ]

@@ -17,6 +17,8 @@ SAME_NAMES = frozenset({
 })  # fmt: skip
 SAME_EXPERTS = frozenset({"qwen2_moe", "qwen3_moe", "olmoe"})
 """Of those, the types whose stacked experts were compared too."""
+EQUAL_BLOCKS = SAME_NAMES - SAME_EXPERTS
+"""Types whose blocks all have the same weights."""
 HEAD, HEAD_WEIGHT = "lm_head", "lm_head.weight"
 
 

@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smolmlx.adapters.adapter import Adapter, Module
+from smolmlx.adapters.mlx_format import EMBEDDING
 from smolmlx.adapters.tensors import FLOATS, TensorFile, is_number
 from smolmlx.errors import DataError, RecipeError
 
@@ -41,26 +44,30 @@ _REFUSED = {
     "use_qalora": "QALoRA pools its inputs before A",
 }
 _MAX_RANK = 1 << 31
+_HEAD = "lm_head"
 _OWN_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 
 
-def read(folder: Path, config: Mapping[str, Any], file: TensorFile) -> Adapter:
-    """Return the checked adapter; see `adapter.read`."""
+def describe(folder: Path, config: Mapping[str, Any], file: TensorFile) -> tuple[Adapter, list[str]]:
+    """Return what can be told of an adapter, and why it is of a kind that is refused; see `adapter.describe`."""
+    if problems := _other_type(config) or _bad_values(config):
+        raise RecipeError(f"{folder}: not an adapter that can be read", problems)
     refusals = _refusals(config)
-    if refusals:
-        raise RecipeError(f"{folder}: an adapter of a kind that is not converted or merged", refusals)
     grouped, full, copies, problems = _group(file, config)
     modules = []
     for path, leaves in sorted(grouped.items()):
-        module, problem = _module(path, leaves, config, file)
+        ranked = path
+        if path == _HEAD and config.get("ensure_weight_tying"):  # PEFT makes the head of the embedding's factors
+            ranked = next((name for name in grouped if "ea" in grouped[name]), path)
+        module, problem = _module(path, leaves, config, file, ranked)
         if module:
             modules.append(module)
         problems += problem
     problems += _unmatched(modules, config)
     columns = [m.path for m in modules if m.m and m.kind == "embedding"]
     if columns and not problems:
-        raise RecipeError(
-            f"{folder}: {columns[0]}: DoRA on an embedding: PEFT's magnitude is per column there, mlx-lm's and this program's per"
+        refusals.append(
+            f"{columns[0]}: DoRA on an embedding: PEFT's magnitude is per column there, mlx-lm's and this program's per"
             " row. Merge with PEFT: PeftModel.merge_and_unload()."
         )
     if config.get("use_dora"):
@@ -69,9 +76,9 @@ def read(folder: Path, config: Mapping[str, Any], file: TensorFile) -> Adapter:
         problems += [f"{m.path}: a lora_magnitude_vector, though use_dora is not set." for m in modules if m.m]
     if not modules and not problems:
         problems.append("no LoRA tensor in it.")
-    if problems:
+    if problems and not refusals:
         raise DataError(f"{file.path}", problems)
-    return Adapter(folder, "peft", config, file, tuple(modules), full, copies)
+    return Adapter(folder, "peft", config, file, tuple(modules), full, copies), refusals
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any:
@@ -84,8 +91,6 @@ def pattern_value(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any
 
 def _refusals(config: Mapping[str, Any]) -> list[str]:
     """Name every setting that would be lost."""
-    if config.get("peft_type") != "LORA":
-        return [f"peft_type: {config.get('peft_type')!r} is not LORA; only LoRA, rsLoRA and DoRA are known here."]
     problems = [f"{key}: {config[key]!r}: {why}." for key, why in _REFUSED.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         problems.append(f"bias: {config['bias']!r}: trained biases have no place in mlx-lm's adapters.")
@@ -99,7 +104,14 @@ def _refusals(config: Mapping[str, Any]) -> list[str]:
     problems += [
         f"{key}: {config[key]!r}: a setting unknown here." for key in config if key not in known and config[key]
     ]
-    return problems + _bad_values(config)
+    return problems
+
+
+def _other_type(config: Mapping[str, Any]) -> list[str]:
+    kind = config.get("peft_type")
+    if kind == "LORA":
+        return []
+    return [f"peft_type: {kind!r} is not LORA; only LoRA, rsLoRA and DoRA are known here."]
 
 
 def _bad_values(config: Mapping[str, Any]) -> list[str]:
@@ -172,15 +184,20 @@ def _group(file: TensorFile, config: Mapping[str, Any]) -> tuple[Grouped, dict[s
             grouped[bare.removesuffix(leaf)][_LEAVES[leaf]] = name
         elif bare.endswith(".base_layer.weight"):
             copies[bare.replace(".base_layer.weight", ".weight")] = name
-        elif _saved_whole(bare, saved):
+        elif _saved_whole(bare, saved) or (bare == f"{_HEAD}.weight" and config.get("ensure_weight_tying")):
             full[bare] = name
         else:
             problems.append(f"{name}: an extra tensor: neither LoRA nor in modules_to_save.")
+    head = full.get(f"{_HEAD}.weight")
+    if head and not _saved_whole(f"{_HEAD}.weight", saved):  # PEFT saves the other side of a tie by itself
+        embedding = next((full[name] for name in full if EMBEDDING.search(name.removesuffix(".weight"))), None)
+        if embedding is None or not np.array_equal(file.words(embedding), file.words(head)):
+            problems.append(f"{head}: not in modules_to_save, and not the saved embedding as ensure_weight_tying says.")
     return grouped, full, copies, problems
 
 
 def _module(
-    path: str, leaves: Mapping[str, str], config: Mapping[str, Any], file: TensorFile
+    path: str, leaves: Mapping[str, str], config: Mapping[str, Any], file: TensorFile, ranked: str
 ) -> tuple[Module | None, list[str]]:
     embedding = "ea" in leaves or "eb" in leaves
     a, b = (leaves.get("ea"), leaves.get("eb")) if embedding else (leaves.get("a"), leaves.get("b"))
@@ -193,10 +210,12 @@ def _module(
             return None, [
                 f"{path}: adapts a parameter that target_parameters does not name as one of {', '.join(EXPERT_PARAMETERS)}."
             ]
-        real, kind = parameter, "experts"
+        real, ranked, kind = parameter, parameter, "experts"
     rank = pattern_value(config.get("rank_pattern") or {}, real, config.get("r", 8))
     alpha = pattern_value(config.get("alpha_pattern") or {}, real, config.get("lora_alpha", 8))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if ranked != real and file.entries[a].shape[:1] != (rank,):  # its scale does not follow
+        rank = pattern_value(config.get("rank_pattern") or {}, ranked, config.get("r", 8))
     module = Module(real, kind, rank, scale, a, b, leaves.get("m"))
     return module, _bad_shapes(module, file)
 
@@ -238,7 +257,7 @@ def _unmatched(modules: Iterable[Module], config: Mapping[str, Any]) -> list[str
     problems = []
     for module in modules:
         path = module.path
-        if path == "lm_head" and config.get("ensure_weight_tying"):
+        if path == _HEAD and config.get("ensure_weight_tying"):
             continue  # PEFT adds the tied head by itself
         if module.kind == "experts" or _matches(f"{path}.weight", parameters):
             continue

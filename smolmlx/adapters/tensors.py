@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from smolmlx import weight_files
 from smolmlx.errors import DataError
+from smolmlx.weight_files import MAX_HEADER_BYTES
 
 Words = npt.NDArray[Any]
 """An array of unsigned words (or of floats, where a function says so)."""
@@ -28,8 +30,6 @@ WIDTHS = {
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
-# Headers of real files stay below a few megabytes; a longer one is broken or meant to fill the memory.
-_MAX_HEADER_BYTES = 32 << 20
 _MAX_CONFIG_BYTES = 8 << 20
 _MAX_DIMENSIONS = 8
 _PIECE = 8 << 20  # bytes
@@ -68,16 +68,13 @@ class TensorFile:
             size = path.stat().st_size
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                     raise _broken(path, f"a header of {length} bytes in a file of {size}")
                 self.header = file.read(length)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         tree = _parse(path, self.header)
-        metadata = tree.pop("__metadata__", None) or {}
-        if not isinstance(metadata, dict):
-            raise _broken(path, "its metadata is not a table")
-        self.metadata: dict[str, str] = {str(key): str(value) for key, value in metadata.items()}
+        self.metadata: dict[str, str] = tree.pop("__metadata__", None) or {}
         self.entries = {name: _entry(path, name, found) for name, found in tree.items()}
         _check_layout(path, self.entries, size - 8 - length)
         empty = size == 8 + length
@@ -146,7 +143,7 @@ def write_raw(path: Path, header: bytes, tensors: Iterable[Made]) -> None:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for made in tensors:
-            words = np.ascontiguousarray(made.words())
+            words = np.asarray(made.words(), order="C")
             assert words.shape == made.shape and words.itemsize == WIDTHS[made.dtype], (path, made)
             file.write(words.reshape(-1).view(np.uint8).data)
 
@@ -189,11 +186,9 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
 
 def _parse(path: Path, header: bytes) -> dict[str, Any]:
     try:
-        tree = json.loads(header.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, "its header is not JSON") from error
-    if not isinstance(tree, dict):
-        raise _broken(path, "its header is not a table")
+        tree = weight_files.parse_header(header)
+    except ValueError as error:
+        raise _broken(path, str(error)) from error
     odd = [name for name in tree if not name.isascii() and any(0xD800 <= ord(letter) < 0xE000 for letter in name)]
     if odd:
         raise _broken(path, f"{odd[0]!r} is not a name: half a character")

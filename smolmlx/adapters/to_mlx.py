@@ -138,8 +138,7 @@ def _head_follows(adapter: Adapter) -> bool:
     if len(embeddings) != 1 or len(heads) != 1:
         return False
     (a, b), (head_a, head_b) = adapter.words(embeddings[0]), adapter.words(heads[0])
-    same_scale = embeddings[0].scale == heads[0].scale
-    return same_scale and np.array_equal(head_a, b.T) and np.array_equal(head_b, a.T)
+    return np.array_equal(head_a, b.T) and np.array_equal(head_b, a.T)
 
 
 def _refusals(adapter: Adapter, base: Weights | None, tied: bool | None) -> list[str]:
@@ -183,6 +182,12 @@ def _tying_problems(
         return [
             f"{embeddings[0]}: the base ties it to the head; mlx-lm adapts both, this adapter only one"
             " (trained without ensure_weight_tying)."
+        ]
+    scales = modules[embeddings[0]].scale, modules[names.HEAD].scale
+    if scales[0] != scales[1]:
+        return [
+            f"{embeddings[0]}: its scale is {scales[0]:g} and its tied head's {scales[1]:g} (rank_pattern and alpha_pattern"
+            " reach the embedding alone in PEFT); mlx-lm has one for both. Merge instead: smolmlx adapter merge --untie."
         ]
     return []
 

@@ -89,7 +89,14 @@ def torch_base(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def train_peft(base: Path, out: Path, steps: int = 3, dtype: str = "float32", **config: Any) -> Path:
+def train_peft(
+    base: Path,
+    out: Path,
+    steps: int = 3,
+    dtype: str = "float32",
+    save_embedding_layers: bool | str = "auto",
+    **config: Any,
+) -> Path:
     """Train a LoRA with PEFT itself for a few steps and save it as PEFT does."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -106,7 +113,7 @@ def train_peft(base: Path, out: Path, steps: int = 3, dtype: str = "float32", **
         optimizer.step()
     if dtype != "float32":
         model = model.to(getattr(torch, dtype))
-    model.save_pretrained(out)
+    model.save_pretrained(out, save_embedding_layers=save_embedding_layers)
     return out
 
 

@@ -56,6 +56,11 @@ PEFT_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "patterns, dora": ("qwen3", {"target_modules": LINEAR, "use_dora": True, "rank_pattern": {"v_proj": 3}}),
     "tied embedding": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    "tied embedding of its own rank": (
+        "llama-tied",
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True, "rank_pattern": {"embed_tokens": 2},
+         "alpha_pattern": {"embed_tokens": 6}},
+    ),
     "embedding, untied": ("llama-untied", {"target_modules": ["q_proj", "embed_tokens"]}),
     "untied head": ("qwen3", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
     "experts": (
@@ -184,6 +189,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "whole head": ("qwen3", {"target_modules": LINEAR, "modules_to_save": ["lm_head"]}, "modules_to_save"),
     "dora dropout": ("qwen3", {"target_modules": LINEAR, "use_dora": True, "lora_dropout": 0.1}, "lora_dropout"),
     "half of a tie": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"]}, "ensure_weight_tying"),
+    "whole tied embedding": (
+        "llama-tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        "modules_to_save",
+    ),
+    **{
+        f"a tie under {key}": (
+            "llama-tied",
+            {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True, key: {"embed_tokens": 2}},
+            "its tied head's 3 .* mlx-lm has one for both",
+        )
+        for key in ("rank_pattern", "alpha_pattern")
+    },
     "dora embedding": ("qwen3", {"target_modules": ["embed_tokens"], "use_dora": True}, "per column"),
 }
 
@@ -220,6 +238,35 @@ def test_experts_of_a_model_with_other_names_are_refused(form: str, bases: dict[
     ):
         with pytest.raises(RecipeError, match=rf"\(mixtral\), so they are neither .*{advice}"):
             make()
+
+
+@pytest.mark.parametrize("num_layers", [1, 0, -1, 2, 99])
+def test_blocks_as_mlx_lm_counts_them(num_layers: int, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Tensors of block 0 under num_layers 1 were converted and merged, though mlx-lm refuses them."""
+    base = bases["llama-tied"]
+    adapter = stock.train_mlx(base, tmp_path / "adapter", keys=["self_attn.q_proj"])
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": num_layers}))
+    if num_layers != 1:
+        stock.mlx_logits(base, adapter)
+        convert(adapter, tmp_path / "peft", base=open_model(base))
+        return
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.q_proj.lora_a: not an adapter parameter"):
+        stock.mlx_logits(base, adapter)
+    with pytest.raises(DataError, match=r"layers\.0\.self_attn.q_proj: .* not among the last 1 of 2"):
+        convert(adapter, tmp_path / "peft", base=open_model(base))
+
+
+def test_blocks_counted_by_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The adapter alone looks right: its only block may be the last."""
+    base = bases["llama-tied"]
+    adapter = stock.train_mlx(base, tmp_path / "adapter", num_layers=1, keys=["self_attn.q_proj"])
+    weights = adapter / "adapters.safetensors"
+    from safetensors.numpy import load_file, save_file
+
+    save_file({name.replace("layers.1", "layers.0"): value for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(RecipeError, match="not among the last 1 of 2"):
+        merge(open_model(base), [(adapter, 1.0)], tmp_path / "merged")
 
 
 def test_embedding_needs_the_base(bases: dict[str, Path], tmp_path: Path) -> None:

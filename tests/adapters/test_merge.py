@@ -31,6 +31,10 @@ LINEAR = ["q_proj", "v_proj", "down_proj"]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("llama-tied", {"target_modules": LINEAR}),
     "tied, embedding": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    "tied, whole embedding": (
+        "llama-tied",
+        {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "untied, dora": ("llama-untied", {"target_modules": LINEAR, "use_dora": True}),
     "untied head": ("qwen3", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
     "whole norm and head": ("qwen3", {"target_modules": LINEAR, "modules_to_save": ["lm_head", "norm"]}),
@@ -104,16 +108,31 @@ def test_dequantize_as_mlx_does(bits: int) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "step"), [("float32", 2**-23), ("float16", 2**-10), ("bfloat16", 2**-7)])
-def test_within_one_rounding_step(dtype: str, step: float, bases: dict[str, Path], tmp_path: Path) -> None:
-    adapter = stock.train_peft(bases["llama-untied"], tmp_path / "peft", target_modules=LINEAR)
-    merge(open_model(bases["llama-untied"]), [(adapter, 1.0)], tmp_path / "merged", dtype=dtype)
+@pytest.mark.parametrize("base", ["llama-untied", "llama-tied", "4-bit"])
+def test_within_one_rounding_step(
+    base: str, dtype: str, step: float, bases: dict[str, Path], quantized: Path, tmp_path: Path
+) -> None:
+    """Of every weight that is adapted; a tied head and embedding are adapted as one."""
+    folder = quantized if base == "4-bit" else bases[base]
+    config: dict[str, Any] = {
+        "target_modules": [*LINEAR, "embed_tokens"],
+        "ensure_weight_tying": base != "llama-untied",
+    }
+    trained_on = bases["llama-tied"] if base == "4-bit" else folder
+    adapter = stock.train_peft(trained_on, tmp_path / "peft", save_embedding_layers=base != "4-bit", **config)
+    merge(open_model(folder), [(adapter, 1.0)], tmp_path / "merged", dtype=dtype)
     found = adapters.read(adapter)
-    before, after = Weights(open_model(bases["llama-untied"])), Weights(open_model(tmp_path / "merged"))
+    before, after = Weights(open_model(folder)), Weights(open_model(tmp_path / "merged"))
+    assert after.tied == (base != "llama-untied") and not after.quantized
     for module in found.modules:
         a, b = (factor.astype(np.float64) for factor in found.factors(module))
-        wanted = before.floats(f"{module.path}.weight") + module.scale * (a @ b).T
-        got = after.floats(f"{module.path}.weight")
+        stored = before.find(f"{module.path}.weight")
+        assert stored is not None
+        change = module.scale * (a @ b if module.kind == "embedding" else (a @ b).T)
+        wanted = before.floats(stored) + change
+        got = after.floats(after.find(stored) or stored)
         assert (np.abs(got - wanted) <= step * np.abs(wanted) + 1e-6).all()
+        assert np.abs(change).max() > 1e-3
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == dtype
 
 
@@ -256,6 +275,11 @@ ONE_SIDE: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "whole embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head of another scale": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "ensure_weight_tying": True,
+        "rank_pattern": {"embed_tokens": 2},
+    },
 }
 
 

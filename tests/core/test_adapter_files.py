@@ -180,6 +180,9 @@ def test_refused(case: str, tmp_path: Path) -> None:
         (config(lora_parameters=None), "lora_parameters"),
         (config(lora_parameters={"rank": 4, "scale": 10**400}), "scale: expected a number"),
         (config(lora_parameters={"rank": 4, "scale": 2.0, "dropout": 10**400}), "dropout: expected a number"),
+        (config(num_layers="x"), "num_layers: expected a whole number .* found 'x'"),
+        (config(num_layers=None), "num_layers: expected a whole number"),
+        (config(num_layers=1), "layers.0.self_attn.q_proj: an extra module: num_layers is 1"),
         (config(fine_tune_type="dora"), "m is missing"),
         (config(fine_tune_type="lokr"), "none of mlx-lm's"),
     ],
@@ -189,6 +192,20 @@ def test_broken_mlx_adapters(change: Change, word: str, tmp_path: Path) -> None:
     change(folder)
     with pytest.raises((DataError, RecipeError), match=word):
         convert(folder, tmp_path / "out")
+
+
+def test_a_saved_tie_must_be_one(tmp_path: Path) -> None:
+    """PEFT saves the tied head beside an embedding of modules_to_save; which of two different ones it loads is chance."""
+    folder = make_peft(tmp_path / "adapter", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    saved = {
+        f"base_model.model.{name}.weight": np.ones((5, 8), np.float32) for name in ("model.embed_tokens", "lm_head")
+    }
+    edit(lambda t: t.update(saved))(folder)
+    assert set(adapters.read(folder).full) == {"model.embed_tokens.weight", "lm_head.weight"}
+    saved["base_model.model.lm_head.weight"][2] += 1
+    edit(lambda t: t.update(saved))(folder)
+    with pytest.raises(DataError, match=r"lm_head.weight: not in modules_to_save, and not the saved embedding"):
+        adapters.read(folder)
 
 
 def test_a_base_whose_name_is_no_path(tmp_path: Path) -> None:
@@ -289,3 +306,40 @@ def test_inspection_names_problems(tmp_path: Path) -> None:
     edit(lambda t: t.update({LORA_A.replace("_A", "_B"): np.zeros((6, 4), np.float32)}))(folder)
     problems = "\n".join(inspect(folder).problems)
     assert "not finite" in problems and "B is zero" in problems and "/no/such/folder" in problems
+
+
+DESCRIBED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "pissa": ({"init_lora_weights": "pissa"}, "", "changes the base weights"),
+    "biases": ({"bias": "all"}, "model.layers.0.self_attn.q_proj.bias", "trained biases"),
+    "lora bias": ({"lora_bias": True}, f"{PATHS[0]}.lora_B.bias", "a bias beside B"),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, "", "aLoRA"),
+    "token rows": (
+        {"trainable_token_indices": [1]},
+        "model.embed_tokens.token_adapter.trainable_tokens_delta",
+        "single rows of the embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DESCRIBED)
+def test_inspection_describes_what_is_refused_elsewhere(kind: str, tmp_path: Path) -> None:
+    """It said only why the adapter is not converted, as if that had been asked."""
+    changes, tensor, reason = DESCRIBED[kind]
+    folder = make_peft(tmp_path / "adapter", **changes)
+    if tensor:
+        edit(lambda t: t.update({f"base_model.model.{tensor}": np.ones(6, np.float32)}))(folder)
+    found = inspect(folder)
+    assert (found.kind, found.ranks, found.scales, found.layers) == ("LoRA", {4: 2}, {2.0: 2}, (0, 1))
+    assert found.num_parameters == 2 * 4 * (8 + 6) + (6 if tensor else 0)
+    assert found.problems[0].startswith("not converted or merged: ") and reason in found.problems[0]
+    with pytest.raises(RecipeError, match=reason):
+        convert(folder, tmp_path / "out")
+
+
+def test_inspection_describes_dora_on_an_embedding(tmp_path: Path) -> None:
+    folder = make_peft(tmp_path / "adapter", use_dora=True, target_modules=["embed_tokens"])
+    path = "base_model.model.model.embed_tokens.lora_"
+    shapes = {f"{path}embedding_A": (4, 9), f"{path}embedding_B": (8, 4), f"{path}magnitude_vector": (1, 8)}
+    save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, weights(folder))
+    found = inspect(folder)
+    assert (found.kind, found.targets) == ("DoRA", {"embed_tokens": 1}) and "per column" in found.problems[0]

@@ -92,6 +92,22 @@ def test_exit_codes(trained: Path, tmp_path: Path) -> None:
     assert nowhere.returncode == 2 and "--weight nan" in nowhere.stderr
 
 
+def test_a_base_that_the_adapter_names_and_nobody_has(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """It said that there is no such folder, of a folder that nobody had typed."""
+    gone = save_adapter(tmp_path / "gone", tiny_model, base_model_name_or_path="/gone/base")
+    for verb in (["adapter", "merge"], ["export", "hf"]):
+        shown = smolmlx(*verb, gone, tmp_path / "never")
+        assert shown.returncode == 2 and "/gone/base: no such model folder" in shown.stderr
+        assert f"the base that {gone / 'adapter_config.json'} names. Pass --model M" in shown.stderr
+
+
+def test_a_template_without_a_tokenizer_is_said_to_be_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", tiny_model)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    notes = merge(open_model(tiny_model), [(folder, 1.0)], tmp_path / "merged").notes
+    assert any(f"{folder / 'chat_template.jinja'} is left out" in note for note in notes)
+
+
 def test_merge_brings_tokenizer_template_and_eos(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
     done = smolmlx("adapter", "merge", trained, tmp_path / "merged", "--dtype", "float16", "--json")
     assert done.returncode == 0, done.stderr

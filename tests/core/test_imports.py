@@ -19,6 +19,8 @@ LAYERS = {
     "errors": 0,
     "recipe": 0,  # what the user wrote: needs errors alone
     "first_weights": 0,  # numbers from a config: needs errors alone
+    "base_config": 0,  # what a base's config must say: needs nothing
+    "weight_files": 0,  # which files hold weights, and their headers: needs errors alone
     "models": 1,  # what a model folder says, read from headers: facts for the plan, like data
     "memory": 1,  # what to say when memory runs out; plan and backend are named there for type checkers only
     "rundir": 1,  # where files lie

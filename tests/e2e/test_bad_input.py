@@ -125,7 +125,7 @@ def test_all_problems_of_a_recipe_are_told_at_once(call: Call, recipe: Path) -> 
         ("missing/", "no such model folder"),
         ("model.gguf", "cannot be fine-tuned"),
         ("empty", "no config.json"),
-        ("no-weights", "no *.safetensors weights"),
+        ("no-weights", "no model*.safetensors weights"),
         ("cut", "truncated"),
     ],
 )
