@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
+_WIDTHS = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model")
+"""Keys for the embedding's width; OPT's first one wins."""
 _LARGEST = 1 << 40
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
+    """Whether a value from JSON is a whole number above 0, and of a sane size."""
     return type(value) is int and 0 < value < _LARGEST
 
 
@@ -23,8 +27,16 @@ def _is_ids(value: Any) -> bool:
 
 _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
-        (_is_size, "a positive integer"),
+        (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ),
+        (is_size, "a positive integer"),
     ),
     "eos_token_id": (_is_ids, "a token id or a list of them"),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
@@ -43,10 +55,17 @@ def config_problems(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         value = config.get(key)
         if value is not None and not is_good(value):
             problems.append(f"{key}: expected {what}, found {value!r:.80}.")
-    rows, columns = (*shapes.get(EMBEDDING, ()), None, None)[:2]
-    packed = f"{EMBEDDING.removesuffix('weight')}scales" in shapes  # its columns are no longer the width
-    for key, stored in (("vocab_size", rows), ("hidden_size", None if packed else columns)):
-        said = config.get(key)
-        if _is_size(said) and stored not in (None, said):
-            problems.append(f"{key}: {said}, but {EMBEDDING} is stored as {list(shapes[EMBEDDING])}.")
+    name = find_embedding(shapes)
+    if name is not None:
+        width = next((key for key in _WIDTHS if key in config), "")
+        packed = f"{name.removesuffix('weight')}scales" in shapes  # its columns are no longer the width
+        for key, stored in zip(("vocab_size", "" if packed else width), shapes[name], strict=True):
+            said = config.get(key)
+            if is_size(said) and stored != said:
+                problems.append(f"{key}: {said}, but {name} is stored as {list(shapes[name])}.")
     return problems
+
+
+def find_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return the name of the input embedding, where it has one that is known here."""
+    return next((name for name, shape in shapes.items() if name.endswith(_EMBEDDINGS) and len(shape) == 2), None)

@@ -17,8 +17,8 @@ import numpy as np
 from smolmlx.adapters.gguf_vocab import adds_special, read_vocabulary
 from smolmlx.adapters.hf_config import sliding_window
 from smolmlx.adapters.merge import Prepared
-from smolmlx.adapters.preflight import is_count
 from smolmlx.adapters.tensors import Floats, is_number, to_floats
+from smolmlx.base_config import is_size
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, DataError, RecipeError, RunError
 
@@ -203,7 +203,7 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
         if not _is_positive(config.get(key)):
             problems.append(f"{key}: {config.get(key)!r}; expected a number above 0.")
     for key in counts:
-        if not is_count(config.get(key)):
+        if not is_size(config.get(key)):
             problems.append(f"{key}: {config.get(key)!r}; expected a whole number above 0.")
     return problems
 
