@@ -151,7 +151,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "device_kind": plan.capabilities.device,
         "dtype": plan.dtype,
         "versions": versions,
-        "command": sys.argv,
+        "command": ["smolmlx", *sys.argv[1:]],
         "origins": dict(plan.loaded.origins),
         "source": plan.loaded.source,
         "folder": str(plan.loaded.folder),
@@ -184,6 +184,8 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
         write_samples(plan, choice.backend, run)
     report = summarise(plan, session)
     run.write_json("report.json", {name: getattr(report, name) for name in report.__slots__})
+    if session.interrupted:  # in the last step: the training is whole, and nothing else is wanted now
+        raise Interrupted(run, session.state.step)
     return report
 
 

@@ -57,6 +57,8 @@ def dedupe(
     from smolmlx import console
     from smolmlx.data.dedupe import dedupe as run
 
+    if target.suffix in (".csv", ".tsv", ".json", ".parquet", ".txt"):
+        raise RecipeError(f"{target}: rows are written as JSON lines. Name it {target.with_suffix('.jsonl')}.")
     opened, held_out = _open(source, columns), [_open(name, columns) for name in against]
     if target.resolve() in {path.resolve() for each in (opened, *held_out) for path in each.files}:
         raise RecipeError(f"{target}: is one of the inputs. Choose another name.")

@@ -133,7 +133,9 @@ def difference_sentence(difference: Interval, metric: str, first: str, second: s
     )
     if not difference.shows_difference:
         few = (difference.num_groups or difference.num_rows) < MIN_ROWS
-        reason = f"; fewer than {MIN_ROWS} cannot show one" if few else ""
+        reason = (
+            f"; fewer than {MIN_ROWS} {'groups' if difference.num_groups else 'rows'} cannot show one" if few else ""
+        )
         return (
             f"{metric}: no difference shown between {first} and {second} ({difference.mean:+.3g}, {evidence}{reason})."
         )

@@ -6,6 +6,7 @@ All systems get the same prompts, template and decoding.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -351,7 +352,13 @@ def _evaluate_research(
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:
-    """Write results.json, results.md, results.csv, and for notes and research a csv per row set and every answer."""
+    """Write results.json, results.md, results.csv, and for notes and research a csv per row set and every answer.
+
+    Files of an earlier evaluation in this folder go: answers beside another suite's figures would be taken for theirs.
+    """
+    if (folder / "results.json").is_file():
+        for name, end in itertools.product(("test", "ood"), (".csv", "-rows.csv", "-answers.jsonl")):
+            (folder / f"{name}{end}").unlink(missing_ok=True)
     write_text(folder / "results.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     write_text(folder / "results.md", evaluation.markdown() + "\n")
     reports: dict[str, NotesReport | ResearchReport] = {**evaluation.notes, **evaluation.research}

@@ -40,7 +40,7 @@ FIGURES = (
     Figure("eval.loss", "held-out loss", "nats per supervised token", False, ".4f"),
     Figure("eval.perplexity", "perplexity", "exp of the held-out loss", False, ".2f"),
     Figure("val_loss", "validation loss", "best during training, nats per supervised token", False, ".4f", "", "val_loss"),
-    Figure("train_loss", "training loss", "of the last steps, nats per supervised token", None, ".4f"),
+    Figure("train_loss", "training loss", "of the last step alone, nats per supervised token", None, ".4f"),
 )  # fmt: skip
 
 

@@ -43,6 +43,15 @@ def result(run: rundir.RunDir) -> bytes:
     return path.read_bytes()
 
 
+def test_interrupted_in_the_last_step(lab: Lab) -> None:
+    """It is whole then, but nothing that would follow is wanted: not its evaluation, nor the next run of a sweep."""
+    plan = lab.plan(train__max_steps=3)
+    run = lab.start(plan)
+    with pytest.raises(stages.Interrupted, match="after step 3"):
+        lab.train(plan, run, stop_at(3))
+    assert run.done and result(run) == result(lab.train(plan))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_and_resumed(lab: Lab, kind: str) -> None:
     changes = {**LONG, **KINDS[kind]}

@@ -246,3 +246,10 @@ def test_help_imports_no_array_library() -> None:
         f"assert not {{'{heavy}'}} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_rows_are_not_written_under_the_name_of_another_format(run: Run, tmp_path: Path) -> None:
+    """They were JSON lines in a .csv, which no command could read again."""
+    pytest.importorskip("rensa", reason="rensa is not installed")
+    found = run("dedupe", str(NOTES / "ood.jsonl"), "b.csv")
+    assert found.code == 2 and "b.jsonl" in found.err and not (tmp_path / "b.csv").exists()

@@ -182,11 +182,11 @@ def test_equal_values_give_a_point() -> None:
         ),
         (
             Interval(1.0, 1.0, 1.0, MIN_ROWS - 1),
-            "f1: no difference shown between sft and base (+1, 95 % interval +1 to +1, n=5; fewer than 6 cannot show one).",
+            "f1: no difference shown between sft and base (+1, 95 % interval +1 to +1, n=5; fewer than 6 rows cannot show one).",
         ),
         (
             Interval(-1, -1, -1, 8, num_groups=4),
-            "f1: no difference shown between sft and base (-1, 95 % interval -1 to -1, n=8 in 4 groups; fewer than 6 cannot show one).",
+            "f1: no difference shown between sft and base (-1, 95 % interval -1 to -1, n=8 in 4 groups; fewer than 6 groups cannot show one).",
         ),
     ],
 )

@@ -159,6 +159,9 @@ def test_rows_that_are_left_out_are_counted_and_not_written(tiny_model: Path, tm
     assert [row["id"] for row in written] == [row.id for row in made.research["test"].rows]
     assert [row["group"] for row in written] == [f"from {row['id']}" for row in written]
     assert f"{10 - kept} left out" in (tmp_path / "out" / "results.md").read_text()
+    (tmp_path / "out" / "ood-answers.jsonl").write_text("of an earlier evaluation")
+    write(made, tmp_path / "out")
+    assert not (tmp_path / "out" / "ood-answers.jsonl").exists()
 
 
 def test_figures(tmp_path: Path) -> None:
