@@ -113,6 +113,21 @@ def write_base(model: BaseModel, adapter: Path) -> None:
     (adapter / BASE_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse a folder without PEFT's two files.
+
+    Raises:
+        RecipeError: with the way to a run's own adapter, where it is one.
+    """
+    if all((folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
+        return
+    inside = folder / "adapter"
+    hint = f" Did you mean {inside}?" if inside.is_dir() else ""
+    raise RecipeError(
+        f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).{hint}"
+    )
+
+
 def check_base(model: BaseModel, adapter: Path) -> None:
     """Refuse a model that an adapter was not trained on; adapters of other tools do not say, and pass.
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from smolmlx.data.batches import Batch
 from smolmlx.errors import BackendError, RecipeError
-from smolmlx.models import read_header
+from smolmlx.models import check_adapter_folder, read_header
 from smolmlx.plan import PEFT_PREFIX, Plan
 from smolmlx.session import Arrays
 from smolmlx_cuda.memory import ran_out
@@ -107,8 +107,7 @@ def load_adapter(model: Any, folder: Path, name: str = "default") -> Any:
     Raises:
         RecipeError: not an adapter, or made for another base.
     """
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
+    check_adapter_folder(folder)
     json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     try:
         if isinstance(model, PeftModel):

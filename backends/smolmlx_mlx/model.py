@@ -29,7 +29,7 @@ from mlx_lm.utils import dequantize_model, load_model  # noqa: E402
 from smolmlx.adapters.convert import convert  # noqa: E402
 from smolmlx.adapters.hf_config import readable  # noqa: E402
 from smolmlx.errors import BackendError, RecipeError  # noqa: E402
-from smolmlx.models import BaseModel  # noqa: E402
+from smolmlx.models import BaseModel, check_adapter_folder  # noqa: E402
 from smolmlx.plan import PEFT_PREFIX  # noqa: E402
 from smolmlx.session import Arrays, load_arrays  # noqa: E402
 from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
@@ -111,11 +111,9 @@ def load_adapter(model: nn.Module, folder: Path, base: BaseModel | None = None) 
     Raises:
         RecipeError: not a LoRA adapter, or made for another base.
     """
-    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not config_file.is_file() or not weights_file.is_file():
-        raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    arrays = load_arrays(weights_file)
+    check_adapter_folder(folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    arrays = load_arrays(folder / "adapter_model.safetensors")
     more = any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters"))
     if more or not all(split_name(name)[1] for name in arrays):
         _load_converted(model, folder, base)

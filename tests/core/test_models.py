@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -218,3 +219,11 @@ class TestRefusals:
         (tmp_path / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"oops")
         with pytest.raises(RecipeError, match="not JSON"):
             models.read_headers(tmp_path)
+
+
+def test_a_runs_folder_in_place_of_its_adapters(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(
+        RecipeError, match=rf"not an adapter folder .* Did you mean {re.escape(str(tmp_path / 'adapter'))}"
+    ):
+        models.check_adapter_folder(tmp_path)

@@ -15,7 +15,7 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError
 from smolmlx.generation.batching import Batcher, Feed, run_all
 from smolmlx.generation.sampling import Picks, choose
-from smolmlx.models import BaseModel, check_base
+from smolmlx.models import BaseModel, check_adapter_folder, check_base
 from smolmlx.plan import PEFT_PREFIX
 from smolmlx.session import Arrays, load_arrays
 from toy_engine.model import Bigram
@@ -58,8 +58,7 @@ def read_adapter(folder: Path, model: BaseModel) -> tuple[Arrays, float, bool]:
     Raises:
         RecipeError: not an adapter, or made for another base.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise RecipeError(f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).")
+    check_adapter_folder(folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     arrays = load_arrays(folder / "adapter_model.safetensors")
     shapes = model.linear_shapes()
