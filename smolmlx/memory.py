@@ -1,4 +1,4 @@
-"""Out of memory: an engine's error becomes one message, with the knobs that are still left to turn."""
+"""Memory: what a run is estimated to take, and what to say where it runs out, with the knobs that are still left to turn."""
 
 from __future__ import annotations
 
@@ -12,6 +12,49 @@ from smolmlx.errors import RunError
 if TYPE_CHECKING:
     from smolmlx.backend import Decoding
     from smolmlx.plan import Plan
+
+
+_LIVE_SCORES = 6
+"""Arrays of a block's attention scores that stand side by side in its backward pass."""
+_PROCESS_BYTES = 350_000_000
+"""Python and an engine's libraries on a CPU, before a model is loaded."""
+
+
+def estimate(plan: Plan) -> int:
+    """Estimate peak training memory in bytes.
+
+    Weights, float32 trainables with gradients and two moments, and the activations a backward pass keeps: per block and
+    token about 10 widths and 4 inner widths. No engine keeps the attention's scores; on a CPU those of one block are
+    whole for a moment, and the process itself counts. Good to about 30 %; `benchmarks/sft.py` compares.
+    """
+    config, wide = plan.model.config, 4 if plan.dtype == "float32" else 2
+    width, inner = int(config.get("hidden_size", 0)), int(config.get("intermediate_size", 0))
+    heads = int(config.get("num_attention_heads", 1))
+    row = max(plan.train.widths)
+    tokens = plan.train.batch_size * row
+    on_cpu = plan.capabilities.device == "cpu"
+    scores = _LIVE_SCORES * heads * row * tokens * 4 if on_cpu else 0
+    per_block = tokens * (10 * width + 4 * inner) * wide
+    blocks = (
+        per_block + plan.model.num_layers * tokens * width * wide
+        if plan.recipe.train.gradient_checkpointing
+        else per_block * plan.model.num_layers
+    )
+    head = plan.train.gather * int(config.get("vocab_size", 0)) * 4 * 2
+    return weight_bytes(plan) + int(blocks + scores + head) + (_PROCESS_BYTES if on_cpu else 0)
+
+
+def can_pack(plan: Plan) -> bool:
+    """Whether a quantized base takes less memory: a CPU multiplies whole weights, so there its values are held unpacked."""
+    return plan.capabilities.device != "cpu"
+
+
+def weight_bytes(plan: Plan) -> int:
+    """Bytes of the base weights and of float32 trainables with gradient and two moments."""
+    wide = 4.0 if plan.dtype == "float32" else 2.0
+    quantize = plan.recipe.model.quantize if can_pack(plan) else "none"
+    per_weight = {"none": wide, "8bit": 1.1, "4bit": 0.6}[quantize]
+    return int(plan.num_parameters * per_weight + plan.num_trainable * (12 if plan.full else 16))
 
 
 @contextlib.contextmanager
@@ -49,10 +92,9 @@ def training(plan: Plan) -> str:
         knobs.append("--set train.gradient_checkpointing=true (slower)")
     if plan.full and recipe.model.config is None:
         knobs.append("--set train.method=lora")
-    on_cpu = plan.capabilities.device == "cpu"  # where bfloat16 is slow, and quantized values are held whole
-    if not (plan.full or on_cpu) and plan.dtype == "float32":
+    if not plan.full and plan.dtype == "float32" and plan.capabilities.device != "cpu":  # where bfloat16 is slow
         knobs.append("--set model.dtype=bfloat16")
-    if not (plan.full or on_cpu) and recipe.model.quantize != "4bit" and "4bit" in plan.capabilities.quantize:
+    if not plan.full and can_pack(plan) and recipe.model.quantize != "4bit" and "4bit" in plan.capabilities.quantize:
         knobs.append("--set model.quantize=4bit")
     if widest >= 128:
         knobs.append(f"--set data.max_length={widest // 2}")

@@ -55,7 +55,7 @@ class BaseModel:
     def tied(self) -> bool:
         """Whether head and embedding are one weight; a config that does not say (Gemma's do not) leaves it to the weights."""
         said = self.config.get("tie_word_embeddings")
-        return "lm_head.weight" not in self.shapes if said is None else bool(said)
+        return HEAD not in self.shapes if said is None else bool(said)
 
     @property
     def context(self) -> int | None:
@@ -385,7 +385,7 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         }
     shapes["model.norm.weight"] = (width,)
     if not config.get("tie_word_embeddings", False):
-        shapes["lm_head.weight"] = (vocab, width)
+        shapes[HEAD] = (vocab, width)
     return shapes
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from smolmlx import memory
 from smolmlx.backend import Capabilities, Choice
 from smolmlx.data.batches import BatchPlan, padded_tokens, plan_batches
 from smolmlx.data.chat import Tokenizer
@@ -114,8 +115,8 @@ class Plan:
 
     @cached_property
     def memory_bytes(self) -> int:
-        """Estimated peak memory; see `estimate_memory`."""
-        return estimate_memory(self)
+        """Estimated peak memory; see `memory.estimate`."""
+        return memory.estimate(self)
 
     @property
     def muon_ratio(self) -> float:
@@ -279,10 +280,10 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
 def _check_memory(plan: Plan) -> None:
     """Refuse what cannot fit for certain: weights, gradients and moments alone fill the device."""
     limit = plan.capabilities.memory_bytes
-    needed = weight_bytes(plan)
+    needed = memory.weight_bytes(plan)
     if limit is not None and needed > limit:
         knobs = ["a smaller model", "train.method: lora"]
-        knobs += ["model.quantize: 4bit"] if plan.capabilities.device != "cpu" else []
+        knobs += ["model.quantize: 4bit"] if memory.can_pack(plan) else []
         raise RecipeError(
             f"{plan.loaded.source}: weights, gradients and moments alone take {needed / 1e9:.1f} GB, the device has {limit / 1e9:.1f} GB. "
             f"Take {', '.join(knobs[:-1])} or {knobs[-1]}."
@@ -564,43 +565,3 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
         "modules_to_save": None,
         "inference_mode": True,
     }
-
-
-_LIVE_SCORES = 6
-"""Arrays of a block's attention scores that stand side by side in its backward pass."""
-_PROCESS_BYTES = 350_000_000
-"""Python and an engine's libraries on a CPU, before a model is loaded."""
-
-
-def estimate_memory(plan: Plan) -> int:
-    """Estimate peak training memory in bytes.
-
-    Weights, float32 trainables with gradients and two moments, and the activations a backward pass keeps: per block and
-    token about 10 widths and 4 inner widths. No engine keeps the attention's scores; on a CPU those of one block are
-    whole for a moment, and the process itself counts. Good to about 30 %; `benchmarks/sft.py` compares.
-    """
-    config, wide = plan.model.config, 4 if plan.dtype == "float32" else 2
-    width, inner = int(config.get("hidden_size", 0)), int(config.get("intermediate_size", 0))
-    heads = int(config.get("num_attention_heads", 1))
-    row = max(plan.train.widths)
-    tokens = plan.train.batch_size * row
-    on_cpu = plan.capabilities.device == "cpu"
-    scores = _LIVE_SCORES * heads * row * tokens * 4 if on_cpu else 0
-    per_block = tokens * (10 * width + 4 * inner) * wide
-    blocks = (
-        per_block + plan.model.num_layers * tokens * width * wide
-        if plan.recipe.train.gradient_checkpointing
-        else per_block * plan.model.num_layers
-    )
-    head = plan.train.gather * int(config.get("vocab_size", 0)) * 4 * 2
-    return weight_bytes(plan) + int(blocks + scores + head) + (_PROCESS_BYTES if on_cpu else 0)
-
-
-def weight_bytes(plan: Plan) -> int:
-    """Bytes of the base weights and of float32 trainables with gradient and two moments."""
-    wide = 4.0 if plan.dtype == "float32" else 2.0
-    quantize = (
-        "none" if plan.capabilities.device == "cpu" else plan.recipe.model.quantize
-    )  # CPUs multiply whole weights
-    per_weight = {"none": wide, "8bit": 1.1, "4bit": 0.6}[quantize]
-    return int(plan.num_parameters * per_weight + plan.num_trainable * (12 if plan.full else 16))

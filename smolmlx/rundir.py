@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from smolmlx.errors import RunError
 
 if TYPE_CHECKING:
-    from filelock import FileLock
+    from filelock import AcquireReturnProxy, FileLock
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,8 @@ def create(name: str, parent: Path) -> RunDir:
     return RunDir(path)
 
 
-def hold(lock: Path, busy: str) -> FileLock:
-    """Take a lock file, which keeps a second process out; the system lets go of it when the process ends, however it does.
+def hold(lock: Path, busy: str) -> AcquireReturnProxy[FileLock]:
+    """Take a lock file until the end of a `with`, or until `.lock.release()`, which keeps a second process out; the system lets go of it when the process ends, however it does.
 
     Raises:
         RunError: another process has it (`busy`), or it cannot be written.
@@ -112,10 +112,9 @@ def hold(lock: Path, busy: str) -> FileLock:
     with writing(lock.parent):
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            held.acquire()
+            return held.acquire()
         except Timeout as error:
             raise RunError(busy) from error
-    return held
 
 
 @contextlib.contextmanager

@@ -105,9 +105,7 @@ def limits(config: Mapping[str, Any]) -> list[str]:
     """Say where mlx-lm may not compute what transformers does from this config: it differs, has no window, or was not asked."""
     kind = config.get("model_type")
     found = [text for text in (mlx_difference(config),) if text]
-    window = ignored_window(config)
-    if window is not None:
-        found.append(f"not verified beyond {window} tokens: mlx-lm has no sliding window for {kind}")
+    found += [f"not verified {text}" for text in (ignored_window(config),) if text]
     return found + ([] if kind in COMPARED else [uncompared(config)])
 
 
@@ -118,11 +116,12 @@ def uncompared(config: Mapping[str, Any]) -> str:
     )
 
 
-def ignored_window(config: Mapping[str, Any]) -> int | None:
-    """Return the tokens up to which mlx-lm agrees with transformers, where it ignores the model's sliding window."""
-    if config.get("model_type") in _MLX_WINDOWS:
+def ignored_window(config: Mapping[str, Any]) -> str | None:
+    """Say beyond which length mlx-lm no longer agrees with transformers, where it ignores the model's sliding window."""
+    kind, window = config.get("model_type"), sliding_window(config)
+    if window is None or kind in _MLX_WINDOWS:
         return None
-    return sliding_window(config)
+    return f"beyond {window} tokens: mlx-lm has no sliding window for {kind}"
 
 
 def sliding_window(config: Mapping[str, Any]) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from smolmlx import base_config
 from smolmlx.adapters.adapter import Module
 from smolmlx.adapters.tensors import Words
 
@@ -19,7 +20,7 @@ SAME_EXPERTS = frozenset({"qwen2_moe", "qwen3_moe", "olmoe"})
 """Of those, the types whose stacked experts were compared too."""
 EQUAL_BLOCKS = SAME_NAMES - SAME_EXPERTS
 """Types whose blocks all have the same weights."""
-HEAD, HEAD_WEIGHT = "lm_head", "lm_head.weight"
+HEAD, HEAD_WEIGHT = "lm_head", base_config.HEAD
 
 
 def mlx_paths(path: str, kind: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from smolmlx.adapters.adapter import Adapter, Module
 from smolmlx.adapters.mlx_format import EMBEDDING
+from smolmlx.adapters.names import HEAD, HEAD_WEIGHT
 from smolmlx.adapters.tensors import FLOATS, TensorFile, is_number
 from smolmlx.errors import DataError, RecipeError
 
@@ -44,7 +45,6 @@ _REFUSED = {
     "use_qalora": "QALoRA pools its inputs before A",
 }
 _MAX_RANK = 1 << 31
-_HEAD = "lm_head"
 _OWN_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 
 
@@ -57,7 +57,7 @@ def describe(folder: Path, config: Mapping[str, Any], file: TensorFile) -> tuple
     modules = []
     for path, leaves in sorted(grouped.items()):
         ranked = path
-        if path == _HEAD and config.get("ensure_weight_tying"):  # PEFT makes the head of the embedding's factors
+        if path == HEAD and config.get("ensure_weight_tying"):  # PEFT makes the head of the embedding's factors
             ranked = next((name for name in grouped if "ea" in grouped[name]), path)
         module, problem = _module(path, leaves, config, file, ranked)
         if module:
@@ -184,12 +184,12 @@ def _group(file: TensorFile, config: Mapping[str, Any]) -> tuple[Grouped, dict[s
             grouped[bare.removesuffix(leaf)][_LEAVES[leaf]] = name
         elif bare.endswith(".base_layer.weight"):
             copies[bare.replace(".base_layer.weight", ".weight")] = name
-        elif _saved_whole(bare, saved) or (bare == f"{_HEAD}.weight" and config.get("ensure_weight_tying")):
+        elif _saved_whole(bare, saved) or (bare == HEAD_WEIGHT and config.get("ensure_weight_tying")):
             full[bare] = name
         else:
             problems.append(f"{name}: an extra tensor: neither LoRA nor in modules_to_save.")
-    head = full.get(f"{_HEAD}.weight")
-    if head and not _saved_whole(f"{_HEAD}.weight", saved):  # PEFT saves the other side of a tie by itself
+    head = full.get(HEAD_WEIGHT)
+    if head and not _saved_whole(HEAD_WEIGHT, saved):  # PEFT saves the other side of a tie by itself
         embedding = next((full[name] for name in full if EMBEDDING.search(name.removesuffix(".weight"))), None)
         if embedding is None or not np.array_equal(file.words(embedding), file.words(head)):
             problems.append(f"{head}: not in modules_to_save, and not the saved embedding as ensure_weight_tying says.")
@@ -257,7 +257,7 @@ def _unmatched(modules: Iterable[Module], config: Mapping[str, Any]) -> list[str
     problems = []
     for module in modules:
         path = module.path
-        if path == _HEAD and config.get("ensure_weight_tying"):
+        if path == HEAD and config.get("ensure_weight_tying"):
             continue  # PEFT adds the tied head by itself
         if module.kind == "experts" or _matches(f"{path}.weight", parameters):
             continue

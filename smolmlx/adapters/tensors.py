@@ -111,9 +111,8 @@ def to_floats(words: Words, dtype: str) -> Floats:
 
 def from_floats(values: npt.NDArray[Any], dtype: str) -> Words:
     """Round float32 values once, to nearest even, and return the words of `dtype`."""
-    values = np.asarray(
-        values, np.float32
-    )  # in whatever order they lie: a transposed copy costs more than the arithmetic
+    # In whatever order they lie: a transposed copy costs more than the arithmetic.
+    values = np.asarray(values, np.float32)
     if dtype == "F32":
         return values.view(np.uint32)
     if dtype == "F16":

@@ -179,13 +179,13 @@ def _show_row(plan: Plan, index: int) -> None:
 
 
 def _warn(plan: Plan) -> None:
-    from smolmlx import console
+    from smolmlx import console, memory
 
     for text in plan.notes:
         console.note(text, style="yellow")
     limit = plan.capabilities.memory_bytes
     if limit and plan.memory_bytes > limit:
-        smaller = "" if plan.capabilities.device == "cpu" else ", or model.quantize: 4bit"
+        smaller = ", or model.quantize: 4bit" if memory.can_pack(plan) else ""
         console.note(
             f"needs about {console.format_bytes(plan.memory_bytes)} but the device has {console.format_bytes(limit)}: lower train.batch_size "
             f"(raise train.accumulation), or set train.gradient_checkpointing: true{smaller}.",

@@ -17,6 +17,7 @@ from smolmlx.reports.boards import Board, Metric
 from smolmlx.reports.folders import RunView, Tree
 from smolmlx.reports.sweeps import Figure, SweepView
 from smolmlx.reports.weights import Change
+from smolmlx.sweeps.findings import NOT_SHOWN, TOO_FEW
 
 Spec = dict[str, Any]
 
@@ -249,7 +250,7 @@ def forests(board: Board) -> dict[str, Spec]:
     return {key: spec for key, spec in found.items() if spec is not None}
 
 
-FIRST, SHOWN, FEW, NOT_SHOWN = "first", "differs", "too few seeds", "no difference shown"
+FIRST, SHOWN = "first", "differs"
 
 
 def settings_chart(sweep: SweepView, figure: Figure) -> Spec | None:
@@ -259,7 +260,7 @@ def settings_chart(sweep: SweepView, figure: Figure) -> Spec | None:
         if figure.key in found:
             spread = found[figure.key]
             verdict = sweep.verdict(setting, figure.metric)
-            judged = {"higher": SHOWN, "lower": SHOWN, FEW: FEW}.get(verdict, NOT_SHOWN)
+            judged = {"higher": SHOWN, "lower": SHOWN, TOO_FEW: TOO_FEW}.get(verdict, NOT_SHOWN)
             kind = FIRST if setting == sweep.first else judged
             shown = {"setting": setting, "kind": kind}
             means.append({**shown, **{key: _round(spread[key]) for key in ("mean", "low", "high")}, "sd": _round(spread["sd"]), "verdict": verdict or "–"})  # fmt: skip
@@ -272,8 +273,8 @@ def settings_chart(sweep: SweepView, figure: Figure) -> Spec | None:
     label = {"grid": False, "ticks": False, "domain": False, "labelPadding": 10}
     y = {"field": "setting", "type": "nominal", "sort": [m["setting"] for m in means], "title": None, "axis": label}
     # The theme's colours by place: quiet grey is the last of eight.
-    domain = [SHOWN, FIRST, FEW, *"abcd", NOT_SHOWN]
-    kinds = [kind for kind in (FIRST, SHOWN, FEW, NOT_SHOWN) if any(m["kind"] == kind for m in means)]
+    domain = [SHOWN, FIRST, TOO_FEW, *"abcd", NOT_SHOWN]
+    kinds = [kind for kind in (FIRST, SHOWN, TOO_FEW, NOT_SHOWN) if any(m["kind"] == kind for m in means)]
     color = {"field": "kind", "type": "nominal", "scale": {"domain": domain}, "legend": {"title": None, "values": kinds, "symbolType": "circle", "columns": 2}}  # fmt: skip
     shared = {"y": y, "color": color}
     of_mean = [

@@ -9,9 +9,7 @@ from smolmlx.reports import figures
 from smolmlx.reports.boards import HEADLINES, RESEARCH, SUMMED_UP, Board
 from smolmlx.reports.figures import Tile
 from smolmlx.reports.sweeps import FIGURES, Figure, SweepView
-from smolmlx.sweeps.findings import MIN_SEEDS
-
-FEW = "too few seeds"
+from smolmlx.sweeps.findings import MIN_SEEDS, NOT_SHOWN, TOO_FEW
 
 SEEN_FIRST = (*(f"test.{metric}" for metric in SUMMED_UP), "eval.loss", "val_loss")
 """Figures whose chart is seen without a click."""
@@ -58,7 +56,9 @@ def tiles(sweep: SweepView) -> list[Tile]:
             leader = "shared by several settings" if best.get("shared") else best["leader"]
             found.append(Tile(f"highest {figure.label}", _value(mean, figure), f"{leader}; {note}"))
     if sweep.comparisons:
-        shown, few = (sum(c["verdict"] in words for c in sweep.comparisons) for words in (("higher", "lower"), (FEW,)))
+        shown, few = (
+            sum(c["verdict"] in words for c in sweep.comparisons) for words in (("higher", "lower"), (TOO_FEW,))
+        )
         note = f"; {few} lie apart, and a verdict takes {MIN_SEEDS} seeds" if few else ""
         found.append(
             Tile("differences shown", f"{shown} of {len(sweep.comparisons)}", f"settings against {sweep.first}{note}")
@@ -74,7 +74,7 @@ def findings(sweep: SweepView) -> list[str]:
     for metric in dict.fromkeys(c["metric"] for c in sweep.comparisons):
         own = [c for c in sweep.comparisons if c["metric"] == metric]
         said = []
-        for verdict, words in (("higher", "higher with"), ("lower", "lower with"), ("no difference shown", "no difference shown with"), (FEW, f"apart, though a verdict takes {MIN_SEEDS} seeds, with")):  # fmt: skip
+        for verdict, words in (("higher", "higher with"), ("lower", "lower with"), (NOT_SHOWN, "no difference shown with"), (TOO_FEW, f"apart, though a verdict takes {MIN_SEEDS} seeds, with")):  # fmt: skip
             names = [c["setting"] for c in own if c["verdict"] == verdict]
             if names:
                 said.append(f"{words} {figures.listed(names)}")

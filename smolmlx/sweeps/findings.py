@@ -23,6 +23,8 @@ all of the other's with probability 2 / C(2n, n): 1 in 3 for 2 seeds, 1 in 10 fo
 
 Verdict = Literal["higher", "lower", "no difference shown", "too few seeds"]
 """too few seeds: they lie apart, and fewer than MIN_SEEDS may do so by chance."""
+TOO_FEW: Literal["too few seeds"] = "too few seeds"
+NOT_SHOWN: Literal["no difference shown"] = "no difference shown"
 Scores = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
 """Setting -> metric -> seed -> one score per test row."""
 Losses = Mapping[str, Sequence[float]]
@@ -96,8 +98,8 @@ def find_best(settings: Sequence[str], scores: Scores, groups: Groups = MappingP
 
 def _unclear(against: Sequence[Comparison | None]) -> str:
     """Say to which settings a difference is not shown, and to which it would take more seeds."""
-    few = [c.against for c in against if c is not None and c.verdict == "too few seeds"]
-    same = [c.against for c in against if c is not None and c.verdict not in ("higher", "too few seeds")]
+    few = [c.against for c in against if c is not None and c.verdict == TOO_FEW]
+    same = [c.against for c in against if c is not None and c.verdict not in ("higher", TOO_FEW)]
     parts = [f"no difference is shown to {_listed(same)}"] if same or not few else []
     parts += [f"a verdict against {_listed(few)} takes {MIN_SEEDS} seeds"] if few else []
     return ", and ".join(parts)
@@ -118,9 +120,9 @@ def compare_losses(setting: str, mine: Sequence[float], against: str, base: Sequ
     seeds = min(len(mine), len(base))
     spans = f"{_span(mine, '.4f')} against {_span(base, '.4f')}; {len(mine)} and {_number(len(base))}"
     verdict = _apart(mine, base)
-    if verdict == "no difference shown":
+    if verdict == NOT_SHOWN:
         said = f"no difference shown between {setting} and {against} ({spans})."
-    elif verdict == "too few seeds":
+    elif verdict == TOO_FEW:
         said = f"no verdict on {setting} against {against}: it takes {MIN_SEEDS} seeds ({spans})."
     else:
         said = f"{setting} is {verdict} than {against} with every seed ({spans})."
@@ -140,13 +142,13 @@ def compare_scores(
     seeds = [[statistics.fmean(side[seed]) for seed in shared] for side in (mine, base)]
     found = bootstrap_difference(*rows, groups=groups.get(metric, ()))
     apart = _apart(*seeds)
-    verdict = apart if found.shows_difference else "no difference shown"
+    verdict = apart if found.shows_difference else NOT_SHOWN
     evidence = f"95 % interval over {found.num_groups or found.num_rows} {'groups of rows' if found.num_groups else 'rows'} {found.low:+.3g} to {found.high:+.3g}"
     spans = f"seeds {_span(seeds[0], '.3f')} against {_span(seeds[1], '.3f')}"
     said = f"{metric.replace('_', ' ')}, mean of {_number(len(shared))}: "
-    if verdict == "too few seeds":
+    if verdict == TOO_FEW:
         said += f"no verdict on {setting} against {against}: it takes {MIN_SEEDS} seeds ({found.mean:+.3g}, {evidence}; {spans})."
-    elif verdict != "no difference shown":
+    elif verdict != NOT_SHOWN:
         said += f"{setting} is {verdict} than {against} by {abs(found.mean):.3g} ({evidence}; {spans})."
     else:
         why = ", since seeds overlap" if found.shows_difference else ""
@@ -157,9 +159,9 @@ def compare_scores(
 def _apart(mine: Sequence[float], base: Sequence[float]) -> Verdict:
     """Say on which side every seed of the one lies of every seed of the other."""
     if min(mine) <= max(base) and max(mine) >= min(base):
-        return "no difference shown"
+        return NOT_SHOWN
     if min(len(mine), len(base)) < MIN_SEEDS:
-        return "too few seeds"
+        return TOO_FEW
     return "higher" if min(mine) > max(base) else "lower"
 
 

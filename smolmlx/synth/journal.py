@@ -52,7 +52,7 @@ class Journal:
         self._failed = bytearray(num_jobs)
         self._synced = time.monotonic()
         busy = f"{path}: another process is writing here. Wait for it, or choose another folder."
-        self._lock = hold(path.with_name(f".{path.name}.lock"), busy)
+        self._lock = hold(path.with_name(f".{path.name}.lock"), busy).lock
         with writing(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
         self._end = 0
