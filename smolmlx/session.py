@@ -302,15 +302,25 @@ class Session:
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl; a last line cut by a kill is left out."""
+    """Return the rows of metrics.jsonl; a last line cut by a kill is left out.
+
+    Raises:
+        RunError: another line is broken.
+    """
     if not run.metrics.is_file():
         return []
     rows = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+    *whole, cut = run.metrics.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate([*whole, *([cut] if cut else [])], 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+        except ValueError as error:
+            if number > len(whole):
+                break
+            raise RunError(f"{run.metrics}:{number}: not a line of metrics ({error}). Was it edited?") from error
+        if not isinstance(row, dict) or not {"kind", "step"} <= set(row):
+            raise RunError(f"{run.metrics}:{number}: not a line of metrics: no 'kind' and 'step'. Was it edited?")
+        rows.append(row)
     return rows
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from smolmlx import rundir
+from smolmlx import run_files, rundir
 from smolmlx.backend import Backend, Choice, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
 from smolmlx.evals.bases import Bases, System
@@ -214,7 +214,8 @@ def is_complete(run: RunDir) -> bool:
 
 def read_report(run: RunDir) -> Report:
     """Return the report of a run whose training is finished."""
-    return Report(**run.read_json("report.json"))
+    tree = run_files.read(run, "report.json")
+    return Report(**{name: tree[name] for name in Report.__slots__})
 
 
 @contextmanager

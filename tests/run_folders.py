@@ -22,6 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTES = ROOT / "data" / "notes"
 INJECTED = "<script>window.injected = true</script></script><img src=x onerror='window.injected = true'>"
 
+REPORT = {
+    "steps": 100, "num_tokens": 540_000, "num_supervised": 230_000, "seconds": 465.2, "first_loss": 6.04, "final_loss": 2.2,
+    "best_val_loss": 2.4, "best_step": 100, "stopped_early": False, "peak_bytes": 862_154_752, "tokens_per_second": 1160.0,
+}  # fmt: skip
+"""report.json of a finished run."""
+
 
 def make_run(
     folder: Path,
@@ -65,13 +71,7 @@ def make_run(
         "samples.json",
         {"prompts": ["Why is the sky blue?"], "before": [INJECTED], "after": ["Air scatters blue light."]},
     )
-    run.write_json(
-        "report.json",
-        {
-            "steps": 100, "num_tokens": 540_000, "num_supervised": 230_000, "seconds": 465.2, "first_loss": 6.04, "final_loss": 2.2,
-            "best_val_loss": 2.4, "best_step": 100, "stopped_early": False, "peak_bytes": 862_154_752, "tokens_per_second": 1160.0,
-        },
-    )  # fmt: skip
+    run.write_json("report.json", REPORT)
     return folder
 
 

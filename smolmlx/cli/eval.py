@@ -19,11 +19,8 @@ Examples:
   smolmlx eval notes/sft --model tiny --adapter sft=runs/a/adapter --adapter dpo=runs/b/adapter --out runs/scores
   smolmlx eval --model HuggingFaceTB/SmolLM2-135M --data held_out.jsonl --suite loss
 """
-# Shown in the terminal; the files hold every metric.
-SHOWN = ("compliance", "content_alignment", "f1", "key_term_recall", "unsupported", "rubric")
 RESERVED = ("base", "copy control", "random control")
 """Names of what always stands beside the adapters."""
-LABELS = {"compliance": "strict compliance", "f1": "F1", "unsupported": "unsupported terms", "rubric": "rubric (0-12)"}
 
 
 @click.command("eval", epilog=EPILOG)
@@ -203,18 +200,19 @@ def _from_recipe(name: str | None) -> dict[str, Any]:
 def show(evaluation: Evaluation) -> None:
     """Print the figures that decide, per row set and system, with 95 % intervals."""
     from smolmlx import console
-    from smolmlx.evals import research
+    from smolmlx.evals import headlines, research
 
     if evaluation.missing_controls:
         console.note(evaluation.missing_controls, style="yellow")
     for name, report in evaluation.notes.items():
         systems = list(report.summary)
-        metrics = [metric for metric in SHOWN if metric in report.summary[systems[0]]]
         rows = []
-        for metric in metrics:
+        for metric in headlines.NOTES:
             # On two lines, so that five systems fit into 80 columns.
-            cells = [f"{i.mean:.3f}\n{i.low:.3f}-{i.high:.3f}" for i in (report.summary[s][metric] for s in systems)]
-            rows.append((LABELS.get(metric, metric.replace("_", " ")), *cells))
+            cells = [
+                f"{i.mean:.3f}\n{i.low:.3f}-{i.high:.3f}" for i in (report.summary[s][metric.key] for s in systems)
+            ]
+            rows.append((metric.label, *cells))
         console.result()
         console.table(
             rows,
@@ -222,7 +220,7 @@ def show(evaluation: Evaluation) -> None:
             title=f"{name}: {report.num_rows} rows of {evaluation.files[name].path}",
         )
         for difference in report.differences:
-            if difference.metric in ("compliance", "content_alignment"):
+            if difference.metric in headlines.SUMMED_UP:
                 console.result(f"  {difference.sentence}")
     for name, found in evaluation.research.items():
         head, *body = research.table(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -296,7 +296,7 @@ def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None
 
     rows = [
         (
-            "loss",
+            "loss, first and last step",
             f"{report.first_loss:.4f} -> {report.final_loss:.4f} {'per pair' if plan.pairs else 'nats per supervised token'}",
         ),
         (
@@ -343,11 +343,11 @@ def _next(plan: Plan, run: RunDir, choice: Choice) -> str:
 
 def _show_samples(run: RunDir, prompts: list[str]) -> None:
     """Print the first two prompts with their answers before and after."""
-    from smolmlx import console
+    from smolmlx import console, run_files
 
     if not prompts:
         return
-    samples: Mapping[str, Any] = run.read_json("samples.json")
+    samples = run_files.read(run, "samples.json")
     for prompt, before, after in list(zip(prompts, samples["before"], samples["after"], strict=True))[:2]:
         console.result(f"\nPROMPT\n{_indent(prompt)}\nBEFORE\n{_indent(before)}\nAFTER\n{_indent(after)}")
 

@@ -21,6 +21,7 @@ from smolmlx.data.notes import Notes
 from smolmlx.errors import DataError
 from smolmlx.evals.bootstrap import Interval, bootstrap_difference, bootstrap_means, difference_sentence
 from smolmlx.evals.controls import nearest_rows
+from smolmlx.evals.headlines import label
 from smolmlx.evals.metrics import rouge_l, set_f1
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.evals.rows import Choice, read_chosen
@@ -271,7 +272,7 @@ def compare(rows: Sequence[ResearchRow], answers: Mapping[str, Sequence[Answered
             first, second = (scores[one][name] for one in (system, control))
             interval = bootstrap_difference(_known(first), _known(second), groups=_groups(rows, first))
             differences.append(
-                Difference(system, control, name, interval, difference_sentence(interval, name, system, control))
+                Difference(system, control, name, interval, difference_sentence(interval, label(name), system, control))
             )
     return ResearchReport(tuple(rows), scores, summary, tuple(differences))
 
@@ -341,7 +342,7 @@ def table(report: ResearchReport) -> list[list[str]]:
         found = [report.summary[system].get(name) for system in systems]
         if found[0] is not None:
             cells = [f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in found if one is not None]
-            lines.append([name.replace("_", " "), str(found[0].num_rows), *cells])
+            lines.append([label(name), str(found[0].num_rows), *cells])
     return lines
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from smolmlx.evals.bootstrap import DRAWS, Interval, bootstrap_means, bootstrap_ratio, difference_sentence
 from smolmlx.evals.controls import nearest_copy, random_reference
+from smolmlx.evals.headlines import label
 from smolmlx.evals.metrics import is_formulaic, perplexity, reference_overlap, token_weighted_mean
 from smolmlx.evals.notes import BOILERPLATE, compat_compliance, content, follow_up_valid, rubric, strict_compliance
 
@@ -219,7 +220,7 @@ def compare_notes(
     intervals = iter(bootstrap_means(together, groups=[row.group for row in rows], draws=draws, seed=seed))
     summary = {system: {metric: next(intervals) for metric in METRICS} for system in columns}
     differences = tuple(
-        Difference(*pair, metric, interval := next(intervals), difference_sentence(interval, metric, *pair))
+        Difference(*pair, metric, interval := next(intervals), difference_sentence(interval, label(metric), *pair))
         for pair in paired
         for metric in METRICS
     )
@@ -291,7 +292,7 @@ def notes_markdown(report: NotesReport) -> str:
     """Return a table of metrics by systems with intervals, and the differences as sentences."""
     systems = list(report.summary)
     head = [f"metric (n={report.num_rows})", *(system.replace("|", "\\|") for system in systems)]
-    body = [[metric, *(_spread(report.summary[system][metric]) for system in systems)] for metric in METRICS]
+    body = [[label(metric), *(_spread(report.summary[system][metric]) for system in systems)] for metric in METRICS]
     table = [_table_line(head), _table_line(["---"] * len(head)), *map(_table_line, body)]
     sentences = [f"- {difference.sentence}" for difference in report.differences]
     return "\n".join([*table, *([""] if sentences else []), *sentences]) + "\n"

@@ -13,47 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolmlx.evals.bootstrap import MIN_ROWS, bootstrap_means, difference_sentence
+from smolmlx.evals.headlines import BY_KEY, Metric
 from smolmlx.evals.suites import CONTROLS
 from smolmlx.reports.folders import AnswerRow, RunView, ScoredSet, Tree
 
 Kind = Literal["base", "control", "trained"]
 MAX_PAIRED = 6
 """Trained systems up to which each is compared with each other one: 15 pairs. More would find differences by chance."""
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """How a figure is read."""
-
-    key: str
-    label: str
-    meaning: str
-    higher_is_better: bool = True
-    share: bool = True
-    """In [0, 1]."""
-
-
-HEADLINES = (
-    Metric("compliance", "template kept", "answers that keep to the task's template, by the strict rule"),
-    Metric("content_alignment", "content alignment", "0.60 F1 + 0.25 key-term recall + 0.15 supported terms, against the reference"),
-    Metric("f1", "reference F1", "content tokens shared with the reference"),
-    Metric("key_term_recall", "key terms named", "share of the reference's distinct terms that the answer names"),
-    Metric("unsupported", "unsupported terms", "terms found neither in the input nor in the reference", higher_is_better=False),
-    Metric("rubric", "rubric (0-12)", "length and specificity of the four sections", share=False),
-)  # fmt: skip
-"""The figures that decide for notes; every other metric stands in the full table."""
-
-RESEARCH = (
-    Metric("valid", "valid", "answers that keep to their schema, of rows of lists and retrieval"),
-    Metric("ended", "texts ended", "not empty and ended by themselves, of rows of texts"),
-    Metric("index_accuracy", "index accuracy", "the passage that answers, or None where none does, of retrieval rows"),
-    Metric("set_f1", "set F1", "items in common with the reference, of rows of lists"),
-    Metric("rouge_l", "ROUGE-L", "F1 of the longest common subsequence, of all rows but retrieval"),
-)
-"""The same of the research suite."""
-
-SUMMED_UP = ("compliance", "content_alignment", *(metric.key for metric in RESEARCH))
-"""Metrics that are said in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +65,7 @@ class Board:
     @property
     def metrics(self) -> list[Metric]:
         """The figures that decide, of those that the suite of these rows has."""
-        return [metric for metric in _METRICS.values() if any(metric.key in e.summary for e in self.entrants)]
+        return [metric for metric in BY_KEY.values() if any(metric.key in e.summary for e in self.entrants)]
 
     @property
     def crowded(self) -> bool:
@@ -189,7 +155,7 @@ def _same(first: Entrant, second: Entrant) -> bool:
 
 def _recorded(found: ScoredSet) -> Iterator[Comparison]:
     for tree in found.differences:
-        metric, interval = _METRICS.get(tree["metric"]), tree["interval"]
+        metric, interval = BY_KEY.get(tree["metric"]), tree["interval"]
         if metric is not None:
             enough = (interval.get("num_groups") or interval["num_rows"]) >= MIN_ROWS
             shown = enough and (interval["low"] > 0 or interval["high"] < 0)
@@ -207,7 +173,7 @@ def _recomputed(entrants: Sequence[Entrant]) -> Iterator[Comparison]:
         return
     # Metrics of the same rows are resampled in one call, which costs little more than one metric alone.
     alike: dict[tuple[int, ...], list[Metric]] = {}
-    for metric in _METRICS.values():
+    for metric in BY_KEY.values():
         rows = tuple(i for i, score in enumerate(pairs[0][0].scores) if score.get(metric.key) is not None)
         alike.setdefault(rows, []).append(metric)
     for rows, metrics in alike.items():
@@ -224,7 +190,7 @@ def _resampled(
     groups = [str(pairs[0][0].scores[i].get("group", "")) for i in rows]
     intervals = bootstrap_means(np.stack(paired, axis=1), groups=groups)
     for (system, other, metric), found in zip(wanted, intervals, strict=True):
-        sentence = difference_sentence(found, metric.key, system.label, other.label)
+        sentence = difference_sentence(found, metric.label, system.label, other.label)
         yield _comparison(system.label, other.label, metric, asdict(found), sentence, found.shows_difference)
 
 
@@ -238,6 +204,3 @@ def _comparison(system: str, against: str, metric: Metric, interval: Tree, sente
         system, against, metric.key, interval["mean"], interval["low"], interval["high"], sentence,
         "no difference shown" if not shown else "better" if better else "worse",
     )  # fmt: skip
-
-
-_METRICS = {metric.key: metric for metric in (*HEADLINES, *RESEARCH)}

@@ -12,9 +12,10 @@ import yaml
 
 from smolmlx import __version__
 from smolmlx.data import formats
+from smolmlx.evals.headlines import SUMMED_UP
 from smolmlx.models import files_root
 from smolmlx.reports import charts, figures, page
-from smolmlx.reports.boards import SUMMED_UP, Board, label_runs, make_boards
+from smolmlx.reports.boards import Board, label_runs, make_boards
 from smolmlx.reports.folders import RunView
 from smolmlx.reports.sweeps import SweepView
 from smolmlx.rundir import RunDir, publish, write_text

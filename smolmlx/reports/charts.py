@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from smolmlx.errors import BackendError
-from smolmlx.reports.boards import Board, Metric
+from smolmlx.evals.headlines import Metric
+from smolmlx.reports.boards import Board
 from smolmlx.reports.folders import RunView, Tree
 from smolmlx.reports.sweeps import Figure, SweepView
 from smolmlx.reports.weights import Change

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from smolmlx.evals.headlines import SUMMED_UP, Metric, label
 from smolmlx.recipe import flatten_tree
-from smolmlx.reports.boards import SUMMED_UP, Board, Comparison, Entrant, Metric
+from smolmlx.reports.boards import Board, Comparison, Entrant
 from smolmlx.reports.folders import RunView, Tree
 
 FEW_ROWS = 30
@@ -63,7 +64,7 @@ def interval(entrant: Entrant, metric: Metric) -> str:
 
 
 def _level(metric: Metric, value: float) -> str:
-    if metric.key in ("compliance", "valid", "ended", "index_accuracy"):
+    if metric.yes_or_no:
         return f"{100 * value:.0f} %"
     return f"{value:.3f}" if metric.share else f"{value:.2f}"
 
@@ -97,7 +98,7 @@ def tiles(view: RunView, boards: Sequence[Board]) -> list[Tile]:
     if view.steps:
         last = report.get("final_loss", view.steps[-1]["loss"])
         first = number(view.steps[0]["loss"])
-        found.append(Tile("training loss", number(last), f"from {first}; {loss_unit(view)}"))
+        found.append(Tile("last step's loss", number(last), f"first step's {first}; {loss_unit(view)}"))
     best = min(view.evals, key=lambda row: row["val_loss"], default=None)
     if best is not None:
         middle = {"perplexity": "val_perplexity", "margin": "val_margin"}
@@ -110,7 +111,7 @@ def tiles(view: RunView, boards: Sequence[Board]) -> list[Tile]:
         if report.get("peak_bytes"):
             found.append(Tile("peak memory", f"{report['peak_bytes'] / 1e9:.2f} GB", str(view.env.get("device", ""))))
     plan = view.plan
-    if plan.get("num_parameters"):
+    if plan.get("num_parameters") and plan.get("num_trainable"):
         share = 100 * plan["num_trainable"] / plan["num_parameters"]
         found.append(Tile("trained parameters", big_number(plan["num_trainable"]), f"{share:.2f} % of {big_number(plan['num_parameters'])}"))  # fmt: skip
     return found
@@ -180,9 +181,7 @@ def comparison_table(board: Board) -> list[tuple[str, str, list[Comparison | Non
 def all_metrics(board: Board) -> list[tuple[str, list[str]]]:
     """Return every metric with one `mean [low, high]` per system."""
     names = dict.fromkeys(name for entrant in board.entrants for name in entrant.summary)
-    return [
-        (name.replace("_", " "), [_spread(entrant.summary.get(name)) for entrant in board.entrants]) for name in names
-    ]
+    return [(label(name), [_spread(entrant.summary.get(name)) for entrant in board.entrants]) for name in names]
 
 
 def _spread(found: Tree | None) -> str:
@@ -247,7 +246,7 @@ def run_table(views: Sequence[RunView], labels: Mapping[str, str]) -> tuple[list
     """Return the header and one line per run: what sets it apart, and how it trained."""
     keys = differing_keys(views)
     mixed = len({loss_unit(view) for view in views if view.is_run}) > 1
-    head = ["run", *keys, "steps", "training loss", "best validation loss", "tokens/s", "time"]
+    head = ["run", *keys, "steps", "last step's loss", "best validation loss", "tokens/s", "time"]
     lines = []
     for view in views:
         if view.is_run:

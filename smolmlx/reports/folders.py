@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from smolmlx import run_files
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.rundir import RunDir
 from smolmlx.session import read_metrics
@@ -93,7 +94,7 @@ def open_runs(paths: Sequence[Path]) -> list[RunView]:
     problems = []
     for path in paths:
         inside = [path] if _is_view(path) else sorted(p for p in path.glob("[!.]*") if _is_view(p))
-        pipeline = _optional(RunDir(path), _PIPELINE)
+        pipeline = run_files.read(RunDir(path), _PIPELINE)
         order = [*_places(path), *(stage["name"] for stage in pipeline.get("stages", ()))]
         inside.sort(key=lambda p: order.index(p.name) if p.name in order else len(order))
         if not inside:
@@ -110,7 +111,7 @@ def _places(folder: Path) -> dict[str, tuple[str, int]]:
     """Return run folder -> (setting, seed) where the folder is a sweep's."""
     if not (folder / "sweep.json").is_file():
         return {}
-    return {run["run"]: (run["setting"], run["seed"]) for run in RunDir(folder).read_json("sweep.json").get("runs", ())}
+    return {run["run"]: (run["setting"], run["seed"]) for run in run_files.read(RunDir(folder), "sweep.json")["runs"]}
 
 
 def _is_view(path: Path) -> bool:
@@ -129,7 +130,7 @@ def read_run(path: Path, place: tuple[str, int] | None = None, pipeline: Tree = 
     """
     run = RunDir(path)
     scored = path / "eval" if (path / "plan.json").is_file() else path
-    results = _optional(RunDir(scored), "results.json")
+    results = run_files.read(RunDir(scored), "results.json")
     rows = read_metrics(run)
     recipe = _read_recipe(path / "recipe.yaml")
     # Results of before 2026-11-21 name the test file alone.
@@ -138,9 +139,9 @@ def read_run(path: Path, place: tuple[str, int] | None = None, pipeline: Tree = 
         path=path,
         name=path.resolve().name,
         recipe=recipe,
-        plan=_optional(run, "plan.json"),
-        env=_optional(run, "env.json"),
-        report=_optional(run, "report.json"),
+        plan=run_files.read(run, "plan.json"),
+        env=run_files.read(run, "env.json"),
+        report=run_files.read(run, "report.json"),
         steps=[row for row in rows if row["kind"] == "step"],
         evals=[row for row in rows if row["kind"] == "eval"],
         sets={
@@ -149,15 +150,11 @@ def read_run(path: Path, place: tuple[str, int] | None = None, pipeline: Tree = 
         files=files,
         loss=results.get("systems", {}),
         loss_findings=[found["sentence"] for found in results.get("differences", ())],
-        samples=_optional(run, "samples.json"),
+        samples=run_files.read(run, "samples.json"),
         setting=place[0] if place else "",
         seed=place[1] if place else None,
         pipeline=pipeline,
     )
-
-
-def _optional(run: RunDir, name: str) -> dict[str, Any]:
-    return run.read_json(name) if (run.path / name).is_file() else {}
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -171,19 +168,16 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _read_set(name: str, tree: Tree, file: Tree, folder: Path) -> ScoredSet:
-    try:
-        return ScoredSet(
-            name=name,
-            data=str(file.get("path") or ""),
-            sha256=str(file.get("sha256") or ""),
-            num_rows=tree["n"],
-            systems=tree["systems"],
-            differences=tree["differences"],
-            scores=tree["rows"],
-            rows=_read_answers(folder / f"{name}-answers.jsonl"),
-        )
-    except KeyError as error:
-        raise RunError(f"{folder / 'results.json'}: set '{name}' has no {error}. Run `smolmlx eval` again.") from error
+    return ScoredSet(
+        name=name,
+        data=str(file.get("path") or ""),
+        sha256=str(file.get("sha256") or ""),
+        num_rows=tree["n"],
+        systems=tree["systems"],
+        differences=tree["differences"],
+        scores=tree["rows"],
+        rows=_read_answers(folder / f"{name}-answers.jsonl"),
+    )
 
 
 def _read_answers(path: Path) -> list[AnswerRow]:

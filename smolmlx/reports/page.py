@@ -15,8 +15,9 @@ import jinja2
 import yaml
 
 from smolmlx import __version__
+from smolmlx.evals.headlines import SUMMED_UP
 from smolmlx.reports import charts, figures, sweep_figures
-from smolmlx.reports.boards import SUMMED_UP, Board, label_runs, make_boards
+from smolmlx.reports.boards import Board, label_runs, make_boards
 from smolmlx.reports.folders import RunView, Tree
 from smolmlx.reports.rows import count_flaws, flaw_kind, view_rows
 from smolmlx.reports.sweeps import SweepView

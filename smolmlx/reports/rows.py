@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from smolmlx.evals.headlines import FORM, SUMMED_UP, Metric
 from smolmlx.evals.notes import BOILERPLATE
 from smolmlx.evals.text import content_spans, content_tokens
-from smolmlx.reports.boards import SUMMED_UP, Board, Entrant, Metric
+from smolmlx.reports.boards import Board, Entrant
 from smolmlx.reports.folders import AnswerRow, Tree
 
 FORMULAIC = "formulaic phrase"
@@ -56,7 +57,7 @@ def _rank(score: Tree, metrics: Sequence[Metric]) -> dict[str, Any]:
     """Return the figure that answers are sorted by, and how it reads: content, not form, of those that the row has."""
     for metric in metrics:
         value = _number(score.get(metric.key))
-        if metric.key in SUMMED_UP and metric.key not in ("compliance", "valid", "ended") and value is not None:
+        if metric.key in SUMMED_UP and metric.key not in FORM and value is not None:
             return {"score": value, "shown": f"{metric.label.removesuffix(' alignment')} {value:.2f}"}
     return {"score": None, "shown": ""}
 

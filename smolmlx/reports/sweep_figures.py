@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from smolmlx.evals.headlines import BY_KEY, SUMMED_UP
 from smolmlx.reports import figures
-from smolmlx.reports.boards import HEADLINES, RESEARCH, SUMMED_UP, Board
+from smolmlx.reports.boards import Board
 from smolmlx.reports.figures import Tile
 from smolmlx.reports.sweeps import FIGURES, Figure, SweepView
 from smolmlx.sweeps.findings import MIN_SEEDS, NOT_SHOWN, TOO_FEW
@@ -107,7 +108,6 @@ def _cell(sweep: SweepView, setting: str, figure: Figure) -> Cell | None:
 
 def _beside(sweep: SweepView, boards: Sequence[Board]) -> list[Row]:
     by_name = {board.name: board for board in boards}
-    known = {metric.key for metric in (*HEADLINES, *RESEARCH)}
     names = dict.fromkeys((e.label, e.kind) for board in boards for e in board.entrants if e.kind != "trained")
     found = []
     for name, kind in names:
@@ -115,7 +115,7 @@ def _beside(sweep: SweepView, boards: Sequence[Board]) -> list[Row]:
         for figure in sweep.figures:
             board = by_name.get(figure.board)
             entrant = next((e for e in board.entrants if e.label == name), None) if board else None
-            summary = entrant.summary.get(figure.metric) if entrant and figure.metric in known else None
+            summary = entrant.summary.get(figure.metric) if entrant and figure.metric in BY_KEY else None
             cells.append(Cell(_value(summary["mean"], figure), "", "", "", None) if summary else None)
         if any(cells):
             found.append(Row(name, "no model" if kind == "control" else "before training", "", cells, kind))

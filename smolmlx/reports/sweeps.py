@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolmlx.errors import RunError
+from smolmlx import run_files
 from smolmlx.reports.folders import Tree
 from smolmlx.rundir import RunDir
 
@@ -28,9 +28,9 @@ class Figure:
 
 
 FIGURES = (
-    Figure("test.compliance", "template kept", "answers to held-out rows that keep to the template, by the strict rule", True, ".1%", "test", "compliance"),
+    Figure("test.compliance", "strict compliance", "answers to held-out rows that keep to the template, by the strict rule", True, ".1%", "test", "compliance"),
     Figure("test.content_alignment", "content alignment", "0.60 F1 + 0.25 key-term recall + 0.15 supported terms, held-out rows", True, ".3f", "test", "content_alignment"),
-    Figure("ood.compliance", "template kept, other subjects", "the same on out-of-distribution rows", True, ".1%", "ood", "compliance"),
+    Figure("ood.compliance", "strict compliance, other subjects", "the same on out-of-distribution rows", True, ".1%", "ood", "compliance"),
     Figure("ood.content_alignment", "content alignment, other subjects", "the same on out-of-distribution rows", True, ".3f", "ood", "content_alignment"),
     Figure("test.valid", "valid", "answers to held-out rows that keep to their schema", True, ".1%", "test", "valid"),
     Figure("test.ended", "texts ended", "answers to held-out rows of texts that ended by themselves", True, ".1%", "test", "ended"),
@@ -40,7 +40,7 @@ FIGURES = (
     Figure("eval.loss", "held-out loss", "nats per supervised token", False, ".4f"),
     Figure("eval.perplexity", "perplexity", "exp of the held-out loss", False, ".2f"),
     Figure("val_loss", "validation loss", "best during training, nats per supervised token", False, ".4f", "", "val_loss"),
-    Figure("train_loss", "training loss", "of the last step alone, nats per supervised token", None, ".4f"),
+    Figure("train_loss", "last step's loss", "in training, nats per supervised token", None, ".4f"),
 )  # fmt: skip
 
 
@@ -110,13 +110,8 @@ def open_sweeps(paths: Sequence[Path]) -> list[SweepView]:
 
 
 def _read(path: Path) -> SweepView:
-    tree = RunDir(path).read_json("sweep.json")
-    try:
-        return SweepView(
-            path, tree["name"], tree["description"], tree["recipe"], tree["seeds"], tree["runs"], tree["settings"],
-            tree["comparisons"], tree["best"],
-        )  # fmt: skip
-    except KeyError as error:
-        raise RunError(
-            f"{path / 'sweep.json'}: has no {error}. Run the same `smolmlx sweep` again: it trains nothing and writes it anew."
-        ) from error
+    tree = run_files.read(RunDir(path), "sweep.json")
+    return SweepView(
+        path, tree["name"], tree["description"], tree["recipe"], tree["seeds"], tree["runs"], tree["settings"],
+        tree["comparisons"], tree["best"],
+    )  # fmt: skip

@@ -14,9 +14,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from smolmlx.evals.bootstrap import bootstrap_difference
+from smolmlx.evals.headlines import SUMMED_UP, label
 
-COMPARED = ("compliance", "content_alignment", "valid", "ended", "index_accuracy", "set_f1", "rouge_l")
-"""Scores that settings are compared in: of suite notes, and of suite research."""
 MIN_SEEDS = 4
 """Seeds of each setting that a verdict takes. Of two settings that do not differ, all seeds of the one lie on one side of
 all of the other's with probability 2 / C(2n, n): 1 in 3 for 2 seeds, 1 in 10 for 3, 1 in 35 for 4."""
@@ -70,14 +69,14 @@ def compare_with_first(
     first, *others = settings
     for other in others:
         found.append(compare_losses(other, losses.get(other, ()), first, losses.get(first, ())))
-        found += [compare_scores(metric, other, first, scores, groups) for metric in COMPARED]
+        found += [compare_scores(metric, other, first, scores, groups) for metric in SUMMED_UP]
     return [comparison for comparison in found if comparison is not None]
 
 
 def find_best(settings: Sequence[str], scores: Scores, groups: Groups = MappingProxyType({})) -> list[Best]:
     """Name the leader in each score, as the best only where it is shown to be higher than each of the others."""
     found = []
-    for metric in COMPARED:
+    for metric in SUMMED_UP:
         means = {name: _mean(scores[name][metric]) for name in settings if scores.get(name, {}).get(metric)}
         if len(means) < 2:
             continue
@@ -85,13 +84,13 @@ def find_best(settings: Sequence[str], scores: Scores, groups: Groups = MappingP
         against = [compare_scores(metric, leader, other, scores, groups) for other in means if other != leader]
         shown = all(c is not None and c.verdict == "higher" for c in against)
         leaders = [name for name in means if means[name] == means[leader]]
-        label, mean = metric.replace("_", " "), f"mean {means[leader]:.3f}"
+        name, mean = label(metric), f"mean {means[leader]:.3f}"
         if shown:
-            said = f"{label}: {leader} is best ({mean}): higher than each of the other {len(against)} settings."
+            said = f"{name}: {leader} is best ({mean}): higher than each of the other {len(against)} settings."
         elif len(leaders) > 1:
-            said = f"{label}: no best setting is shown. {_listed(leaders)} share the highest {mean}."
+            said = f"{name}: no best setting is shown. {_listed(leaders)} share the highest {mean}."
         else:
-            said = f"{label}: no best setting is shown. {leader} has the highest {mean}, but {_unclear(against)}."
+            said = f"{name}: no best setting is shown. {leader} has the highest {mean}, but {_unclear(against)}."
         found.append(Best(metric, leader, shown, len(leaders) > 1, said))
     return found
 
@@ -145,7 +144,7 @@ def compare_scores(
     verdict = apart if found.shows_difference else NOT_SHOWN
     evidence = f"95 % interval over {found.num_groups or found.num_rows} {'groups of rows' if found.num_groups else 'rows'} {found.low:+.3g} to {found.high:+.3g}"
     spans = f"seeds {_span(seeds[0], '.3f')} against {_span(seeds[1], '.3f')}"
-    said = f"{metric.replace('_', ' ')}, mean of {_number(len(shared))}: "
+    said = f"{label(metric)}, mean of {_number(len(shared))}: "
     if verdict == TOO_FEW:
         said += f"no verdict on {setting} against {against}: it takes {MIN_SEEDS} seeds ({found.mean:+.3g}, {evidence}; {spans})."
     elif verdict != NOT_SHOWN:

@@ -28,7 +28,8 @@ def state(cell: Cell, folder: Path) -> State:
     """Say how far a run got. One that failed is tried again by the next call, from its last checkpoint."""
     run = RunDir(folder / cell.folder)
     outcome = read_outcome(run)
-    if outcome.get("status") == "finished" and run.done:
+    scored = (run.path / "eval" / "results.json").is_file() or cell.loaded.recipe.evaluate is None
+    if outcome.get("status") == "finished" and run.done and scored:
         return "finished"
     if outcome.get("status") == "failed":
         return "failed"

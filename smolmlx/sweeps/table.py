@@ -12,15 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from smolmlx import recipe as recipes
-from smolmlx.errors import RunError
+from smolmlx import run_files
+from smolmlx.evals import headlines
 from smolmlx.rundir import RunDir, write_text
 from smolmlx.sweeps.definition import SEED, Cell, Sweep
-from smolmlx.sweeps.findings import COMPARED, Best, Comparison, compare_with_first, find_best
+from smolmlx.sweeps.findings import Best, Comparison, compare_with_first, find_best
 from smolmlx.sweeps.record import read_outcome, state
 
 ALWAYS = ("lora.r", "train.learning_rate", "train.epochs")
 """Keys every table shows, whether the sweep varies them or not."""
-SHOWN = ("train_loss", "val_loss", *(f"test.{metric}" for metric in COMPARED), "eval.loss", "eval.perplexity")
+SHOWN = (
+    "train_loss",
+    "val_loss",
+    *(f"test.{metric}" for metric in headlines.SUMMED_UP),
+    "eval.loss",
+    "eval.perplexity",
+)
 """Figures of the Markdown table and the terminal; csv and json hold all."""
 
 
@@ -105,7 +112,7 @@ def _line(cell: Cell, folder: Path, keys: Sequence[str]) -> Line:
 
 
 def _figures(cell: Cell, run: RunDir) -> dict[str, float]:
-    report = run.read_json("report.json")
+    report = run_files.read(run, "report.json")
     named = {
         "train_loss": "final_loss", "val_loss": "best_val_loss", "steps": "steps", "seconds": "seconds",
         "tokens_per_second": "tokens_per_second", "peak_bytes": "peak_bytes",
@@ -124,8 +131,7 @@ def _figures(cell: Cell, run: RunDir) -> dict[str, float]:
 
 
 def _results(run: RunDir) -> dict[str, Any]:
-    scored = RunDir(run.path / "eval")
-    return scored.read_json("results.json") if (scored.path / "results.json").is_file() else {}
+    return run_files.read(RunDir(run.path / "eval"), "results.json")
 
 
 def _spreads(lines: Sequence[Line]) -> dict[str, Spread]:
@@ -152,10 +158,7 @@ def _scores(
         tree = _results(RunDir(folder / cell.folder)).get("sets", {}).get("test") if line.figures else None
         if tree is None:
             continue
-        if "rows" not in tree:
-            path = folder / cell.folder / "eval"
-            raise RunError(f"{path / 'results.json'}: set 'test' has no scores of its rows. Remove {path}, then run the same `smolmlx sweep` again: it scores this run anew.")  # fmt: skip
-        for metric in COMPARED:
+        for metric in headlines.SUMMED_UP:
             records = [row for row in tree["rows"][cell.loaded.recipe.stage] if row.get(metric) is not None]
             if records:
                 groups[metric] = [str(row.get("group", "")) for row in records]
@@ -221,7 +224,8 @@ def setting_rows(table: Table) -> tuple[list[str], list[list[str]]]:
 
 
 def _label(name: str) -> str:
-    return name.removeprefix("test.").replace("eval.", "held-out ").replace("_", " ")
+    named = {"train_loss": "last step's loss", "val_loss": "validation loss"}
+    return named.get(name) or headlines.label(name.removeprefix("test.")).replace("eval.", "held-out ")
 
 
 def _cell(line: Line, name: str) -> str:

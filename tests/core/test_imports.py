@@ -24,6 +24,7 @@ LAYERS = {
     "models": 1,  # what a model folder says, read from headers: facts for the plan, like data
     "memory": 1,  # what to say when memory runs out; plan and backend are named there for type checkers only
     "rundir": 1,  # where files lie
+    "run_files": 1,  # what the JSON files there hold
     "start_adapter": 1,  # what an adapter folder says, read from headers: a fact for the plan, like models
     "preferences": 1,  # the losses of preference training, in any engine's arrays: needs recipe and errors alone
     "data": 1,  # rows to tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import itertools
@@ -24,10 +25,11 @@ from safetensors.numpy import load_file, save_file
 from run_folders import INJECTED, make_pipeline, make_run, make_sweep
 from smolmlx.adapters.analysis import DATA_FILE, analyze, keep
 from smolmlx.errors import RecipeError, RunError
+from smolmlx.evals import headlines
 from smolmlx.evals.text import content_spans, content_tokens
 from smolmlx.models import open_model
-from smolmlx.reports import charts, figures, sweep_figures
-from smolmlx.reports.boards import HEADLINES, label_runs, make_boards
+from smolmlx.reports import card, charts, figures, page, sweep_figures
+from smolmlx.reports.boards import label_runs, make_boards
 from smolmlx.reports.folders import RunView, open_runs, read_run
 from smolmlx.reports.rows import EMPTY, FORMULAIC, flaw_kind, flaws, mark_text, view_rows
 from smolmlx.reports.sweeps import open_sweeps
@@ -146,7 +148,52 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=6)
     (run / "report.json").unlink()
     assert figures.status(read_run(run)) == "Not finished: step 100 of 100. Every figure below is of that moment."
-    assert [tile.label for tile in figures.tiles(read_run(run), [])][:2] == ["training loss", "validation loss"]
+    assert [tile.label for tile in figures.tiles(read_run(run), [])][:2] == ["last step's loss", "validation loss"]
+
+
+def places(tree: Any, depth: int = 0) -> Iterator[tuple[Any, ...]]:
+    """Yield the way to each value, of lists to the first."""
+    inside = tree.items() if isinstance(tree, dict) else enumerate(tree[:1]) if isinstance(tree, list) else ()
+    for key, value in inside:
+        yield (key,)
+        if depth < 4:
+            yield from ((key, *rest) for rest in places(value, depth + 1))
+
+
+def changed(tree: Any, place: tuple[Any, ...], value: Any) -> Any:
+    """Return a copy with another value in one place; without the key for Ellipsis."""
+    made = copy.deepcopy(tree)
+    inside = made
+    for key in place[:-1]:
+        inside = inside[key]
+    if value is ...:
+        del inside[place[-1]]
+    else:
+        inside[place[-1]] = value
+    return made
+
+
+@pytest.mark.parametrize("name", ["report.json", "plan.json", "env.json", "samples.json", "eval/results.json"])
+def test_a_file_of_a_run_is_read_whole_or_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands in a place of it, the report is drawn or says which file and which place; never a traceback."""
+    monkeypatch.setattr(charts, "browser_bundle", lambda: "")
+    path = make_run(tmp_path / "run", rows=3, stages=("sft",)) / name
+    tree = json.loads(path.read_text())
+    found = list(places(tree))
+    # Every system and metric is read alike.
+    kept = [place for place in found if not {"copy control", "random control", "ood"} & set(place)]
+    refused = 0
+    for place in kept[:40]:
+        for value in (..., None, [1]):
+            path.write_text(json.dumps(changed(tree, place, value)))
+            try:
+                view = read_run(tmp_path / "run")
+                page.render([view], max_rows=1)
+                card.card(view)
+            except RunError as error:
+                assert str(path) in str(error), str(error)
+                refused += 1
+    assert refused > len(kept[:40]) / 2 or name == "env.json"
 
 
 def test_rows_hold_every_answer_whole_with_its_flaws(views: list[RunView]) -> None:
@@ -280,7 +327,7 @@ def test_a_sweeps_sentences_claim_what_its_table_shows(sweep_folder: Path) -> No
     said = sweep_figures.findings(sweep)
     # The bad setting has one seed left, which is too few whatever its rows say.
     assert all("lr <1e-4>" not in part for text in said for part in text.split(";") if "lower with" in part)
-    assert any(text.startswith("template kept, against baseline:") for text in said)
+    assert any(text.startswith("strict compliance, against baseline:") for text in said)
     for best in sweep.best:
         assert best["shown"] == ("is best" in best["sentence"]) != ("no best setting is shown" in best["sentence"])
 
@@ -301,7 +348,7 @@ def test_a_sweeps_page_shows_settings_before_runs(sweep_folder: Path) -> None:
 
 def test_an_old_or_broken_sweep_is_told_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text('{"name": "x", "description": "", "recipe": "r", "seeds": [0]}')
-    with pytest.raises(RunError, match=r"sweep\.json: has no 'runs'\. Run the same `smolmlx sweep` again"):
+    with pytest.raises(RunError, match=r"sweep\.json: runs: field required; .* Run the same `smolmlx sweep` again"):
         open_sweeps([tmp_path])
     assert open_sweeps([tmp_path / "other"]) == []
 
@@ -414,8 +461,8 @@ def test_a_pipeline_is_read_in_its_order_and_names_each_system_once(tmp_path: Pa
     assert [e.label for e in board.entrants] == ["base", "copy control", "random control", "sft", "dpo"]
     assert ("dpo", "sft") in {(c.system, c.against) for c in board.comparisons}
     tiles = {tile.label: tile for tile in figures.last_stage(views, labels, make_boards(views))}
-    assert tiles["template kept"].value == figures.figure(board.entrants[-1], board.metrics[0])
-    assert "; base 0 %; sft " in tiles["template kept"].note and "mean per pair" in tiles["training loss"].note
+    assert tiles["strict compliance"].value == figures.figure(board.entrants[-1], board.metrics[0])
+    assert "; base 0 %; sft " in tiles["strict compliance"].note and "mean per pair" in tiles["last step's loss"].note
     _, lines = figures.run_table(views, labels)
     assert any(cell.endswith(" per pair") for cell in lines[1]) and "per pair" not in " ".join(lines[0])
 
@@ -455,7 +502,7 @@ def test_one_run_leaves_page_card_and_charts(tmp_path: Path) -> None:
     assert "| data | data/notes/train.jsonl; validation: none |" in body and "datasets" not in head
     for text in ("| test (n=8) |", "![loss](charts/loss.svg)", "| copy control |", "learning rate", "rows are few"):
         assert text in body
-    assert all(metric.label in body for metric in HEADLINES)
+    assert all(metric.label in body for metric in headlines.NOTES)
 
 
 @needs_vega

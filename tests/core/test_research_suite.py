@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 import lab as labs
+from run_folders import REPORT
 from smolmlx import shelf
 from smolmlx.backend import Decoding, choose
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import DataError, RunError
 from smolmlx.evals import research
+from smolmlx.evals.headlines import RESEARCH
 from smolmlx.evals.parsers import RetrievalResult, Triplet
 from smolmlx.evals.research import Answered, ResearchRow, compare, random_answers
 from smolmlx.evals.rows import Choice
@@ -25,7 +27,7 @@ from smolmlx.evals.run import Evaluation, Settings, System, describe_file, evalu
 from smolmlx.evals.suites import COPY_CONTROL, RANDOM_CONTROL, summarise_loss
 from smolmlx.models import open_model
 from smolmlx.reports import figures, page
-from smolmlx.reports.boards import RESEARCH, make_boards
+from smolmlx.reports.boards import make_boards
 from smolmlx.reports.folders import open_runs
 from smolmlx.reports.rows import view_rows
 from smolmlx.rundir import RunDir
@@ -265,7 +267,7 @@ def test_the_report_takes_the_suites_own_figures(tmp_path: Path) -> None:
     text = page.render(open_runs([tmp_path / "one"]))
     assert (
         all(metric.label in text for metric in RESEARCH)
-        and "template kept" not in text
+        and "strict compliance" not in text
         and "score above base's" in text
     )
 
@@ -279,7 +281,7 @@ def test_a_sweep_compares_settings_in_the_suites_own_figures(tmp_path: Path) -> 
         run = RunDir(tmp_path / "out" / cell.folder)
         run.path.mkdir(parents=True)
         run.write_json("plan.json", {})
-        run.write_json("report.json", {"final_loss": 2.0, "best_val_loss": None, "steps": 2, "seconds": 1.0})
+        run.write_json("report.json", REPORT)
         (run.path / "recipe.yaml").write_text(yaml.safe_dump(base))
         run.write_json("outcome.json", {"status": "finished"})
         write_scored(path, run.path / "eval", right=cell.setting == "lora.r=8")
@@ -287,12 +289,12 @@ def test_a_sweep_compares_settings_in_the_suites_own_figures(tmp_path: Path) -> 
     assert made.settings["lora.r=8"]["test.index_accuracy"].mean == 1
     compared = {c.metric: c.verdict for c in made.comparisons}
     assert compared["valid"] == compared["set_f1"] == compared["index_accuracy"] == "higher"
-    assert "test.set_f1" not in to_markdown(made) and "| set f1 |" in to_markdown(made)
+    assert "test.set_f1" not in to_markdown(made) and "| set F1 |" in to_markdown(made)
     (results,) = (tmp_path / "out").glob("lora.r=4-seed0/eval/results.json")
     tree = json.loads(results.read_text())
     del tree["sets"]["test"]["rows"]
     results.write_text(json.dumps(tree))
-    with pytest.raises(RunError, match="has no scores of its rows"):
+    with pytest.raises(RunError, match=r"results\.json: sets\.test\.rows: field required\. Remove it"):
         read_table(sweep, tmp_path / "out")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from run_folders import REPORT
 from smolmlx import shelf
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.rundir import RunDir
@@ -145,12 +146,12 @@ def finish(cell: Cell, folder: Path, loss: float, scores: list[float] | None = N
     run.path.mkdir(parents=True, exist_ok=True)
     (run.path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     run.write_json("plan.json", {})
-    run.write_json("report.json", {"final_loss": loss + 1, "best_val_loss": loss, "steps": 2, "seconds": 1.0})
+    run.write_json("report.json", {**REPORT, "final_loss": loss + 1, "best_val_loss": loss})
     if scores is not None:
         rows = [{"compliance": score > 0.5, "content_alignment": score} for score in scores]
         interval = {"mean": sum(scores) / len(scores), "low": 0.0, "high": 1.0}
-        results = {"suite": "notes", "sets": {"test": {"systems": {"sft": {"content_alignment": interval}}, "rows": {"sft": rows}}}}  # fmt: skip
-        RunDir(run.path / "eval").write_json("results.json", results)
+        made = {"n": len(rows), "systems": {"sft": {"content_alignment": interval}}, "differences": [], "rows": {"sft": rows}}  # fmt: skip
+        RunDir(run.path / "eval").write_json("results.json", {"suite": "notes", "sets": {"test": made}})
 
 
 def test_the_loop_skips_goes_on_and_records_failures(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
