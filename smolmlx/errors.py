@@ -9,18 +9,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+SHOWN = 20
+"""Problems that are printed; an error holds all."""
+
 
 class SmolError(Exception):
-    """Base of all errors meant for users; `exit_code` is what the command line returns."""
+    """Base of all errors meant for users; `exit_code` is what the command line returns.
+
+    Its text is `head` and the first SHOWN of `problems`.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
-        self.problems = tuple(problems)
-        if problems:
-            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-            message = f"{message}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)
-        super().__init__(message)
+    def __init__(self, head: str, problems: Sequence[str] = ()) -> None:
+        self.head, self.problems = head, tuple(problems)
+        lines = [f"{head}: {len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else head]
+        lines += [f"  {problem}" for problem in problems[:SHOWN]]
+        lines += [f"  ... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        super().__init__("\n".join(lines))
 
 
 class RunError(SmolError):

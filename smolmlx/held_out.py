@@ -32,4 +32,4 @@ def check_held_out(loaded: Loaded) -> None:
                     locate(path, loaded), form=eval_format(recipe), columns=recipe.data.columns, split="test"
                 )
             except DataError as error:
-                raise DataError(f"evaluate.{key}: {error}", error.problems) from error
+                raise DataError(f"evaluate.{key}: {error.head}", error.problems) from error

@@ -313,7 +313,7 @@ def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         if where.get(name) != file:
             problems.append(f"{name}: {INDEX} says it is in {file}, which lacks it. Fetch that file again.")
     if problems:
-        raise DataError(f"{folder}", problems[:5] + ([f"and {len(problems) - 5} more."] if problems[5:] else []))
+        raise DataError(str(folder), problems)
     return found
 
 

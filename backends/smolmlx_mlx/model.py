@@ -57,6 +57,10 @@ def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str
                 f"{folder}: mlx-lm has no model of type '{config.get('model_type')}'. Try --backend cuda."
             ) from error
         raise RecipeError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
+    except SystemExit as error:  # mlx-lm's olmo, where its package is missing
+        raise BackendError(
+            f"{folder}: mlx-lm's '{config.get('model_type')}' needs the package named above. Install it, or try --backend cuda."
+        ) from error
     model.set_dtype(DTYPES[dtype])
     if quantize != "none":
         odd = [path for path, module in model.named_modules() if _in_block(path, module) and not _can_quantize(module)]

@@ -123,9 +123,7 @@ class Weights:
         missing = [f"model.layers.{block}.{leaf}" for block, has in blocks.items() for leaf in sorted(known - has)]
         if missing:
             listed = [f"{name}: missing, though other blocks have it. Fetch the model again." for name in missing]
-            raise DataError(
-                f"{self.model.folder}", listed[:5] + ([f"and {len(listed) - 5} more."] if listed[5:] else [])
-            )
+            raise DataError(str(self.model.folder), listed)
 
     def _refuse_foreign_quantization(self) -> None:
         foreign = self.model.config.get("quantization_config")

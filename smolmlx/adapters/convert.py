@@ -39,6 +39,8 @@ class Conversion:
     restored: bool
     """Whether the very file was given back that this one had been made from."""
     notes: tuple[str, ...]
+    base: str
+    """What its config names; '' where it names none."""
 
 
 def convert(
@@ -80,7 +82,15 @@ def convert(
     notes = [*target.notes, *([changed] if changed else []), *_doubt(adapter, base)]
     if origin and not restored:
         notes.append(f"its weights were changed since the conversion, or {BULK} is missing, so it is converted afresh")
-    return Conversion(out, to, len(adapter.modules), len(target.folded), restored, tuple(notes))
+    return Conversion(
+        out,
+        to,
+        len(adapter.modules),
+        len(target.folded),
+        restored,
+        tuple(notes),
+        str(target.config.get("base_model_name_or_path") or ""),
+    )
 
 
 def _write(folder: Path, to: str, target: Target, adapter: Adapter) -> None:

@@ -122,8 +122,7 @@ def find_changes(adapters: Sequence[tuple[Adapter, float]], weights: Weights) ->
             problems += _misfits(name, term, weights)
             found.setdefault(name, []).append(term)
         if problems:
-            shown = problems[:5] + ([f"and {len(problems) - 5} more."] if problems[5:] else [])
-            raise RecipeError(f"{adapter.folder}: made for another base than {weights.model.name}", shown)
+            raise RecipeError(f"{adapter.folder}: made for another base than {weights.model.name}", problems)
     return found
 
 

@@ -20,7 +20,7 @@ from smolmlx.adapters.adapter import read
 from smolmlx.adapters.base import Weights
 from smolmlx.adapters.convert import copy_side_files, refuse_used
 from smolmlx.adapters.delta import Changes, Term, find_changes, row_blocks
-from smolmlx.adapters.hf_config import readable
+from smolmlx.adapters.hf_config import limits, readable
 from smolmlx.adapters.names import HEAD_WEIGHT
 from smolmlx.adapters.tensors import WIDTHS, Made, Words, from_floats, to_floats
 from smolmlx.data.chat import Tokenizer
@@ -92,7 +92,9 @@ def merge(
         copy_side_files(made.tokenizer, temporary)
         copy_side_files(base.folder, temporary, [GENERATION])  # no more: a template of the base's would win
         _write_generation(temporary, base.folder)
-    return made.report(out)
+    done = made.report(out)
+    done.notes += limits(base.config)
+    return done
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,10 @@ def convert(adapter: str, out: str, to: str | None, base: str | None, revision: 
     how = " (the original file, byte for byte)" if done.restored else ""
     folded = f", {done.num_folded} brought to one rank and scale" if done.num_folded else ""
     console.result(f"{out}: {done.num_modules} modules{folded}, for {'PEFT' if done.form == 'peft' else 'mlx-lm'}{how}")
-    console.result(f"Next: smolmlx adapter inspect {out}")
+    if done.form == "peft":
+        console.result(f'Next: smolmlx generate --model {done.base or "BASE"} --adapter {out} --prompt "..."')
+    else:
+        console.result(f'Next: mlx_lm.generate --model {done.base or "BASE"} --adapter-path {out} --prompt "..."')
 
 
 @command.command("merge", epilog=MERGE_EPILOG)
@@ -137,7 +140,6 @@ def merge(
     """Write the base with ADAPTERS folded in as a plain model folder OUT."""
     from smolmlx import console
     from smolmlx.adapters.adapter import find_folder, named_base
-    from smolmlx.adapters.hf_config import limits
     from smolmlx.adapters.merge import ERASED
     from smolmlx.adapters.merge import merge as run
 
@@ -149,7 +151,6 @@ def merge(
         done = run(
             base, list(zip(folders, weights or (1.0,) * len(folders), strict=True)), Path(out), dtype=dtype, untie=untie
         )
-    done.notes += limits(base.config)
     for note in done.notes:
         console.note(note)
     if done.erased:

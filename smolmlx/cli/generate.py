@@ -170,8 +170,7 @@ def _check_lengths(tokens: list[list[int]], context: int | None, source: str | N
     if bad and source is None:
         raise RecipeError(f"--prompt: {bad[0][1]} tokens; expected {wanted}.")
     if bad:
-        problems = [f"row {number}: {length} tokens" for number, length in bad[:20]]
-        problems += [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
+        problems = [f"row {number}: {length} tokens" for number, length in bad]
         raise DataError(f"{source}: prompts must have {wanted}", problems)
 
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import click
 
 from smolmlx.cli import options
-from smolmlx.errors import DataError, RecipeError, RunError
+from smolmlx.errors import DataError, RecipeError, RunError, nearest
 
 if TYPE_CHECKING:
     from smolmlx.evals.judge import Item, Record
@@ -92,8 +92,8 @@ def command(outputs: str, judges: tuple[str, ...], resume: bool, out: Path | Non
     if path.exists() and not resume:
         raise RecipeError(f"{path}: already there. Add --resume to go on with it, or choose another --out.")
     keys: set[str] = set()
+    opened = _open_judges(judges, given)
     with judging.open_ledger(path) as ledger:
-        opened = _open_judges(judges, given)
         for judge in opened:
             asked = questions(items, judge.name)
             keys |= {question.key for question in asked}
@@ -111,6 +111,8 @@ def command(outputs: str, judges: tuple[str, ...], resume: bool, out: Path | Non
     if failed:
         why = next(record.error for record in records if record.error not in ("", "nonsense"))
         raise RunError(f"{failed} of {len(keys)} questions got no reply ({why}). Ask them again with --resume.")
+    if all(found["nonsense"] and not found["scored"] for found in result["judges"]):
+        raise RunError(f"nothing is scored: no reply was in the form asked for. What was said is in {path}; pass another judge.")  # fmt: skip
 
 
 def _result(
@@ -204,16 +206,19 @@ def _read_items(outputs: str, given: Mapping[str, Any]) -> list[Item]:
     items = _read_rows(outputs, given["system"])[: given["limit"]]
     if given["pairwise"] is None:
         return items
-    others = {item.id: item for item in _read_rows(given["pairwise"], given["other_system"] or given["system"])}
+    same = given["other_system"] or given["system"]
+    if Path(outputs).resolve() == Path(given["pairwise"]).resolve() and same == given["system"]:
+        raise RecipeError(f"--pairwise {given['pairwise']}: the same answers twice. Pass --other-system, or another file.")  # fmt: skip
+    others = {item.id: item for item in _read_rows(given["pairwise"], same)}
     missing = [f"{item.id}: not in {given['pairwise']}" for item in items if item.id not in others]
     differ = [f"{item.id}: another input in {given['pairwise']}" for item in items if item.id in others and others[item.id].input != item.input]  # fmt: skip
     if missing or differ:
-        raise DataError("--pairwise: rows must have the same ids and inputs", [*missing, *differ][:20])
+        raise DataError("--pairwise: rows must have the same ids and inputs", [*missing, *differ])
     return [replace(item, other=others[item.id].answer) for item in items]
 
 
 def _read_rows(name: str, system: str | None) -> list[Item]:
-    """Return every row; raises DataError with all rows that lack an input or an answer."""
+    """Return every row; raises DataError with all rows that lack an input or an answer, RecipeError for an unknown system."""
     from smolmlx.data.formats import read_rows
     from smolmlx.evals.judge import Item
 
@@ -222,8 +227,10 @@ def _read_rows(name: str, system: str | None) -> list[Item]:
         raise DataError(f"{name}: no such file. Write one with `smolmlx eval --out` or `smolmlx generate --output`.")
     problems: list[str] = []
     found: dict[str, Item] = {}
+    systems: dict[str, None] = {}
     for number, (where, raw) in enumerate(read_rows([path], problems), 1):
         key = str(raw.get("id", f"row-{number:04d}"))
+        systems |= dict.fromkeys(raw["answers"] if isinstance(raw.get("answers"), dict) else ())
         asked, answer = _text(raw.get("input", raw.get("prompt"))), _answer(raw, system)
         if asked is None:
             problems.append(f"{where}: no text in 'input' or 'prompt' (columns: {', '.join(raw)})")
@@ -233,8 +240,10 @@ def _read_rows(name: str, system: str | None) -> list[Item]:
             problems.append(f"{where}: duplicate id '{key}'")
         else:
             found[key] = Item(key, asked, str(raw.get("reference") or ""), answer, group=str(raw.get("group") or ""))
+    if system and systems and system not in systems:
+        raise RecipeError(f"{name}: no system '{system}'.{nearest(system, systems)} There are: {', '.join(systems)}.")
     if problems or not found:
-        raise DataError(name, problems[:20] or ["no rows"])
+        raise DataError(name, problems or ["no rows"])
     return list(found.values())
 
 

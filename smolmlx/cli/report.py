@@ -37,7 +37,7 @@ def command(folders: tuple[str, ...], out: str | None, title: str | None, rows: 
     from smolmlx.reports.folders import open_runs
     from smolmlx.reports.sweeps import open_sweeps
 
-    paths = [Path(name) for name in folders]
+    paths = list({Path(name).resolve(): Path(name) for name in folders}.values())
     views, sweeps = open_runs(paths), open_sweeps(paths)
     charts.load_vega()
     with console.status("drawing"):

@@ -247,8 +247,7 @@ def survey(source: Source, row: int = 1, on_rows: Callable[[int], None] | None =
             on_rows(tally.rows)
     name = ", ".join(map(str, source.files))
     if problems:
-        more = [f"... and {len(problems) - 20} more; `smolmlx data validate` lists all"] if problems[20:] else []
-        raise DataError(name, [*problems[:20], *more])
+        raise DataError(name, problems)
     if chosen is None:
         raise RecipeError(f"--row {row}: {name} has {tally.rows} rows; they count from 1.")
     tally.kept = tally.rows - sum(tally.reasons.values())

@@ -111,8 +111,7 @@ def _texts(source: Source, part: Part) -> Iterator[tuple[str, str]]:
         asked, answered = split_parts(raw, example, source)
         yield example.where, {"row": f"{asked}\n{answered}", "input": asked, "answer": answered}[part]
     if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise DataError(", ".join(map(str, source.files)), [*problems[:20], *more])
+        raise DataError(", ".join(map(str, source.files)), problems)
 
 
 def dedupe(

@@ -122,7 +122,7 @@ class Source:
         """Yield every row.
 
         Raises:
-            DataError: with up to 20 bad rows named, once the whole source has been read.
+            DataError: with every bad row named, once the whole source has been read.
         """
         problems: list[str] = []
         count = 0
@@ -133,10 +133,9 @@ class Source:
             except DataError as error:
                 problems.append(str(error))
         if problems:
-            more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-            raise DataError(", ".join(str(path) for path in self.files), [*problems[:20], *more])
+            raise DataError(", ".join(str(path) for path in self.files), problems)
         if not count:
-            raise DataError(f"{self.files[0]}: no rows. Check the path; an empty file cannot be trained on.")
+            raise DataError(f"{self.files[0]}: no rows. Check the path.")
 
 
 def open_source(
@@ -169,8 +168,8 @@ def open_source(
     first = next(read_rows(files, problems), None)
     if first is None:
         if problems:
-            raise DataError(str(files[0]), problems[:20])
-        raise DataError(f"{files[0]}: no rows. Check the path; an empty file cannot be trained on.")
+            raise DataError(str(files[0]), problems)
+        raise DataError(f"{files[0]}: no rows. Check the path.")
     return Source(files, detect(first[1], columns, str(files[0])), columns, system)
 
 

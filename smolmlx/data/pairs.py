@@ -10,7 +10,6 @@ from smolmlx.data.formats import Example
 from smolmlx.errors import DataError
 
 Sides = tuple[Encoded, Encoded]
-_MAX_LISTED = 20
 
 
 def encode_pairs(
@@ -38,11 +37,7 @@ def encode_pairs(
             raise DataError(f"{example.where}: {error}.") from error
         yield from sides or ()
     if problems:
-        more = [f"... and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
-        raise DataError(
-            "pairs that cannot be compared (`smolmlx data prepare` drops such rows)",
-            [*problems[:_MAX_LISTED], *more],
-        )
+        raise DataError("pairs that cannot be compared (`smolmlx data prepare` drops such rows)", problems)
 
 
 def find_fault(example: Example) -> str | None:

@@ -162,8 +162,7 @@ def _read_index(source: Source, method: Method, on_rows: Callable[[int], None] |
         listed = ", ".join(sorted(columns))
         raise RecipeError(f"{source.files[0]}: no column '{method.column}'.{hint} Columns: {listed}.")
     if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise DataError(", ".join(map(str, source.files)), [*problems[:20], *more])
+        raise DataError(", ".join(map(str, source.files)), problems)
     return index
 
 

@@ -194,6 +194,8 @@ class EndpointJudge:
         try:
             listed = json.loads(self._client.models.with_raw_response.list().content)
             names = [str(model["id"]) for model in listed["data"]]
+        except self._openai.APIConnectionError as error:
+            raise BackendError(f"--judge {self.url}: cannot be reached ({_why(error)}). Is the server running?") from error  # fmt: skip
         except (self._openai.OpenAIError, *_UNREADABLE) as error:
             raise BackendError(f"--judge {self.url}: cannot be asked for its models ({error}). Is it the address that ends in /v1? Else pass --model.") from error  # fmt: skip
         if len(names) != 1:
@@ -226,7 +228,7 @@ class EndpointJudge:
         except openai.OpenAIError as error:
             if isinstance(error, openai.APIStatusError) and is_used_up(error.response):
                 raise BackendError(f"--judge {self.url}: the quota is used up. Go on with --resume once there is more.") from error  # fmt: skip
-            raise NoReply(f"{type(error).__name__}: {error}") from error
+            raise NoReply(f"{type(error).__name__}: {_why(error)}") from error
 
     def _complete(self, messages: Messages, **extra: Any) -> Reply:
         """Return a reply, asking again for a body that is not a chat completion: the client's own retries take any 200."""
@@ -238,6 +240,11 @@ class EndpointJudge:
                 if (found := read_completion(tree)) is not None:
                     return Reply(found.text, found.prompt_tokens, found.completion_tokens, _has_usage(tree), found.cut)
         raise NoReply(BAD_BODY)
+
+
+def _why(error: Exception) -> str:
+    """Return what is known of a failure: the client says "Connection error." where the cause says which."""
+    return str(error.__cause__ or error)
 
 
 def _stop_retries(response: httpx2.Response) -> None:

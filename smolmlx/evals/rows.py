@@ -68,7 +68,7 @@ def read_chosen(source: Source, choice: Choice, make: Callable[[str, str, Raw], 
             except DataError as error:
                 problems.append(str(error))
     if problems:
-        raise DataError(refusal, problems[:20])
+        raise DataError(refusal, problems)
     if not found:
         raise DataError(f"{source.files[0]}: no rows.")
     return found

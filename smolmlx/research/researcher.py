@@ -254,4 +254,4 @@ def _refuse_blank(task: str, asked: Sequence[Asked]) -> None:
             elif not text.strip():
                 problems.append(f"row {number}: {name} is blank")
     if problems:
-        raise DataError(task, problems[:20])
+        raise DataError(task, problems)

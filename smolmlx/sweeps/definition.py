@@ -106,7 +106,8 @@ def open_sweep(
     common = recipes.flatten_tree(file.common)
     _refuse_bad_settings(path, settings, common)
     cells = _build(base, settings, common, numbers, sets or {})
-    return Sweep(name, file.description, file.recipe, numbers, cells)
+    shown = path.name if file.recipe == str(path) else file.recipe
+    return Sweep(name, file.description, shown, numbers, cells)
 
 
 def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:

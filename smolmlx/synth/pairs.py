@@ -32,7 +32,6 @@ COUNTS = (258, 42)
 HELD_OUT = ("test", OOD_SPLIT)
 LEFT_OUT_FLAWED = "the chosen answer itself has a flaw"
 LEFT_OUT_NONE = "no flaw fits at this length"
-_MAX_LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +167,7 @@ def read_notes_rows(files: Sequence[Path], allow_test: bool = False) -> list[Not
 
 def _refuse(label: str, problems: Sequence[str]) -> None:
     if problems:
-        more = [f"... and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
-        raise DataError(label, [*problems[:_MAX_LISTED], *more])
+        raise DataError(label, problems)
 
 
 def _row(raw: Mapping[str, str]) -> NotesRow | None:

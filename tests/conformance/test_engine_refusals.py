@@ -199,3 +199,15 @@ class TestAuto:
         machine("Linux", set(), False, ())  # type: ignore[operator]
         with pytest.raises(BackendError, match="pip install"):
             backend.choose()
+
+
+def test_a_model_whose_package_is_missing_is_an_error(tmp_path: Path) -> None:
+    """mlx-lm's olmo ends the process where ai2-olmo is not installed."""
+    pytest.importorskip("smolmlx_mlx.blas").ensure()
+    from smolmlx_mlx.model import load_base
+
+    folder = make_tiny(tmp_path / "olmo")
+    config = {**json.loads((folder / "config.json").read_text()), "model_type": "olmo"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackendError, match="mlx-lm's 'olmo' needs the package named above"):
+        load_base(folder, config, "float32", "none")

@@ -229,7 +229,7 @@ class TestRefusals:
     def test_many_problems_are_counted(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "r.jsonl", [{"text": "ok"}, *([{"x": 1}] * 30)])
         found = refusal(path)
-        assert len(found.problems) == 21 and found.problems[-1] == "... and 10 more"
+        assert len(found.problems) == 30 and str(found).endswith("... and 10 more")
 
     def test_json_lines_in_a_json_file(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "r.json", [{"text": "a"}, {"text": "b"}])

@@ -32,6 +32,7 @@ def completion(text: str, **fields: Any) -> bytes:
 def test_equal_answers_are_a_tie_that_nobody_is_asked_about(call: Any, tmp_path: Path) -> None:
     mine, other = write_rows(tmp_path / "a.jsonl", 3), write_rows(tmp_path / "b.jsonl", 3)
     other.write_text(other.read_text().replace("answer 2", "another answer"))
+    copy = write_rows(tmp_path / "c.jsonl", 3)
     words = ("judge", mine, "--pairwise", other, "--price", "1", "1")
     with serve(lambda prompt, times: json.dumps({"winner": "tie"})) as (url, server):
         code, out, _ = call(*words, "--judge", url, "--json")
@@ -41,10 +42,12 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(call: Any, tmp_path:
         assert (found["equal_answers"], found["replies"], found["prompt_tokens"]) == (2, 2, 200)
         _, out, _ = call(*words, "--judge", url, "--resume")
         assert "equal answers" in out and "2, ties without being asked about" in out
-        code, out, _ = call("judge", mine, "--pairwise", mine, "--judge", url, "--out", tmp_path / "same", "--json")
+        code, out, _ = call("judge", mine, "--pairwise", copy, "--judge", url, "--out", tmp_path / "same", "--json")
         (found,) = json.loads(out)["judges"]
         assert code == 0 and (found["ties"], found["scored"], found["prompt_tokens"]) == (3, 3, 0)
         assert "orders_agree" not in found and sum(server.paid.values()) == 2
+        code, _, err = call("judge", mine, "--pairwise", mine, "--judge", url)
+        assert code == 2 and "the same answers twice. Pass --other-system, or another file." in err
 
 
 def test_the_two_orders_of_a_pair_are_two_questions() -> None:
@@ -187,5 +190,14 @@ def test_a_local_judge_leaves_no_thread_to_abort_the_process(tmp_path: Path, tin
     words = ("judge", rows, "--judge", tiny_model, "--backend", "mlx", "--device", "cpu", "--json")
     code = "from smolmlx.cli import main; main()"
     child = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ})
-    assert child.returncode == 0, child.stderr
+    assert child.returncode == 1 and "nothing is scored" in child.stderr, child.stderr
     assert json.loads(child.stdout)["judges"][0]["replies"] == 1
+
+
+def test_a_misspelt_system_is_one_line(call: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "a.jsonl"
+    row = {"input": "q", "answers": {"base": "a", "sft": "b"}}
+    rows.write_text("".join(json.dumps({"id": str(n), **row}) + "\n" for n in range(30)))
+    code, _, err = call("judge", rows, "--system", "stf", "--judge", "http://127.0.0.1:9/v1")
+    assert code == 2 and err.count("\n") == 1
+    assert f"{rows}: no system 'stf'. Did you mean 'sft'? There are: base, sft." in err

@@ -106,7 +106,7 @@ class TestFaults:
     def test_all_at_once_up_to_twenty(self, tokenizer: Tokenizer) -> None:
         with pytest.raises(DataError) as caught:
             run(tokenizer, [pair("why", "red", "red")] * 25)
-        assert len(caught.value.problems) == 21 and caught.value.problems[-1] == "... and 5 more"
+        assert len(caught.value.problems) == 25 and str(caught.value).endswith("... and 5 more")
 
     def test_template_that_looks_at_the_answer(self, tiny_model: Path, tmp_path: Path) -> None:
         template = tmp_path / "template.jinja"
