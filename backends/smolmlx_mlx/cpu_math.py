@@ -9,8 +9,9 @@ B batch, H query heads, K key-value heads, T queries, U keys, D head width.
 
 from __future__ import annotations
 
+import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from smolmlx_mlx import blas
@@ -19,8 +20,10 @@ blas.ensure()
 
 import mlx.core as mx  # noqa: E402 - after the BLAS
 import mlx.nn as nn  # noqa: E402
+from mlx_lm.models import activations  # noqa: E402
 
 from smolmlx_mlx.lanes import in_this_stream  # noqa: E402
+from smolmlx_mlx.recompute import checkpointed  # noqa: E402
 
 _LOG2_E = 1.44269504088896341
 # ln 2 in two parts, so that x - n ln 2 is exact in float32 (Cody & Waite 1980).
@@ -28,6 +31,8 @@ _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
 _ROUNDER = 12582912.0
 _MASKED = -1e9
+_BLOCK = 96
+"""Queries of causal attention that are looked at together."""
 
 
 @mx.compile
@@ -56,11 +61,6 @@ def exp(x: mx.array) -> mx.array:
 
 def sigmoid(x: mx.array) -> mx.array:
     return 1.0 / (1.0 + exp(-x))
-
-
-def _softmax(x: mx.array) -> mx.array:
-    shifted = exp(x - x.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
 def _logsumexp(x: mx.array) -> mx.array:
@@ -96,9 +96,9 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def _with_vjp(forward: Callable[..., mx.array], backward: Callable[..., Any]) -> Callable[..., mx.array]:
-    function: Any = mx.custom_function(forward)
-    function.vjp(in_this_stream(backward))
-    return function  # type: ignore[no-any-return]
+    made: Callable[..., mx.array] = mx.custom_function(forward)
+    made.vjp(in_this_stream(backward))  # type: ignore[attr-defined]
+    return made
 
 
 def attention(
@@ -108,46 +108,100 @@ def attention(
 
     Args:
         queries: [B, H, T, D]; keys, values: [B, K, U, D]; mask: None, "causal", or a boolean or additive [..., T, U].
+        cache: may say `is_causal`, and `parts` and `join` of the keys and values, to be joined anew for the gradients.
     """
     batch, heads, length, width = queries.shape
-    groups = keys.shape[1]
-    bias = _bias(mask, length, keys.shape[2])
+    groups, total = keys.shape[1:3]
+    bias = _bias(mask, length, total)
     if bias is not None and bias.ndim == 4:
         bias = bias[:, :, None]
+    is_causal = mask == "causal" if isinstance(mask, str) else getattr(cache, "is_causal", False)
+    edges = [*range(0, max(1, length - _BLOCK // 2), _BLOCK), length] if is_causal else [0, length]
+    # Block of queries from start to stop, and the keys that they may see.
+    blocks = [(start, stop, total - length + stop if is_causal else total) for start, stop in itertools.pairwise(edges)]
+    parts, join = (cache.parts, cache.join) if hasattr(cache, "parts") else ((keys, values), _alone)
     grouped = (queries * scale).reshape(batch, groups, heads // groups, length, width)
-    mixed = _attend(bias)(grouped, keys[:, :, None], values[:, :, None])
-    return mixed.reshape(batch, heads, length, width)
+    mixed, _ = _attend(bias, blocks, join)(grouped, *parts)  # [B, T, K, H/K, D], as the next layer reads it
+    return mixed.transpose(0, 2, 3, 1, 4).reshape(batch, heads, length, width)
 
 
-def _attend(bias: mx.array | None) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
-    """Return the function from q [B, K, H/K, T, D], k and v [B, K, 1, U, D] to softmax(q k^T + bias) v.
+def _alone(part: mx.array) -> mx.array:
+    return part
 
-    Its backward pass makes the shares [B, K, H/K, T, U] again: they are the largest array of a layer, and cheap beside its
-    matrix products.
+
+def _attend(
+    bias: mx.array | None, blocks: list[tuple[int, int, int]], join: Callable[..., mx.array]
+) -> Callable[..., mx.array]:
+    """Return the function from q [B, K, H/K, T, D] and the parts of k and v [B, K, U, D] to (softmax(q k^T + bias) v, the
+    logarithms of its sums).
+
+    Its backward pass makes the shares [B, K, H/K, T, U] again from the logarithms (Dao et al. 2022, FlashAttention): they are
+    the largest array of a layer, and cheap beside its matrix products.
     """
 
-    def shares(q: mx.array, k: mx.array) -> mx.array:
-        scores = q @ k.swapaxes(-1, -2)
-        return _softmax(scores if bias is None else scores + bias)
+    def joined(parts: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        half = len(parts) // 2
+        return join(*parts[:half]), join(*parts[half:])
 
-    def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return shares(q, k) @ v
+    def make_scores(q: mx.array, k: mx.array, start: int, stop: int) -> mx.array:
+        """Return q k^T + bias of a block, [B, K, H/K, t, u]."""
+        scores = _unfold(_fold(q) @ k.swapaxes(-1, -2), q.shape[2])
+        return scores if bias is None else scores + bias[..., start:stop, : k.shape[2]]
+
+    def forward(q: mx.array, *parts: mx.array) -> tuple[mx.array, mx.array]:
+        k, v = joined(parts)
+        mixed, logs = [], []
+        for start, stop, seen in blocks:
+            scores = make_scores(q[..., start:stop, :], k[:, :, :seen], start, stop)
+            most = scores.max(axis=-1, keepdims=True)
+            power = exp(scores - most)
+            total = _sum(power)
+            mixed.append(_unfold(_fold(power) @ v[:, :, :seen], q.shape[2]) / total)
+            logs.append(most + mx.log(total))
+        together = mx.concatenate(mixed, axis=-2).transpose(0, 3, 1, 2, 4)
+        return mx.contiguous(together), mx.concatenate(logs, axis=-2)
 
     def backward(
-        primals: tuple[mx.array, mx.array, mx.array], slope: mx.array, output: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        q, k, v = primals
-        (q,) = mx.depends([q], [slope])  # as in _swiglu_vjp
-        share = shares(q, k)
-        # sum_u share_u d_u = slope . output, for d = slope v^T (Dao et al. 2022, FlashAttention).
-        at_scores = share * (slope @ v.swapaxes(-1, -2) - (slope * output).sum(axis=-1, keepdims=True))
-        at_k = (at_scores.swapaxes(-1, -2) @ q).sum(axis=2, keepdims=True)
-        at_v = (share.swapaxes(-1, -2) @ slope).sum(axis=2, keepdims=True)
-        return at_scores @ k, at_k, at_v
+        primals: tuple[mx.array, ...], slopes: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> tuple[mx.array, ...]:
+        q, *parts = mx.depends(list(primals), [slopes[0]])  # as in _swiglu_vjp
+        k, v = joined(parts)
+        slope, output = (array[0].transpose(0, 2, 3, 1, 4) for array in (slopes, outputs))
+        at_q, at_k, at_v = [], mx.zeros_like(k), mx.zeros_like(v)
+        for start, stop, seen in blocks:
+            here, near, k_seen, v_seen = (
+                q[..., start:stop, :],
+                slope[..., start:stop, :],
+                k[:, :, :seen],
+                v[:, :, :seen],
+            )
+            share = exp(make_scores(here, k_seen, start, stop) - outputs[1][..., start:stop, :])
+            drawn = _sum(near * output[..., start:stop, :])  # sum_u share_u d_u, for d = slope v^T
+            at_scores = _fold(share * (_unfold(_fold(near) @ v_seen.swapaxes(-1, -2), q.shape[2]) - drawn))
+            at_q.append(_unfold(at_scores @ k_seen, q.shape[2]))
+            rest = [(0, 0), (0, 0), (0, k.shape[2] - seen), (0, 0)]
+            at_k = at_k + mx.pad(at_scores.swapaxes(-1, -2) @ _fold(here), rest)
+            at_v = at_v + mx.pad(_fold(share).swapaxes(-1, -2) @ _fold(near), rest)
+        _, at_parts = mx.vjp(lambda *parts: list(joined(parts)), parts, [at_k, at_v])
+        return mx.concatenate(at_q, axis=-2), *at_parts
 
     function = mx.custom_function(forward)
     function.vjp(in_this_stream(backward))
     return function  # type: ignore[no-any-return]
+
+
+def _sum(x: mx.array) -> mx.array:
+    """Return the sum over the last axis, which is kept: as a product, since MLX's own sum is several times slower."""
+    return x @ mx.ones((x.shape[-1], 1))
+
+
+def _fold(x: mx.array) -> mx.array:
+    """Return [B, K, G T, ...] of [B, K, G, T, ...]: heads of one group share their keys, so one product does for all."""
+    return x.flatten(2, 3)
+
+
+def _unfold(x: mx.array, groups: int) -> mx.array:
+    return mx.unflatten(x, 2, (groups, -1))
 
 
 def _bias(mask: Any, length: int, total: int) -> mx.array | None:
@@ -173,12 +227,34 @@ def use_fast_math(model: nn.Module) -> None:
         kind = type(module)
         call = kind.__call__
         if isinstance(call, types.FunctionType) and set(call.__code__.co_names) & set(_REPLACED) and _takes_part(call):
-            made.setdefault(kind, type(f"Fast{kind.__name__}", (kind,), {"__call__": _rebound(call)}))
+            usual = call.__globals__.get("swiglu") is activations.swiglu and _is_same(call, _usual_feed_forward)
+            ours = _feed_forward if usual else _rebound(call)
+            made.setdefault(kind, type(f"Fast{kind.__name__}", (kind,), {"__call__": ours}))
             module.__class__ = made[kind]
 
 
 def _takes_part(call: types.FunctionType) -> bool:
     return any(name in call.__globals__ for name in _REPLACED)
+
+
+def _usual_feed_forward(self: Any, x: mx.array) -> mx.array:
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _feed_forward(self: Any, x: mx.array) -> mx.array:
+    """Like `_usual_feed_forward`, but what goes into the last layer is made again for its gradients: kept, it would be the widest array of a layer."""
+    gate, up = self.gate_proj(x), self.up_proj(x)
+
+    def down(gate: mx.array, up: mx.array) -> mx.array:
+        return self.down_proj(_either_swiglu(gate, up))
+
+    return (checkpointed(self.down_proj, down) if self.training else down)(gate, up)
+
+
+def _is_same(one: types.FunctionType, other: Any) -> bool:
+    """Whether two functions are the same code; names of the globals they use count, what these stand for does not."""
+    a, b = one.__code__, other.__code__
+    return (a.co_code, a.co_names, a.co_varnames, a.co_consts) == (b.co_code, b.co_names, b.co_varnames, b.co_consts)
 
 
 def _rebound(call: types.FunctionType) -> Callable[..., Any]:
@@ -204,3 +280,4 @@ def _choosing(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[
 
 
 _REPLACED: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": attention, "swiglu": swiglu}
+_either_swiglu = _choosing(activations.swiglu, swiglu)

@@ -18,10 +18,11 @@ from mlx.utils import tree_flatten, tree_map  # noqa: E402
 from smolmlx.data.batches import Batch  # noqa: E402
 from smolmlx_mlx import cpu_math  # noqa: E402
 from smolmlx_mlx.lanes import Lanes, even_slices  # noqa: E402
-from smolmlx_mlx.model import PackedMask, checkpointed, split_head  # noqa: E402
+from smolmlx_mlx.model import PackedMask, split_head  # noqa: E402
+from smolmlx_mlx.recompute import checkpointed  # noqa: E402
 
 # Bytes of logits that are made at once. On a CPU a piece should stay near the caches.
-_GPU_PIECE, _CPU_PIECE = 256 << 20, 16 << 20
+_GPU_PIECE, _CPU_PIECE = 256 << 20, 8 << 20
 Pair = tuple[mx.array, mx.array]
 
 

@@ -34,8 +34,7 @@ from smolmlx.plan import PEFT_PREFIX  # noqa: E402
 from smolmlx.session import Arrays, load_arrays  # noqa: E402
 from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
 from smolmlx_mlx.engine import GROUP, odd_layers  # noqa: E402
-from smolmlx_mlx.lanes import in_this_stream  # noqa: E402
-from smolmlx_mlx.lora import DropoutKeys, EagerLoRALinear, KeyedDropout  # noqa: E402
+from smolmlx_mlx.lora import EagerLoRALinear, KeyedDropout  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _BITS = {"4bit": 4, "8bit": 8}
@@ -244,6 +243,8 @@ class PackedMask:
     """
 
     offset = 0
+    is_causal = True
+    """No token sees a later one."""
 
     def __init__(self, segments: mx.array) -> None:
         """segments: [B, T]."""
@@ -280,42 +281,3 @@ def split_head(model: nn.Module) -> tuple[Callable[..., mx.array], Head, nn.Modu
         if own.shape == ours.shape and bool(mx.allclose(own, ours, atol=1e-3).item()):
             return inner, head, owner
     return model, lambda logits: logits, nn.Identity()
-
-
-def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`, which uses `module`, so that its activations are made again in the backward pass.
-
-    `mx.checkpoint` gives gradients to its arguments alone, so the module's weights must be among them. It calls the function
-    twice, and the second call must drop what the first one dropped.
-    """
-
-    def call(*args: Any) -> Any:
-        weights = module.trainable_parameters()
-        keys = DropoutKeys()
-
-        def inner(weights: Any, *args: Any) -> Any:
-            module.update(weights)
-            with keys:
-                return function(*args)
-
-        result = mx.checkpoint(in_this_stream(inner))(weights, *args)
-        module.update(weights)  # the next use must not see the copies of this one
-        return result
-
-    return call
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """Recompute each block's activations in the backward pass.
-
-    Each block gets a class of its own, so no class of mlx-lm is changed.
-    """
-    for layer in model.layers:
-        original = type(layer)
-
-        def call(self: Any, *args: Any, _original: Any = original, **kwargs: Any) -> mx.array:
-            block = checkpointed(self, lambda *inner_args: _original.__call__(self, *inner_args, **kwargs))
-            found: mx.array = block(*args)
-            return found
-
-        layer.__class__ = type(f"Checkpointed{original.__name__}", (original,), {"__call__": call})

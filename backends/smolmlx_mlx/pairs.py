@@ -36,6 +36,7 @@ class Prefix:
     """Stands where mlx-lm expects a layer's cache while prompts are read, and keeps their keys and values."""
 
     offset = 0
+    is_causal = True
 
     def __init__(self, starts: mx.array) -> None:
         """starts: [B]; column of each prompt's first real token."""
@@ -56,6 +57,8 @@ class Prefix:
 class Behind:
     """Stands where mlx-lm expects a layer's cache while both answers of each prompt are read."""
 
+    is_causal = True
+
     def __init__(self, prefix: Prefix) -> None:
         self.prefix = prefix
         self.offset = int(prefix.keys.shape[2])
@@ -68,9 +71,12 @@ class Behind:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Put the prompt's keys and values before those of its two answers: [2B, K, P+A, H]."""
-        before = (mx.repeat(kept, 2, axis=0) for kept in (self.prefix.keys, self.prefix.values))
-        first, second = (mx.concatenate(both, axis=2) for both in zip(before, (keys, values), strict=True))
-        return first, second
+        self.parts = self.prefix.keys, keys, self.prefix.values, values
+        return self.join(*self.parts[:2]), self.join(*self.parts[2:])
+
+    @staticmethod
+    def join(before: mx.array, own: mx.array) -> mx.array:
+        return mx.concatenate([mx.repeat(before, 2, axis=0), own], axis=2)
 
 
 def _not_later(queries: mx.array, keys: mx.array, window: int | None) -> mx.array:

@@ -14,8 +14,9 @@ from smolmlx_mlx import device as devices
 from smolmlx_mlx.device import mx as mx
 from smolmlx_mlx.lanes import open_lanes
 from smolmlx_mlx.memory import ran_out
-from smolmlx_mlx.model import add_lora, checkpoint_layers, from_mlx, load_base, read_arrays, to_tree, write_weights
+from smolmlx_mlx.model import add_lora, from_mlx, load_base, read_arrays, to_tree, write_weights
 from smolmlx_mlx.optimizer import Optimizer
+from smolmlx_mlx.recompute import checkpoint_layers
 from smolmlx_mlx.step import Stepper
 from smolmlx_mlx.work import PairWork, open_work
 

@@ -1,0 +1,91 @@
+"""The CPU's own attention and SiLU are MLX's, in value and gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("smolmlx_mlx.blas", reason="the MLX engine is not installed").ensure()
+mx = pytest.importorskip("mlx.core")
+
+from smolmlx_mlx import cpu_math  # noqa: E402
+from smolmlx_mlx.model import PackedMask  # noqa: E402
+from smolmlx_mlx.pairs import Behind, Prefix  # noqa: E402
+
+BATCH, HEADS, GROUPS, WIDTH = 2, 6, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> Any:
+    with mx.stream(mx.cpu):
+        yield
+
+
+def make_mask(name: str, length: int) -> tuple[Any, Any]:
+    """Return what stands for a cache, and the mask: a word, or [B, 1, length, length]."""
+    segments = mx.array([[1] * (length // 2) + [2] * (length - length // 2), [1] * length])
+    cache = {
+        "packed": PackedMask(segments), "window": PackedMask(segments), "prefix": Prefix(mx.array([0, length // 3]))
+    }.get(name)  # fmt: skip
+    if cache is None:
+        return None, "causal" if name == "causal" else None
+    return cache, cache.make_mask(length, window_size=40 if name == "window" else None)
+
+
+@pytest.mark.parametrize("name", ["causal", "none", "packed", "prefix", "window"])
+@pytest.mark.parametrize("length", [30, 192, 301])
+def test_attention_is_that_of_mlx(name: str, length: int) -> None:
+    cache, mask = make_mask(name, length)
+    shapes = ((BATCH, HEADS, length, WIDTH), *2 * ((BATCH, GROUPS, length, WIDTH),))
+    mx.random.seed(0)
+    inputs = [mx.random.normal(shape) for shape in shapes]
+    weights = mx.random.normal(shapes[0])
+
+    def ours(q: Any, k: Any, v: Any) -> Any:
+        return (cpu_math.attention(q, k, v, cache, 0.25, mask) * weights).sum()
+
+    def theirs(q: Any, k: Any, v: Any) -> Any:
+        return (mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=mask) * weights).sum()
+
+    compare(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("length", [30, 200])
+def test_answers_behind_one_prompt_are_those_of_mlx(length: int) -> None:
+    """The prompt's keys and values, and their gradients, are shared by both of its answers."""
+    mx.random.seed(0)
+    kept, own = (1, GROUPS, 70, WIDTH), (2, GROUPS, length, WIDTH)
+    inputs = [mx.random.normal(shape) for shape in ((2, HEADS, length, WIDTH), kept, own, kept, own)]
+    weights = mx.random.normal(inputs[0].shape)
+
+    def attend(function: Any) -> Any:
+        def loss(q: Any, *parts: Any) -> Any:
+            prefix = Prefix(mx.array([20]))
+            prefix.keys, prefix.values = parts[0], parts[2]
+            cache = Behind(prefix)
+            k, v = cache.update_and_fetch(parts[1], parts[3])
+            return (function(q, k, v, cache, cache.make_mask(length)) * weights).sum()
+
+        return loss
+
+    ours = attend(lambda q, k, v, cache, mask: cpu_math.attention(q, k, v, cache, 0.25, mask))
+    theirs = attend(lambda q, k, v, _, mask: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=mask))
+    compare(ours, theirs, inputs)
+
+
+def compare(ours: Any, theirs: Any, inputs: list[Any]) -> None:
+    places = list(range(len(inputs)))
+    (value, found), (wanted, expected) = (mx.value_and_grad(f, argnums=places)(*inputs) for f in (ours, theirs))
+    assert abs(value.item() - wanted.item()) < 1e-3
+    for mine, other in zip(found, expected, strict=True):
+        assert mx.allclose(mine, other, atol=2e-5).item()
+
+
+def test_swiglu_is_that_of_mlx() -> None:
+    mx.random.seed(0)
+    gate, x = 8 * mx.random.normal((50, 40)), mx.random.normal((50, 40))
+    own = mx.value_and_grad(lambda g, y: cpu_math.swiglu(g, y).sum(), argnums=(0, 1))(gate, x)
+    mlx = mx.value_and_grad(lambda g, y: (g * mx.sigmoid(g) * y).sum(), argnums=(0, 1))(gate, x)
+    assert mx.allclose(own[0], mlx[0], rtol=1e-5).item()
+    assert all(mx.allclose(a, b, atol=1e-5).item() for a, b in zip(own[1], mlx[1], strict=True))
