@@ -76,11 +76,14 @@ class DropoutKeys:
     def next(cls) -> mx.array:
         """Return the key of the next mask, uint32 [2]."""
         keys = cls._entered
-        if keys is not None and keys._left is not None:
+        if keys is None:
+            return mx.random.randint(0, 2**31 - 1, (2,), mx.uint32)
+        if keys._left is not None:
             return next(keys._left)
-        key = mx.random.randint(0, 2**31 - 1, (2,), mx.uint32)
-        if keys is not None:
-            keys._drawn.append(key)
+        cls._entered = keys._outer  # one that was entered before must give this key again, too
+        key = cls.next()
+        cls._entered = keys
+        keys._drawn.append(key)
         return key
 
 
