@@ -36,8 +36,8 @@ from smolmlx.start_adapter import StartAdapter, find_adapter, with_adapter_lora
 
 PEFT_PREFIX = "base_model.model."
 MAX_STEPS = 100_000_000
-
-
+FROM_CONFIG = "made from config"
+"""What a model that is not there yet is called; plan.json of its run keeps it."""
 LOGGER_PACKAGES = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboardX", "tensorboard")}
 """Logger -> packages of which one is needed. tensorboardX writes without torch; torch's writer needs tensorboard."""
 
@@ -332,7 +332,7 @@ def _from_config(recipe: Recipe) -> BaseModel:
     """A model that does not exist yet: its shapes come from the config; weights are drawn when the run starts."""
     config = dict(recipe.model.config or {})
     shapes = llama_shapes(config)
-    model = BaseModel("made from config", Path(), None, {"model_type": "llama", **config})
+    model = BaseModel(FROM_CONFIG, Path(), None, {"model_type": "llama", **config})
     model.__dict__["shapes"] = shapes  # fills the cached property, since no file holds them yet
     return model
 

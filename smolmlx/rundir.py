@@ -128,7 +128,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"{path}: cannot write: {error.strerror or error}. Free some space, or choose another folder with --out."
+            f"{path}: cannot write: {error.strerror or error}. Free some space, or choose another folder (OUT, or --out)."
         ) from error
 
 

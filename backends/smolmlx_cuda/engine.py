@@ -89,11 +89,7 @@ class CudaBackend:
         return problems
 
     def check_plan(self, plan: Plan) -> Sequence[str]:
-        if plan.model.quantization:
-            raise BackendError(
-                f"{plan.model.name}: its weights are quantized in MLX's format. Use --backend mlx, or the original "
-                "model with model.quantize: 4bit."
-            )
+        refuse_mlx_weights(plan.model, "model.quantize: 4bit")
         kind = str(plan.model.config.get("model_type"))
         if not has_architecture(kind):
             raise BackendError(f"{plan.model.name}: transformers has no causal language model of type '{kind}'.")
@@ -132,6 +128,22 @@ def refuse_processes() -> None:
         raise BackendError(
             f"--backend cuda: launched as {count} processes (WORLD_SIZE), but a run is one process on one GPU so far. "
             "Start it without torchrun or accelerate launch; CUDA_VISIBLE_DEVICES chooses the GPU."
+        )
+
+
+def refuse_mlx_weights(base: BaseModel, setting: str) -> None:
+    """Refuse weights that only mlx-lm reads.
+
+    Args:
+        setting: what quantizes a whole base here, as the user would write it.
+
+    Raises:
+        BackendError
+    """
+    if base.quantization:
+        raise BackendError(
+            f"{base.name}: its weights are quantized in MLX's format, which mlx-lm alone reads. Use --backend mlx, or the"
+            f" original model with {setting}."
         )
 
 

@@ -19,7 +19,7 @@ from smolmlx.data.batches import Batch
 from smolmlx.data.chat import Tokenizer
 from smolmlx.generation.batching import Batcher, run_all
 from smolmlx.models import BaseModel, check_base
-from smolmlx_cuda.engine import pick_device
+from smolmlx_cuda.engine import pick_device, refuse_mlx_weights
 from smolmlx_cuda.memory import ran_out
 from smolmlx_cuda.model import Adapters, Losses, load_base, to_inputs
 from smolmlx_cuda.steps import TorchSteps
@@ -32,6 +32,7 @@ class TorchGenerator:
     """A base model with at most one adapter at a time, ready to answer and to score."""
 
     def __init__(self, model: BaseModel, adapter: Path | None, tokenizer: Tokenizer, how: Loading) -> None:
+        refuse_mlx_weights(model, "--quantize 4bit")
         self.device = pick_device(how.device)
         dtype = how.dtype if how.dtype != "auto" else ("bfloat16" if self.device == "cuda" else "float32")
         self.tokenizer = tokenizer

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -16,10 +18,12 @@ from typing import Any
 
 from smolmlx import backend as backends
 from smolmlx.adapters import adapter as adapters
-from smolmlx.adapters import awq, gguf_model, gguf_vocab, hf_config, preflight, verification
+from smolmlx.adapters import awq, card, gguf_model, gguf_vocab, hf_config, preflight, verification
 from smolmlx.adapters.adapter import ADAPTER_SIDE_FILES, CONFIG, PEFT_WEIGHTS
-from smolmlx.adapters.convert import convert, copy_side_files, refuse_used
+from smolmlx.adapters.convert import convert, copy_side_files
 from smolmlx.adapters.merge import ERASED, Merged, merge, prepare
+from smolmlx.adapters.origin import find_origin
+from smolmlx.adapters.tensors import read_json
 from smolmlx.adapters.verification import Agreement, Sample
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RecipeError, SmolError, VerificationError
@@ -109,18 +113,17 @@ def find_source(name: str, model: str | None = None, revision: str | None = None
 
 
 def export(target: str, source: Source, out: Path, how: Settings, say: Say = lambda text: None) -> Export:
-    """Export, verify, publish. Nothing is left behind when a check fails.
+    """Export, verify, publish, with a card in the folder. Nothing is left behind when a check fails.
 
     Raises:
-        RecipeError: what the target cannot hold; an output in use.
+        RecipeError: what the target cannot hold; an output in use, or one that cannot be written.
         BackendError: a package that the target needs is missing.
         VerificationError: the export does not agree with base and adapter.
     """
     assert target in TARGETS, target
-    refuse_used(out)
-    for parent in out.parents:
-        if parent.is_file():
-            raise RecipeError(f"{out}: {parent} is a file, so nothing can be written below it. Choose another OUT.")
+    preflight.check_out(target, out)
+    if target == "gguf":
+        how = replace(how, kind=gguf_model.find_type(how.kind))
     if how.quantize == "awq":
         awq.refuse(how.calibration)
         awq.group_size(source.base)
@@ -152,8 +155,10 @@ def export(target: str, source: Source, out: Path, how: Settings, say: Say = lam
             say("loading it where it will be used")
             check(source, place, done, samples, reference)
             done.unverified += _unseen(done)
-    if target in ("hf", "mlx") and not _compared(source, done):
-        done.notes.append(hf_config.uncompared(source.base.config))
+        if target in ("hf", "mlx") and not _compared(source, done):
+            done.notes.append(hf_config.uncompared(source.base.config))
+        folder = place.parent if target == "gguf" else place  # of a single .gguf it is not kept
+        (folder / card.NAME).write_text(card.card(done, source), encoding="utf-8")
     return done
 
 
@@ -184,7 +189,8 @@ def _unseen(done: Export) -> list[str]:
     if not effects or any(found.can_tell for found in done.agreements):
         return []
     return [
-        f"that the adapter is in it: it changes {effects[0]:.2g} nats per token, too little to see in {done.precision}"
+        f"that the adapter is in it: its mean KL divergence from the base is {effects[0]:.2g} nats per token, too little"
+        f" to see in {done.precision}"
     ]
 
 
@@ -195,7 +201,7 @@ def _publish(target: str, source: Source, out: Path, how: Settings) -> Iterator[
         with publish(out) as temporary:
             yield temporary
         return
-    if out.suffix == ".gguf":
+    if preflight.is_gguf_file(out):
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.parent) as folder:
@@ -239,12 +245,17 @@ def _tokenizer_folder(source: Source) -> Path:
 def _write_hf(source: Source, place: Path, out: Path, how: Settings, done: Export) -> None:
     merged = _merge_into(source, place, how, done)
     done.precision = merged.dtype
-    done.commands.append(f'smolmlx generate --model {out} --prompt "..."')
+    done.commands.append(f'smolmlx generate --model {_quoted(out)} --prompt "..."')
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _merge_into(source: Source, place: Path, how: Settings, done: Export) -> Merged:
     merged = merge(source.base, source.terms, place, dtype=how.dtype, untie=how.untie)
-    done.notes += merged.notes
+    said = hf_config.limits(source.base.config)  # by the export itself, once it has asked
+    done.notes += [note for note in merged.notes if note not in said]
     done.notes += _rounded(merged, merged.dtype, "--dtype float32")
     return merged
 
@@ -261,7 +272,7 @@ def _rounded(merged: Merged, precision: str, remedy: str) -> list[str]:
 
 def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Export, judge: Judge) -> None:
     """mlx-lm reads a merged folder as it is; quantizing is mlx-lm's own work."""
-    done.commands.append(f'mlx_lm.generate --model {out} --prompt "..."')
+    done.commands.append(f'mlx_lm.generate --model {_quoted(out)} --prompt "..."')
     if how.quantize == "none":
         done.precision = _merge_into(source, place, how, done).dtype
         return
@@ -289,7 +300,7 @@ def _write_mlx(source: Source, place: Path, out: Path, how: Settings, done: Expo
 
 def _check_quantized(place: Path, quantize: str) -> None:
     """Remove mlx-lm's own card, and refuse what is called quantized and is not."""
-    (place / "README.md").unlink(missing_ok=True)
+    (place / card.NAME).unlink(missing_ok=True)
     if not any(name.endswith(".scales") for name in open_model(place).shapes):
         raise RecipeError(
             f"--quantize {quantize}: no layer is a multiple of 64 wide, so nothing would be quantized. Leave it out."
@@ -302,7 +313,7 @@ def _write_vllm(source: Source, place: Path, out: Path, how: Settings, done: Exp
     if how.quantize == "awq":
         judge(place, done.precision)
         _quantize_merged(source, place, how, done)
-    done.commands.append(f"vllm serve {out / 'merged'}")
+    done.commands.append(f"vllm serve {_quoted(out / 'merged')}")
     if source.adapter is None:
         return
     reasons = _not_for_vllm(source.adapter)
@@ -311,12 +322,23 @@ def _write_vllm(source: Source, place: Path, out: Path, how: Settings, done: Exp
         return
     with tempfile.TemporaryDirectory(prefix=".uniform-", dir=place) as folder:
         uniform_adapter(source.adapter, Path(folder), place / "adapter", source.base)
-    rank = adapters.read(place / "adapter").modules[0].rank
+    _name_base(place / "adapter" / CONFIG, source.base)
+    done.commands.append(_serve_adapter(source.base, place / "adapter", out / "adapter"))
+
+
+def _name_base(path: Path, base: BaseModel) -> None:
+    """Let the adapter's config name the base that it was loaded on now, which need not be the one of its training."""
+    tree = read_json(path)
+    known = {"base_model_name_or_path": base.name if base.revision else str(base.folder), "revision": base.revision}
+    path.write_text(json.dumps({**tree, **known}, indent=2) + "\n", encoding="utf-8")
+
+
+def _serve_adapter(base: BaseModel, adapter: Path, out: Path) -> str:
+    rank = adapters.read(adapter).modules[0].rank
     limit = next((size for size in _VLLM_RANKS if size >= rank), rank)
-    base = source.base.name if source.base.revision else source.base.folder
-    done.commands.append(
-        f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules tuned={out / 'adapter'}"
-    )
+    which = [base.name, "--revision", base.revision] if base.revision else [str(base.folder)]
+    rest = ["--enable-lora", "--max-lora-rank", str(limit), "--lora-modules", f"tuned={out}"]
+    return shlex.join(["vllm", "serve", *which, *rest])
 
 
 def _quantize_merged(source: Source, place: Path, how: Settings, done: Export) -> None:
@@ -362,10 +384,8 @@ def uniform_adapter(folder: Path, work: Path, out: Path, base: BaseModel) -> Non
 
 def _write_gguf(source: Source, place: Path, how: Settings, done: Export, judge: Judge) -> None:
     kind = how.kind
-    if kind not in (*gguf_model.PLAIN_TYPES, *gguf_model.K_TYPES):
-        raise RecipeError(f"--type {kind}: expected {', '.join((*gguf_model.PLAIN_TYPES, *gguf_model.K_TYPES))}.")
     prepared = prepare(source.base, source.terms, dtype="float32", untie=how.untie)
-    name = source.base.name.rstrip("/").rpartition("/")[2]
+    name = find_origin(source.base, source.adapter).title
     if kind in gguf_model.PLAIN_TYPES:
         gguf_model.write_gguf(prepared, place, kind, name)
         done.notes += _rounded(prepared.report(place), kind, "--type f32")
@@ -377,8 +397,8 @@ def _write_gguf(source: Source, place: Path, how: Settings, done: Export, judge:
     done.precision = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
     done.notes += prepared.notes
     done.notes += [gguf_vocab.NFC_NOTE] if gguf_vocab.normalizes(prepared.tokenizer) else []
-    path = done.path if done.path.suffix == ".gguf" else done.path / place.name
-    done.commands.append(f"llama-cli -m {path}")
+    path = done.path if preflight.is_gguf_file(done.path) else done.path / place.name
+    done.commands.append(f"llama-cli -m {_quoted(path)}")
 
 
 def _check_folders(source: Source, place: Path, done: Export, samples: Sequence[Sample], reference: str) -> None:

@@ -5,10 +5,14 @@ What llama.cpp computes differently from a config is refused, not approximated.
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +24,20 @@ from smolmlx.adapters.merge import Prepared
 from smolmlx.adapters.tensors import Floats, is_number, to_floats
 from smolmlx.base_config import is_size
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import BackendError, DataError, RecipeError, RunError
+from smolmlx.errors import BackendError, DataError, RecipeError, RunError, nearest
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 PLAIN_TYPES = ("f32", "f16", "bf16", "q8_0")
 K_TYPES = ("q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+_QUANTIZE = """
+import sys, gguf, llama_cpp
+source, out, kind = sys.argv[1:]
+settings = llama_cpp.llama_model_quantize_default_params()
+settings.ftype = int(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), settings))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,20 @@ ARCHITECTURES = {
     "gemma2": Architecture("gemma2", norm_plus_one=True),
     "gemma3_text": Architecture("gemma3", norm_plus_one=True),
 }
+
+
+def find_type(name: str) -> str:
+    """Return a type by its name in any case.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    known, kind = (*PLAIN_TYPES, *K_TYPES), name.lower()
+    if kind in known:
+        return kind
+    longer = [f"'{one}'" for one in known if kind and one.startswith(kind)]
+    hint = f" Did you mean {' or '.join(longer)}?" if longer else nearest(kind, known)
+    raise RecipeError(f"--type {name}: expected {', '.join(known)}.{hint}")
 
 
 def write_gguf(prepared: Prepared, out: Path, kind: str, name: str) -> None:
@@ -335,28 +360,32 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def quantize(source: Path, out: Path, kind: str) -> str:
-    """Make a k-quant with a llama.cpp that is on this machine; returns which.
+    """Make a k-quant with a llama.cpp that is on this machine; returns which, and how many tensors it could not make so.
+
+    It runs as a program of its own, since it tells of every tensor; that is shown where it fails.
 
     Raises:
         BackendError: there is none.
         RunError: it failed.
     """
+    name, command = _quantizer(kind)
+    done = subprocess.run(
+        [*command, str(source), str(out), kind.upper()], capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        raise RunError(f"{name} could not make {kind} of {source}: {done.stderr.strip()[-300:]}")
+    other = re.search(r"\d+ of \d+ tensor\(s\) required fallback quantization", done.stderr)
+    return f"{name}; {other[0]}" if other else name
+
+
+def _quantizer(kind: str) -> tuple[str, list[str]]:
+    """Return the name of a llama.cpp, and a command that takes a source, an output and a type."""
     program = shutil.which("llama-quantize")
     if program:
-        done = subprocess.run([program, str(source), str(out), kind.upper()], capture_output=True, text=True)
-        if done.returncode:
-            raise RunError(f"llama-quantize failed: {done.stderr.strip()[-300:]}")
-        return program
-    try:
-        import llama_cpp
-    except ImportError as error:
+        return program, [program]
+    if importlib.util.find_spec("llama_cpp") is None:
         raise BackendError(
             f"--type {kind}: k-quants are made by llama.cpp, and neither llama-quantize (on PATH) nor llama-cpp-python is here."
             " Install one, or take --type q8_0."
-        ) from error
-    gguf = import_gguf()
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = int(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), settings):
-        raise RunError(f"llama.cpp (llama-cpp-python {llama_cpp.__version__}) could not make {kind} of {source}.")
-    return f"llama-cpp-python {llama_cpp.__version__}"
+        )
+    return f"llama-cpp-python {version('llama-cpp-python')}", [sys.executable, "-P", "-c", _QUANTIZE]

@@ -1,20 +1,62 @@
-"""What can be said of a source before anything heavy: its config beside its weights, its tokenizer beside its embedding.
+"""What can be said of a source and of OUT before anything heavy: config beside weights, tokenizer beside embedding.
 
 The engines build what a config says, so one that leaves out its sizes fills the memory with a default model.
 """
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
+from smolmlx.adapters.convert import refuse_used
 from smolmlx.adapters.merge import Prepared
 from smolmlx.adapters.names import SAME_NAMES
 from smolmlx.adapters.verification import prompts
 from smolmlx.base_config import find_embedding
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import DataError
+from smolmlx.errors import DataError, RecipeError
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_WEIGHTS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
+"""Endings of files, which a folder would be mistaken for."""
+
+
+def check_out(target: str, out: Path) -> None:
+    """Refuse an OUT that is in use, that is named as another kind of thing, or that cannot be written.
+
+    Raises:
+        RecipeError
+    """
+    _refuse_ending(target, out)
+    try:
+        refuse_used(out)
+        for parent in out.parents:
+            if parent.is_file():
+                raise RecipeError(f"{out}: {parent} is a file, so nothing can be written below it. Choose another OUT.")
+        there = next(parent for parent in out.absolute().parents if parent.is_dir())
+        tempfile.TemporaryDirectory(prefix=".smolmlx-", dir=there).cleanup()
+    except OSError as error:
+        raise RecipeError(f"{out}: cannot be written ({error.strerror or error}). Choose another OUT.") from error
+
+
+def is_gguf_file(out: Path) -> bool:
+    """Whether OUT of `export gguf` names a file, not a folder."""
+    return out.suffix.lower() == ".gguf"
+
+
+def _refuse_ending(target: str, out: Path) -> None:
+    ending = out.suffix.lower()
+    if ending not in _WEIGHTS or (target == "gguf" and is_gguf_file(out)):
+        return
+    if target == "gguf":
+        raise RecipeError(
+            f"{out}: export gguf writes a .gguf file, or a folder with one in it. Name it {out.with_suffix('.gguf')}, or"
+            f" {out.with_suffix('')} for a folder."
+        )
+    other = " For a GGUF file: smolmlx export gguf." if ending == ".gguf" else ""
+    raise RecipeError(
+        f"{out}: export {target} writes a folder, no {ending} file. Name it {out.with_suffix('')}.{other}"
+    )
 
 
 def check_source(prepared: Prepared, folder: Path) -> None:

@@ -49,8 +49,8 @@ _NUM_TOKENS = 64
 Consumer = Callable[[Sequence[int]], FloatArray]
 """Ids -> logits [T, V]."""
 NATS = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 2e-2, "q8_0": 2e-2, "8bit": 2e-2}
-"""Mean KL divergence, in nats per token, up to which an export agrees. Lower precisions are measured and not judged,
-but by `_BROKEN`: what they lose depends on the model."""
+"""Mean KL divergence, in nats per token, up to which an export is the same model. Lower precisions are measured and not
+judged, but by `_BROKEN`: what they lose depends on the model."""
 _BROKEN = 2.0
 _SEEN = 1e-9
 """Nats between adapter and bare base from which a change can be told from float32's own noise."""
@@ -79,13 +79,14 @@ class Agreement:
     """Program and version that loaded it."""
     reference: str
     nats: float
-    """Mean KL(reference || export) over all positions."""
+    """Mean KL divergence, KL(reference || export) in nats per token, over all positions."""
     largest: float
     """Largest difference of two log-probabilities that the reference gives more than e^-10."""
     greedy: float
     """Share of the reference's greedy tokens that the export would pick too; the two of a tie are one."""
     num_tokens: int
     limit: float
+    """Of `nats`, by precision."""
     effect: float | None = None
     """Mean KL(reference || bare base): what the adapter does here."""
     to_base: float | None = None
@@ -95,6 +96,20 @@ class Agreement:
     def can_tell(self) -> bool:
         """Whether the adapter does enough to see if it is in the export."""
         return self.effect is not None and self.effect > max(_SEEN, _SHARE * self.nats)
+
+    @property
+    def is_same(self) -> bool:
+        """Whether its limit is that of the same model, not only that of one that is not broken."""
+        return self.limit < _BROKEN
+
+
+def describe(found: Agreement) -> str:
+    """Return an agreement as a sentence that claims no more than its limit shows."""
+    asked = f"{found.consumer} against {found.reference}: mean KL divergence {found.nats:.2g} nats per token"
+    same = f"{found.greedy:.1%} of {found.num_tokens} greedy tokens the same"
+    if found.is_same:
+        return f"verified: {asked} (limit {found.limit:g}), {same}"
+    return f"not broken, but not the same model: {asked} (refused above {found.limit:g} at this precision), {same}"
 
 
 def compare(samples: Sequence[Sample], consumer: Consumer, names: tuple[str, str], precision: str) -> Agreement:
@@ -142,14 +157,14 @@ def _refuse_drift(found: Agreement, precision: str) -> None:
     exact = precision == "float32"
     if found.nats > found.limit or (exact and found.greedy < 1):
         raise VerificationError(
-            f"{found.consumer} does not agree with {found.reference}: {found.nats:.2g} nats per token (limit"
+            f"{found.consumer} does not agree with {found.reference}: mean KL divergence {found.nats:.2g} nats per token (limit"
             f" {found.limit:g}), {found.greedy:.1%} of {found.num_tokens} greedy tokens the same. The export was not kept;"
             " --no-verify keeps it."
         )
     if found.can_tell and found.to_base is not None and found.to_base <= found.nats:
         raise VerificationError(
             f"{found.consumer} does not agree with {found.reference}: it is nearer to the bare base"
-            f" ({found.to_base:.2g} nats per token) than to the adapter ({found.nats:.2g}), so the adapter is not in it, or"
+            f" (mean KL divergence {found.to_base:.2g} nats per token) than to the adapter ({found.nats:.2g}), so the adapter is not in it, or"
             f" {precision} rounds it away: take a higher precision. The export was not kept; --no-verify keeps it."
         )
 

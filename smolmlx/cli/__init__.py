@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from smolmlx import __version__
-from smolmlx.errors import SmolError, nearest
+from smolmlx.cli.group import Group
+from smolmlx.errors import SmolError
 
 VERBS = {
     "train": "Train a recipe, stage by stage.",
@@ -33,7 +34,7 @@ VERBS = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group whose commands live in `smolmlx.cli.<verb>`, as an object named `command`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -50,15 +51,6 @@ class LazyGroup(click.Group):
         """List the verbs without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
-            raise click.UsageError(
-                f"no such command '{args[0]}'.{nearest(args[0], VERBS)} Commands: {', '.join(VERBS)}."
-            )
-        return super().resolve_command(ctx, args)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from smolmlx.cli import documents, options
-from smolmlx.errors import DataError, RecipeError, SmolError, nearest
+from smolmlx.cli.group import Group
+from smolmlx.errors import DataError, RecipeError, SmolError
 
 if TYPE_CHECKING:
     from smolmlx.data.chat import Tokenizer
@@ -65,8 +66,8 @@ Examples:
 """
 
 
-class _Verbs(click.Group):
-    """A group that lists its verbs in the order of use, and names the nearest for a misspelt one."""
+class _Verbs(Group):
+    """A group that lists its verbs in the order of use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self.commands, *(name for name in _ELSEWHERE if name not in self.commands)]
@@ -75,15 +76,6 @@ class _Verbs(click.Group):
         if name in _ELSEWHERE and name not in self.commands:
             self.add_command(getattr(importlib.import_module(_ELSEWHERE[name]), name))
         return super().get_command(ctx, name)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        names = self.list_commands(ctx)
-        if args and args[0] not in names and not args[0].startswith("-"):
-            known, hint = ", ".join(names), nearest(args[0], names)
-            raise click.UsageError(f"no such command 'data {args[0]}'.{hint} Commands: {known}.")
-        return super().resolve_command(ctx, args)
 
 
 @click.group("data", cls=_Verbs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from smolmlx.cli import options
+from smolmlx.cli.group import Group
 
 if TYPE_CHECKING:
     from smolmlx.adapters.exports import Export, Settings
@@ -22,9 +24,36 @@ Examples:
   smolmlx export mlx  runs/quickstart-.../adapter for-mlx --quantize 4bit
   smolmlx export gguf merged tuned.gguf --type q8_0
 """
+HF_EPILOG = """\b
+Examples:
+  smolmlx export hf runs/quickstart-... merged
+  smolmlx export hf runs/quickstart-.../adapter merged --dtype bfloat16
+  smolmlx export hf runs/quickstart-... merged --push me/tuned --private
+"""
+MLX_EPILOG = """\b
+Examples:
+  smolmlx export mlx runs/quickstart-... for-mlx
+  smolmlx export mlx runs/quickstart-... for-mlx --quantize 4bit
+"""
+GGUF_EPILOG = """\b
+Examples:
+  smolmlx export gguf runs/quickstart-... tuned.gguf --type q8_0
+  smolmlx export gguf runs/quickstart-... tuned --type q4_k_m     # tuned/model-q4_k_m.gguf, and a card
+"""
+VLLM_EPILOG = """\b
+Examples:
+  smolmlx export vllm runs/quickstart-... served
+  smolmlx export vllm runs/quickstart-... served --model my/model --revision v1
+"""
+FROM = {
+    "llama-cli": "llama.cpp: its releases on GitHub, or: brew install llama.cpp",
+    "mlx_lm.generate": "mlx-lm: pip install mlx-lm",
+    "vllm": "vLLM: pip install vllm",
+}
+"""Where a program comes from that may not be on the PATH."""
 
 
-@click.group("export", epilog=EPILOG)
+@click.group("export", cls=Group, epilog=EPILOG)
 def command() -> None:
     """Write a tuned model for the program that will load it, and have that program load and check it.
 
@@ -36,11 +65,12 @@ def _common(function: Function) -> Function:
     """Add what all targets share."""
     function = options.as_json(function)
     function = click.option("--private", is_flag=True, help="With --push: a private repository.")(function)
-    function = click.option("--push", metavar="REPO", help="Upload to this hub repository, with a card.")(function)
+    function = click.option("--push", metavar="REPO", help="Upload it with its card to this hub repository.")(function)
     function = click.option(
         "--verify/--no-verify",
         default=True,
-        help="Compare ids, logits and greedy tokens; exit 5 on drift.  [default: verify]",
+        help="Compare ids, logits (mean KL divergence in nats per token) and greedy tokens; exit 5 on drift."
+        "  [default: verify]",
     )(function)
     function = click.option("--untie", is_flag=True, help="Let head and embedding become two weights where needed.")(
         function
@@ -58,7 +88,7 @@ _DTYPE = click.option(
 )
 
 
-@command.command("hf")
+@command.command("hf", epilog=HF_EPILOG)
 @_common
 @_DTYPE
 def hf(**arguments: Any) -> None:
@@ -66,16 +96,22 @@ def hf(**arguments: Any) -> None:
     _run("hf", **arguments)
 
 
-@command.command("mlx")
+@command.command("mlx", epilog=MLX_EPILOG)
 @_common
 @_DTYPE
-@click.option("--quantize", type=click.Choice(["none", "4bit", "8bit"]), default="none", show_default=True)
+@click.option(
+    "--quantize",
+    type=click.Choice(["none", "4bit", "8bit"]),
+    default="none",
+    show_default=True,
+    help="MLX's own quantization, by mlx-lm, in groups of 64.",
+)
 def mlx(**arguments: Any) -> None:
     """A folder for mlx-lm, whole or quantized."""
     _run("mlx", **arguments)
 
 
-@command.command("gguf")
+@command.command("gguf", epilog=GGUF_EPILOG)
 @_common
 @click.option(
     "--type",
@@ -83,14 +119,14 @@ def mlx(**arguments: Any) -> None:
     default="f16",
     show_default=True,
     metavar="T",
-    help="f32, f16, bf16, q8_0; q4_k_m and its kind through llama.cpp.",
+    help="f32, f16, bf16, q8_0; by llama.cpp: q2_k, q3_k_m, q4_k_s, q4_k_m, q5_k_s, q5_k_m, q6_k.",
 )
 def gguf(**arguments: Any) -> None:
-    """A GGUF for llama.cpp; OUT is a .gguf file or a folder."""
+    """A GGUF for llama.cpp; OUT is a .gguf file, or a folder for model-TYPE.gguf and a card."""
     _run("gguf", **arguments)
 
 
-@command.command("vllm")
+@command.command("vllm", epilog=VLLM_EPILOG)
 @_common
 @_DTYPE
 @click.option(
@@ -122,37 +158,40 @@ def _run(
     from smolmlx.errors import RecipeError
 
     if push:
-        hub.refuse()
+        hub.refuse(push)
     elif private:
         raise RecipeError("--private has no effect without --push. Leave it out, or pass --push REPO.")
     found = exports.find_source(source, model, revision)
     settings: Settings = exports.Settings(**how)
     with console.status(f"exporting {target}") as say:
         done = exports.export(target, found, Path(out), settings, say)
-        address = None
+    if not as_json:
+        _print(done)
+    address = None
+    try:
         if push:
-            say(f"uploading to {push}")
-            address = hub.push(done, found, push, private)
-    if as_json:
-        console.print_json({**asdict(done), "address": address})
-        return
-    _print(done)
-    if address:
+            with console.status(f"uploading to {push}"):
+                address = hub.push(done, found, push, private)
+    finally:  # an upload that failed leaves an export
+        if as_json:
+            console.print_json({**asdict(done), "address": address})
+    if address and not as_json:
         console.result(address)
 
 
 def _print(done: Export) -> None:
     from smolmlx import console
+    from smolmlx.adapters.verification import describe
 
     for note in done.notes:
         console.note(note)
     console.result(f"{done.path}: {done.target}, {done.precision}")
-    for a in done.agreements:
-        console.result(
-            f"  verified: {a.consumer} against {a.reference}: {a.nats:.2g} nats per token (limit {a.limit:g}),"
-            f" {a.greedy:.1%} of {a.num_tokens} greedy tokens the same"
-        )
+    for found in done.agreements:
+        console.result(f"  {describe(found)}")
     for text in done.unverified:
         console.result(f"  not verified: {text}")
     for line in done.commands:
         console.result(f"Next: {line}")
+    for program in sorted({line.split()[0] for line in done.commands} & set(FROM)):
+        if shutil.which(program) is None:
+            console.note(f"{program} is not on the PATH here. It comes with {FROM[program]}")

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from smolmlx.cli.group import Group
 from smolmlx.errors import BackendError, RecipeError
 
 if TYPE_CHECKING:
     from smolmlx.recipe import Loaded
 
 
-@click.group("recipes")
+@click.group("recipes", cls=Group)
 def command() -> None:
     """List, show, copy and check recipes."""
 

@@ -17,10 +17,11 @@ import stock
 from safetensors.numpy import load_file
 
 from smolmlx.adapters import adapter as adapters
-from smolmlx.adapters import gguf_model, gguf_vocab, hub, verification
+from smolmlx.adapters import gguf_model, gguf_vocab, verification
+from smolmlx.adapters.card import card
 from smolmlx.adapters.exports import Settings, Source, export
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import BackendError, RecipeError, VerificationError
+from smolmlx.errors import BackendError, RecipeError, RunError, VerificationError
 from smolmlx.models import embedded_folder, open_model
 
 for package in ("torch", "peft", "mlx_lm"):
@@ -207,6 +208,20 @@ def test_gguf_types(kind: str, tiny_model: Path, tmp_path: Path) -> None:
 
 
 @needs_gguf
+@needs_llama
+def test_llama_cpp_quantizes_in_silence(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It tells of every tensor, which nobody asked, unless it fails."""
+    base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320, hidden_size=256), tiny_model)
+    how = Settings(kind="q6_k", verify=False)
+    capfd.readouterr()
+    done = export("gguf", Source("x", open_model(base), None), tmp_path / "out.gguf", how)
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("", "") and "tensor(s) required fallback" in done.notes[0]
+    with pytest.raises(RunError, match="failed to open GGUF file"):
+        gguf_model.quantize(tmp_path / "none.gguf", tmp_path / "never.gguf", "q6_k")
+
+
+@needs_gguf
 def test_gguf_says_what_rounding_takes(tiny_model: Path, tmp_path: Path) -> None:
     """bfloat16 takes as much in a GGUF as in a folder; float32 takes nothing."""
     base = with_tokenizer(stock.make_base("llama-tied", tmp_path / "base", vocab_size=320), tiny_model)
@@ -262,7 +277,7 @@ def test_gguf_says_that_llama_cpp_does_not_normalize(tiny_model: Path, tmp_path:
     edit_tokenizer(base, normalizer={"type": "NFC"})
     source = Source("x", open_model(base), None)
     done = export("gguf", source, tmp_path / "out.gguf", Settings(kind="f32"))
-    assert gguf_vocab.NFC_NOTE in done.notes and gguf_vocab.NFC_NOTE in hub.card(done, source)
+    assert gguf_vocab.NFC_NOTE in done.notes and gguf_vocab.NFC_NOTE in card(done, source)
     assert any("hard texts in NFC" in note for note in done.notes)
     import llama_cpp
 
@@ -658,7 +673,7 @@ def test_a_sliding_window_that_mlx_lm_lacks_is_named(
     source = Source("x", open_model(base), None)
     done = export(target, source, tmp_path / "out", Settings(verify=verify))
     assert "beyond 256 tokens: mlx-lm has no sliding window for mistral" in done.unverified
-    assert "not verified: beyond 256 tokens" in hub.card(done, source)
+    assert "not verified: beyond 256 tokens" in card(done, source)
 
 
 def test_glm_is_not_for_mlx_lm(tiny_model: Path, tmp_path: Path) -> None:

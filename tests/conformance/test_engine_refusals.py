@@ -11,7 +11,9 @@ import pytest
 
 from lab import ENGINES, Lab, make_tiny, toy_installed
 from smolmlx import backend, recipe
+from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RecipeError
+from smolmlx.models import open_model
 
 ASKED = {
     "model.quantize": get_args(recipe.Quantize),
@@ -111,6 +113,9 @@ def test_base_that_is_stored_quantized(lab: Lab, tiny_model: Path, tmp_path: Pat
     if lab.name == "cuda":
         with pytest.raises(BackendError, match="MLX's format"):
             lab.plan(model__id=str(model))
+        with pytest.raises(BackendError, match=r"MLX's format.* --backend mlx"):
+            how = backend.Loading("cpu")
+            lab.choice.backend.generator(open_model(model), None, Tokenizer(tiny_model), how)
     elif lab.name == "mlx":
         with pytest.raises(RecipeError, match="quantized already"):
             lab.plan(model__id=str(model), model__quantize="8bit")

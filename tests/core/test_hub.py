@@ -87,12 +87,40 @@ def test_push_when_asked(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "out").iterdir():
         assert hub.files[f"me/tuned/{path.name}"] == path.read_bytes()
     card = hub.files["me/tuned/README.md"].decode()
-    assert "base_model:" in card and "not verified: everything" in card
+    assert "base_model:" not in card and "not verified: everything" in card, "its base is a folder here"
     assert json.loads(hub.files["me/tuned/config.json"])["model_type"] == "llama"
 
 
 def test_a_push_that_is_refused_keeps_the_export(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", tiny_model)
-    arguments = ("export", "hf", adapter, tmp_path / "out", "--no-verify", "--push", "me/tuned")
-    code, _, err = smolmlx(hub, tmp_path / "cache", *arguments, token="hf_bad")
+    arguments = ("export", "hf", adapter, tmp_path / "out", "--no-verify", "--push", "me/tuned", "--private")
+    code, out, err = smolmlx(hub, tmp_path / "cache", *arguments, token="hf_bad")
     assert code == 3 and "hf auth login" in err and (tmp_path / "out" / "model.safetensors").is_file()
+    assert f"hf upload me/tuned {tmp_path / 'out'} --private" in err and "not verified: everything" in out
+    assert "not verified: everything" in (tmp_path / "out" / "README.md").read_text(), "an upload by hand has it too"
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_a_push_without_a_hub_keeps_the_export(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    """It was called a bug of smolmlx's, and nothing said where the export is."""
+    if name.endswith("gguf"):
+        pytest.importorskip("gguf", reason="the gguf package is not installed")
+    target = ("gguf" if name.endswith("gguf") else "hf", tiny_model, tmp_path / name)
+    nobody = Hub("http://127.0.0.1:9")
+    code, out, err = smolmlx(
+        nobody, tmp_path / "cache", "export", *target, "--no-verify", "--push", "me/tuned", "--json"
+    )
+    assert code == 3 and f"The export is kept: {tmp_path / name}." in err and "bug" not in err, err
+    tree = json.loads(out)
+    assert tree["path"] == str(tmp_path / name) and tree["address"] is None and (tmp_path / name).exists()
+
+
+def test_a_hub_base_is_named_with_its_commit(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
+    """On the card, for vLLM to serve, and in the adapter's own config, which named another base."""
+    adapter = save_adapter(tmp_path / "adapter", tiny_model, base_model_name_or_path="/gone/base")
+    arguments = ("export", "vllm", adapter, tmp_path / "out", "--no-verify", "--model", "me/tiny", "--revision", "v1")
+    code, out, err = smolmlx(hub, tmp_path / "cache", *arguments)
+    assert code == 0 and f"vllm serve me/tiny --revision {COMMIT} --enable-lora" in out, err
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/tiny", COMMIT)
+    assert 'base_model: "me/tiny"' in (tmp_path / "out" / "README.md").read_text()
