@@ -161,7 +161,8 @@ def find_model(name: str, revision: str | None = None) -> BaseModel:
     """Locate a model by local folder, `tiny`, or hub id (from the cache when offline).
 
     Raises:
-        RecipeError: a .gguf file, a folder without weights or config, an adapter folder, no such revision.
+        RecipeError: a .gguf file, an adapter folder, another folder without a config, no such revision.
+        DataError: broken files.
         BackendError: a hub id that is missing, gated or not reachable.
     """
     if name.lower().endswith(".gguf"):
@@ -196,8 +197,8 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
     """Read the config of a local model folder.
 
     Raises:
-        RecipeError: the folder is not a model that can be trained, or its config and weights do not fit.
-        DataError: weights that are incomplete, or that loaders would not agree on.
+        RecipeError: the folder is not a model's.
+        DataError: files that are broken or incomplete, do not fit each other, or that loaders would not agree on.
     """
     name = name or str(folder)
     config_file = folder / "config.json"
@@ -216,9 +217,9 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{config_file}: not valid JSON ({error}). Download the file again.") from error
+        raise DataError(f"{config_file}: not valid JSON ({error}). Download the file again.") from error
     if not isinstance(config, dict):
-        raise RecipeError(
+        raise DataError(
             f"{config_file}: expected a JSON table, found a {type(config).__name__}. Download the file again."
         )
     if not weight_files(folder):
@@ -231,13 +232,13 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
             other = "pytorch_model.bin is a pickle, which is not read"
         elif named := sorted(path.name for path in folder.glob("*.safetensors")):
             other = f"{named[0]} is a name that neither transformers nor mlx-lm loads"
-        raise RecipeError(
+        raise DataError(
             f"{name}: no {PATTERN} weights ({other}). Download the weights, or convert them to safetensors."
         )
     model = BaseModel(name, folder, revision, with_rope_theta(config))
     problems = config_problems(model.config, model.shapes)
     if problems:
-        raise RecipeError(f"{config_file}", problems)
+        raise DataError(f"{config_file}", problems)
     _refuse_two_heads(model)
     return model
 
@@ -246,12 +247,12 @@ def _refuse_two_heads(model: BaseModel) -> None:
     """Refuse a head of its own beside a tie: transformers 5 keeps both then, mlx-lm the embedding alone.
 
     Raises:
-        RecipeError
+        DataError
     """
     parts = [f"{name.removesuffix('weight')}{leaf}" for name in (HEAD, EMBEDDING) for leaf in ("weight", "scales")]
     pairs = [pair for pair in zip(parts[:2], parts[2:], strict=True) if set(pair) <= set(model.shapes)]
     if model.config.get("tie_word_embeddings") and not all(_same(model.folder, *pair) for pair in pairs):
-        raise RecipeError(
+        raise DataError(
             f"{model.name}: config.json says tie_word_embeddings, but {HEAD} is stored and is not {EMBEDDING}: transformers"
             " would use both, mlx-lm the embedding alone. Set tie_word_embeddings to false in config.json where the head"
             f" was trained, or save the model again without {HEAD}."
@@ -296,8 +297,8 @@ def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return weight name -> (shape, safetensors dtype) over all shards of a folder.
 
     Raises:
-        RecipeError: a file that is truncated or not safetensors.
-        DataError: a shard that lacks what the index says it has, or a weight in two of them.
+        DataError: a file that is truncated or not safetensors, a shard that lacks what the index says it has, or a weight in
+            two of them.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     where: dict[str, str] = {}
@@ -323,19 +324,19 @@ def read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise RecipeError(
+            raise DataError(
                 f"{path}: not a whole safetensors file (header of {length} bytes in a file of {size}). Fetch it again."
             )
         try:
             header = parse_header(file.read(length))
         except ValueError as error:
-            raise RecipeError(f"{path}: not a whole safetensors file: {error}. Fetch the file again.") from error
+            raise DataError(f"{path}: not a whole safetensors file: {error}. Fetch the file again.") from error
     try:
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (KeyError, TypeError, IndexError) as error:
-        raise RecipeError(f"{path}: a tensor without offsets in its header. Fetch the file again.") from error
+        raise DataError(f"{path}: a tensor without offsets in its header. Fetch the file again.") from error
     if ends and size < 8 + length + max(ends):
-        raise RecipeError(
+        raise DataError(
             f"{path}: truncated: {size} bytes, but its header promises {8 + length + max(ends)}. Fetch it again."
         )
     return header

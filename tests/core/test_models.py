@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from smolmlx import models
-from smolmlx.errors import BackendError, RecipeError
+from smolmlx.errors import BackendError, DataError, RecipeError
 
 
 @pytest.fixture(scope="module")
@@ -190,18 +190,18 @@ class TestRefusals:
 
     def test_config_without_weights(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{}")
-        with pytest.raises(RecipeError, match="only a config"):
+        with pytest.raises(DataError, match="only a config"):
             models.find_model(str(tmp_path))
         (tmp_path / "pytorch_model.bin").touch()
-        with pytest.raises(RecipeError, match="pickle"):
+        with pytest.raises(DataError, match="pickle"):
             models.find_model(str(tmp_path))
 
     def test_broken_config(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{")
-        with pytest.raises(RecipeError, match="not valid JSON"):
+        with pytest.raises(DataError, match="not valid JSON"):
             models.find_model(str(tmp_path))
         (tmp_path / "config.json").write_text("[]")
-        with pytest.raises(RecipeError, match="expected a JSON table"):
+        with pytest.raises(DataError, match="expected a JSON table"):
             models.find_model(str(tmp_path))
 
     def test_a_name_too_long_for_a_path(self) -> None:
@@ -212,12 +212,12 @@ class TestRefusals:
     def test_truncated_weights(self, tmp_path: Path, keep: int) -> None:
         save_file({"a.layers.0.weight": np.ones((64, 64), np.float32)}, tmp_path / "whole")
         (tmp_path / "model.safetensors").write_bytes((tmp_path / "whole").read_bytes()[:keep])
-        with pytest.raises(RecipeError, match="again"):
+        with pytest.raises(DataError, match="again"):
             models.read_headers(tmp_path)
 
     def test_header_that_is_not_json(self, tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"oops")
-        with pytest.raises(RecipeError, match="not JSON"):
+        with pytest.raises(DataError, match="not JSON"):
             models.read_headers(tmp_path)
 
 
