@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from smolmlx.adapters.exports import uniform_adapter
 from smolmlx.adapters.merge import merge
 from smolmlx.data.chat import Tokenizer
 from smolmlx.models import BASE_FILE, open_model, write_base
+
+Call = Callable[..., tuple[int, str, str]]
 
 
 def smolmlx(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -41,6 +44,11 @@ def save_adapter(folder: Path, base: Path, **config: Any) -> Path:
     tree = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps({**tree, "base_model_name_or_path": str(base), **config}))
     return folder
+
+
+def edit_config(adapter: Path, **changes: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,25 @@ def test_a_base_that_the_adapter_names_and_nobody_has(trained: Path, tiny_model:
         shown = smolmlx(*verb, gone, tmp_path / "never")
         assert shown.returncode == 2 and "/gone/base: no such model folder" in shown.stderr
         assert f"the base that {gone / 'adapter_config.json'} names. Pass --model M" in shown.stderr
+
+
+def test_what_is_no_adapter_points_to_what_is(call: Call, trained: Path, tmp_path: Path) -> None:
+    for stage in ("sft", "dpo"):
+        shutil.copytree(trained, tmp_path / "pipe" / stage)
+    (tmp_path / "full" / "model").mkdir(parents=True)
+    (tmp_path / "full" / "model" / "config.json").write_text("{}")
+    weights = trained / "adapter" / "adapter_model.safetensors"
+    said = {
+        "pipe": "not an adapter's folder itself. Pass one that lies in it: pipe/dpo/adapter or pipe/sft/adapter.",
+        "full": "holds a whole model and no adapter. Pass it where a model is taken: full/model.",
+        "nope": "no such folder. Pass a finished run's folder, an adapter's, or (to export) a model's.",
+        str(weights): f"a file. Pass the folder it lies in, {trained}/adapter.",
+        __file__: "a file. Pass a finished run's folder",
+    }
+    for source, words in said.items():
+        for verb in (["adapter", "inspect"], ["adapter", "merge"], ["export", "hf"]):
+            code, _, err = call(*verb, source, *(["out"] if verb[1] != "inspect" else []))
+            assert code == 2 and f"{source}: {words}" in err
 
 
 def test_a_template_without_a_tokenizer_is_said_to_be_left_out(tiny_model: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_all_problems_of_a_recipe_are_told_at_once(call: Call, recipe: Path) -> 
     ("model", "exit_code", "said"),
     [
         ("missing/", 2, "no such model folder"),
-        ("model.gguf", 2, "cannot be fine-tuned"),
+        ("model.gguf", 2, "neither loaded nor trained"),
         ("empty", 2, "no config.json"),
         ("no-weights", 4, "no model*.safetensors weights"),
         ("cut", 4, "truncated"),
