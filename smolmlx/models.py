@@ -211,6 +211,12 @@ def local_folder(name: str) -> Path | None:
         return None
 
 
+def find_local(name: str) -> BaseModel | None:
+    """Open `tiny`, or a name that is a model's folder on this machine; None for all others."""
+    folder = embedded_folder() if name == EMBEDDED else local_folder(name)
+    return open_model(folder, name) if folder and (folder / "config.json").is_file() else None
+
+
 def open_model(folder: Path, name: str | None = None, revision: str | None = None) -> BaseModel:
     """Read the config of a local model folder.
 

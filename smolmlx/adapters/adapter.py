@@ -22,10 +22,11 @@ from smolmlx.models import (
     EMBEDDED,
     MLX_ADAPTER,
     BaseModel,
+    find_local,
     find_model,
     local_folder,
     looks_local,
-    open_model,
+    noted_base,
 )
 from smolmlx.signposts import find_results, listed
 
@@ -165,12 +166,16 @@ def _why_no_weights(folder: Path) -> str:
 
 
 def recorded_base(adapter: Adapter) -> BaseModel | None:
-    """Return the base that the adapter names, if it is a folder on this machine; nothing is downloaded."""
-    name = adapter.base_name
-    folder = local_folder(name) if name else None
-    if folder and (folder / "config.json").is_file():
-        return open_model(folder, name)
-    return None
+    """Return the base that the adapter names, if it is on this machine; nothing is downloaded.
+
+    Where its config names a folder that is gone, it is the base that base_model.json names, if that has the same weights.
+    """
+    found = find_local(adapter.base_name) if adapter.base_name else None
+    note = None if found else noted_base(adapter.folder)
+    if note:
+        found = find_local(note[0])
+        found = found if found and found.weights_fingerprint() == note[1] else None
+    return found
 
 
 def find_folder(name: str | Path) -> Path:
@@ -215,6 +220,8 @@ def named_base(folder: Path) -> BaseModel:
         SmolError: what `find_model` says of the one that is named.
     """
     found = read(folder)
+    if base := recorded_base(found):
+        return base
     if found.base_name is None:
         raise RecipeError(f"{folder}: names no base model. Pass --model M.")
     revision = found.config.get("revision")

@@ -103,9 +103,10 @@ def _problems(found: Adapter) -> list[str]:
     base = found.base_name
     if not base:
         problems.append("no base model is recorded; whoever loads it must know it.")
-    elif base.startswith(("/", ".", "~")) and local_folder(base) is None:
+    elif base.startswith(("/", ".", "~")) and local_folder(base) is None and adapters.recorded_base(found) is None:
         problems.append(
-            f"its base is recorded as {base}, a folder that is not on this machine. Pass --base MODEL where asked."
+            f"its base is recorded as {base}, a folder that is not on this machine. Pass another copy: --model M to merge,"
+            " analyze and export, --base M to convert."
         )
     if found.copies:
         problems.append(f"carries {len(found.copies)} whole embedding weights beside the adapter, which make it large.")

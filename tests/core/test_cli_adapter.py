@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_adapter_files import PATHS, make_mlx, make_peft
 
+from smolmlx import api
 from smolmlx.adapters.convert import convert
 from smolmlx.adapters.exports import uniform_adapter
 from smolmlx.adapters.merge import merge
@@ -107,6 +108,25 @@ def test_a_base_that_the_adapter_names_and_nobody_has(trained: Path, tiny_model:
         shown = smolmlx(*verb, gone, tmp_path / "never")
         assert shown.returncode == 2 and "/gone/base: no such model folder" in shown.stderr
         assert f"the base that {gone / 'adapter_config.json'} names. Pass --model M" in shown.stderr
+
+
+def test_a_base_that_moved_is_found_by_the_name_noted_beside_it(
+    call: Call, trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "report.json").write_text("{}")
+    edit_config(run / "adapter", base_model_name_or_path="/gone/base")
+    assert call("adapter", "merge", run, "never")[0] == 2
+    assert "Pass another copy: --model M to merge, analyze and export, --base M" in call("adapter", "inspect", run)[2]
+    write_base(open_model(tiny_model), run / "adapter")
+    assert call("adapter", "merge", run, "merged")[0] == 0
+    assert call("adapter", "inspect", run)[2] == ""
+    _, table, _ = call("adapter", "analyze", run, "--json")
+    assert all(row["relative"] for row in json.loads(table)["weights"])
+    assert api._locate(run)[0].folder == tiny_model
+    note = json.loads((run / "adapter" / BASE_FILE).read_text())
+    (run / "adapter" / BASE_FILE).write_text(json.dumps({**note, "weights": "others"}))
+    assert "/gone/base: no such model folder" in call("adapter", "merge", run, "never")[2]
 
 
 def test_what_is_no_adapter_points_to_what_is(call: Call, trained: Path, tmp_path: Path) -> None:
