@@ -120,7 +120,7 @@ def convert(adapter: str, out: str, to: str | None, base: str | None, revision: 
     type=float,
     multiple=True,
     metavar="C",
-    help="Coefficient of each adapter, in order; 1 if left out.",
+    help="Coefficient of each adapter, in order; needed for several.",
 )
 @click.option(
     "--dtype", default="auto", show_default=True, metavar="auto|float32|float16|bfloat16", help="auto is the base's."
@@ -137,7 +137,10 @@ def merge(
     untie: bool,
     as_json: bool,
 ) -> None:
-    """Write the base with ADAPTERS folded in as a plain model folder OUT."""
+    """Write the base with ADAPTERS folded in as a plain model folder OUT.
+
+    Several add up, each times its --weight.
+    """
     from smolmlx import console
     from smolmlx.adapters.adapter import find_folder, named_base
     from smolmlx.adapters.merge import ERASED
@@ -145,12 +148,16 @@ def merge(
 
     if weights and len(weights) != len(adapters):
         raise RecipeError(f"--weight: {len(weights)} given for {len(adapters)} adapters. Pass one for each, in order.")
-    folders = [find_folder(adapter) for adapter in adapters]
-    base = _model(model, revision) or named_base(folders[0])
-    with console.status("merging"):
-        done = run(
-            base, list(zip(folders, weights or (1.0,) * len(folders), strict=True)), Path(out), dtype=dtype, untie=untie
+    if len(adapters) > 1 and not weights:
+        raise RecipeError(
+            f"{len(adapters)} adapters would be added up: {', '.join(adapters)}. Pass --weight for each, in order, or one adapter."
         )
+    terms = list(zip([find_folder(adapter) for adapter in adapters], weights or (1.0,), strict=True))
+    base = _model(model, revision) or named_base(terms[0][0])
+    with console.status("merging"):
+        done = run(base, terms, Path(out), dtype=dtype, untie=untie)
+    if len(terms) > 1:
+        console.note(f"added up: {', '.join(f'{weight:g} x {folder}' for folder, weight in terms)}")
     for note in done.notes:
         console.note(note)
     if done.erased:

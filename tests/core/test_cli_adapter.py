@@ -129,6 +129,22 @@ def test_a_base_that_moved_is_found_by_the_name_noted_beside_it(
     assert "/gone/base: no such model folder" in call("adapter", "merge", run, "never")[2]
 
 
+def test_several_adapters_need_their_weights(call: Call, trained: Path, tmp_path: Path) -> None:
+    """A pattern that met two runs added both up in silence."""
+    code, _, err = call("adapter", "merge", trained, trained, "out")
+    assert code == 2 and f"2 adapters would be added up: {trained}, {trained}. Pass --weight for each" in err
+    code, _, err = call("adapter", "merge", trained, trained, "out", "--weight", 1, "--weight", 0.5)
+    assert code == 0 and f"added up: 1 x {trained}/adapter, 0.5 x {trained}/adapter" in err
+
+
+def test_a_weight_of_0_switches_an_adapter_off(call: Call, trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """It said that weights were changed."""
+    code, out, _ = call("adapter", "merge", trained, "off", "--weight", 0)
+    assert code == 0 and "off: 0 weights changed" in out
+    merged, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "off", tiny_model))
+    assert all(np.array_equal(merged[name], base[name]) for name in base)
+
+
 def test_what_is_no_adapter_points_to_what_is(call: Call, trained: Path, tmp_path: Path) -> None:
     for stage in ("sft", "dpo"):
         shutil.copytree(trained, tmp_path / "pipe" / stage)
