@@ -86,12 +86,13 @@ def merge(
     """
     refuse_used(out)
     made = prepare(base, adapters, dtype=dtype, untie=untie)
+    ends = _end_ids(made.tokenizer)
     with publish(out) as temporary:
         _write_shards(temporary, made.tensors)
         _write_json(temporary / "config.json", made.config)
         copy_side_files(made.tokenizer, temporary)
         copy_side_files(base.folder, temporary, [GENERATION])  # no more: a template of the base's would win
-        _write_generation(temporary, base.folder)
+        _write_generation(temporary, base.folder, ends)
     done = made.report(out)
     done.notes += limits(base.config)
     return done
@@ -330,11 +331,16 @@ def _brings_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file()
 
 
-def _write_generation(folder: Path, base: Path) -> None:
-    """Set the ids that end an answer: the template's end of turn, the tokenizer's eos, and what the base already listed."""
+def _end_ids(tokenizer: Path) -> tuple[int, ...]:
+    """Return the ids that end an answer: the template's end of turn, and the tokenizer's eos."""
+    return Tokenizer(tokenizer).eos_ids if (tokenizer / "tokenizer.json").is_file() else ()
+
+
+def _write_generation(folder: Path, base: Path, ends: Sequence[int]) -> None:
+    """Set the ids that end an answer: those of the tokenizer, and what the base already listed."""
     path = folder / GENERATION
     found: dict[str, Any] = tensors.read_json(path) if path.is_file() else {}
-    ids: list[Any] = list(Tokenizer(folder).eos_ids) if (folder / "tokenizer.json").is_file() else []
+    ids: list[Any] = list(ends)
     known = tensors.read_json(base / GENERATION) if (base / GENERATION).is_file() else {}
     for listed in (known.get("eos_token_id"), tensors.read_json(folder / "config.json").get("eos_token_id")):
         ids += listed if isinstance(listed, list) else [listed]

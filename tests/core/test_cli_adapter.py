@@ -145,6 +145,17 @@ def test_a_weight_of_0_switches_an_adapter_off(call: Call, trained: Path, tiny_m
     assert all(np.array_equal(merged[name], base[name]) for name in base)
 
 
+def test_a_broken_tokenizer_is_named_where_it_lies(call: Call, trained: Path, tmp_path: Path) -> None:
+    """The message named a temporary folder that was gone."""
+    adapter = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    (adapter / "tokenizer.json").write_text("{")
+    code, _, err = call("adapter", "merge", adapter, "out")
+    assert code == 4 and f"DataError: {adapter}/tokenizer.json: not a tokenizer" in err
+    code, _, err = call("adapter", "inspect", adapter)
+    assert code == 0 and f"problem: {adapter}/tokenizer.json: not a tokenizer" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_what_is_no_adapter_points_to_what_is(call: Call, trained: Path, tmp_path: Path) -> None:
     for stage in ("sft", "dpo"):
         shutil.copytree(trained, tmp_path / "pipe" / stage)
