@@ -156,6 +156,18 @@ def test_a_broken_tokenizer_is_named_where_it_lies(call: Call, trained: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_where_nothing_may_be_written(call: Call, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    lone = Path(shutil.copytree(trained / "adapter", tmp_path / "lone"))
+    for verb in ("convert", "merge"):
+        code, _, err = call("adapter", verb, trained, "file")
+        assert code == 2 and "file: already there, as a file. Choose another OUT" in err
+        code, _, err = call("adapter", verb, trained, "lone/deep/out")
+        assert code == 2 and f"lies inside an adapter's folder, {lone}" in err
+        code, _, err = call("adapter", verb, trained, "file/out")
+        assert code == 1 and err.rstrip().endswith("Free some space, or choose another folder.")
+
+
 def test_what_is_no_adapter_points_to_what_is(call: Call, trained: Path, tmp_path: Path) -> None:
     for stage in ("sft", "dpo"):
         shutil.copytree(trained, tmp_path / "pipe" / stage)
