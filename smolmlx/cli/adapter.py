@@ -194,11 +194,14 @@ def analyze(
     """
     from smolmlx import console
     from smolmlx.adapters import analysis
-    from smolmlx.adapters.adapter import find_folder
+    from smolmlx.adapters.adapter import find_folder, read
     from smolmlx.rundir import RunDir, write_text, writing
 
+    if chart:
+        analysis.check_chart(Path(chart))
+    folder = find_folder(adapter)
     with console.status("measuring"):
-        found = analysis.analyze(find_folder(adapter), _model(model, revision))
+        found = analysis.analyze(folder, _model(model, revision))
     if RunDir(Path(adapter)).done:
         console.note(f"table kept in {analysis.keep(found, RunDir(Path(adapter)))}")
     if csv_file:
@@ -208,6 +211,11 @@ def analyze(
         with writing(Path(chart)):
             analysis.draw(found, Path(chart))
         console.note(f"chart in {chart}")
+    if all(change.relative is None for change in found):
+        base = read(folder).base_name
+        console.note(
+            f"||dW||/||W|| and cosine need the base{f', {base}' if base else ''}. It is not here: pass --model M."
+        )
     if as_json:
         console.print_json(analysis.to_json(found))
         return
@@ -216,6 +224,7 @@ def analyze(
 
 
 def _print_changes(found: list[LayerChange]) -> None:
+    """Print the table, names shortened so that a row fits 80 columns."""
     from smolmlx import console
 
     def number(value: float | None, form: str = ".4g") -> str:
@@ -224,7 +233,7 @@ def _print_changes(found: list[LayerChange]) -> None:
     headers = ("weight", "||dW||", "||dW||/||W||", "max |dW|", "effective rank", "cosine")
     console.table(
         [
-            (c.weight, number(c.frobenius), number(c.relative), number(c.largest), number(c.effective_rank, ".2f"), number(c.cosine, ".6f"))
+            (c.weight.removeprefix("model.layers.").removesuffix(".weight"), number(c.frobenius), number(c.relative), number(c.largest), number(c.effective_rank, ".2f"), number(c.cosine, ".6f"))
             for c in found
         ],
         headers,

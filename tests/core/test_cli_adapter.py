@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_adapter_files import PATHS, make_mlx, make_peft
 
+import lab as labs
 from smolmlx import api
 from smolmlx.adapters.convert import convert
 from smolmlx.adapters.exports import uniform_adapter
@@ -276,5 +277,30 @@ def test_analyze_as_table_csv_and_chart(trained: Path, tmp_path: Path) -> None:
         assert chart.returncode == 3 and "smolmlx[report]" in chart.stderr
     else:
         assert chart.returncode == 0 and (tmp_path / "a.svg").read_text().startswith("<svg")
-        code = smolmlx("adapter", "analyze", trained, "--chart", tmp_path / "a.pdf")
-        assert code.returncode == 2 and ".svg or .png" in code.stderr
+
+
+def test_the_table_says_what_is_missing_and_fits_80_columns(
+    call: Call, trained: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = call("adapter", "analyze", trained)
+    assert code == 0 and "need the base" not in err
+    assert out.split("\n")[1].startswith("0.mlp.up_proj ") and "0.self_attn.q_proj " in out
+    lone = save_adapter(tmp_path / "lone", tiny_model, base_model_name_or_path="hub/base")
+    code, out, err = call("adapter", "analyze", lone)
+    assert code == 0 and "||dW||/||W|| and cosine need the base, hub/base. It is not here: pass --model M." in err
+
+
+def test_a_refused_analysis_leaves_the_runs_table_alone(
+    call: Call, trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Another base of the same shapes gave figures, and its table took the place of the right one."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "report.json").write_text("{}")
+    write_base(open_model(tiny_model), run / "adapter")
+    (run / "weight_changes.json").write_text("kept")
+    code, _, err = call("adapter", "analyze", run, "--chart", "a.jpg")
+    assert code == 2 and "--chart a.jpg: charts are written as .svg or .png" in err
+    code, _, err = call("adapter", "analyze", run, "--model", labs.make_tiny(tmp_path / "other", seed=2))
+    assert code == 2 and f"made for another base model, {tiny_model}" in err
+    assert (run / "weight_changes.json").read_text() == "kept"
