@@ -243,9 +243,16 @@ def _print_changes(found: list[LayerChange]) -> None:
 def _model(name: str | None, revision: str | None, flag: str = "--model") -> BaseModel | None:
     from smolmlx.models import find_model
 
-    if revision and not name:
-        raise RecipeError(f"--revision {revision}: has no effect without {flag}.")
-    return find_model(name, revision) if name else None
+    if not name:
+        if revision:
+            raise RecipeError(f"--revision {revision}: has no effect without {flag}.")
+        return None
+    found = find_model(name, revision)
+    if revision and found.revision is None:
+        raise RecipeError(
+            f"--revision {revision}: has no effect: {name} lies on this machine. Leave it out, or name a hub model with {flag}."
+        )
+    return found
 
 
 def _counts(counts: dict[int, int] | dict[float, int] | dict[str, int]) -> str:

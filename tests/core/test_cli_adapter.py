@@ -98,8 +98,13 @@ def test_exit_codes(trained: Path, tmp_path: Path) -> None:
     for verb, out, flag in (("merge", ["never"], "model"), ("convert", ["never"], "base"), ("analyze", [], "model")):
         idle = smolmlx("adapter", verb, trained, *(tmp_path / name for name in out), "--revision", "nonsense")
         assert idle.returncode == 2 and f"has no effect without --{flag}" in idle.stderr
-    nowhere = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", "nan")
-    assert nowhere.returncode == 2 and "--weight nan" in nowhere.stderr
+        local = [f"--{flag}", "tiny", "--revision", "v1"]
+        idle = smolmlx("adapter", verb, trained, *(tmp_path / name for name in out), *local)
+        assert idle.returncode == 2 and "--revision v1: has no effect: tiny lies on this machine" in idle.stderr
+    for weight in ("nan", "1e200", "1e37"):
+        wrong = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", weight, "--dtype", "float16")
+        assert wrong.returncode == 2 and f"--weight {float(weight):g}" in wrong.stderr
+    assert not (tmp_path / "never").exists()
 
 
 def test_a_base_that_the_adapter_names_and_nobody_has(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
