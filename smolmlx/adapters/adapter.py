@@ -8,7 +8,7 @@ Factors are kept in mlx-lm's orientation (R rank):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,13 @@ def _why_no_weights(folder: Path) -> str:
     if (folder / "adapter_model.bin").is_file() or (folder / "adapters.npz").is_file():
         return "its weights are not safetensors (a pickle is not read). Save it again as safetensors."
     return f"needs {PEFT_WEIGHTS} (PEFT) or {MLX_WEIGHTS} (mlx-lm)."
+
+
+def first_and_count(problems: Sequence[str]) -> list[str]:
+    """Return problems that modules share, one for all where they are many."""
+    if len(problems) <= 3:
+        return list(problems)
+    return [f"{problems[0]} The same holds for {len(problems) - 1} other modules."]
 
 
 def recorded_base(adapter: Adapter) -> BaseModel | None:

@@ -193,6 +193,16 @@ def test_what_is_no_adapter_points_to_what_is(call: Call, trained: Path, tmp_pat
             assert code == 2 and f"{source}: {words}" in err
 
 
+def test_a_wrong_rank_is_one_problem(call: Call, trained: Path, tmp_path: Path) -> None:
+    peft, mlx = Path(shutil.copytree(trained / "adapter", tmp_path / "peft")), tmp_path / "mlx"
+    convert(peft, mlx)
+    edit_config(peft, r=3)
+    edit_config(mlx, lora_parameters={"rank": 3, "scale": 2.0, "dropout": 0.0})
+    for folder in (peft, mlx):
+        code, _, err = call("adapter", "inspect", folder)
+        assert code == 4 and "1 problem\n" in err and "do not fit rank 3. The same holds for 3 other modules." in err
+
+
 def test_a_template_without_a_tokenizer_is_said_to_be_left_out(tiny_model: Path, tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "adapter", tiny_model)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
