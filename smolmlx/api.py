@@ -11,7 +11,7 @@ from typing import Any
 from smolmlx import backend as backends
 from smolmlx import pipelines, shelf, stages
 from smolmlx import recipe as recipes
-from smolmlx.adapters.adapter import find_folder
+from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters.convert import convert
 from smolmlx.backend import Backend, Decoding, Generator, Loading, OnText
 from smolmlx.data.chat import Tokenizer
@@ -222,7 +222,8 @@ def _locate(source: Run | str | Path | tuple[str | Path, str | Path]) -> tuple[B
         if run.model.is_dir():
             return open_model(run.model), None
         config = run.read_json("adapter/adapter_config.json")
-        return find_model(str(config["base_model_name_or_path"]), config.get("revision")), run.adapter
+        here = adapters.recorded_base(adapters.read(run.adapter))
+        return here or find_model(str(config["base_model_name_or_path"]), config.get("revision")), run.adapter
     if (run.path / "recipe.yaml").is_file():
         raise RecipeError(f"{source}: this run is not finished. Go on with: smolmlx train --resume {source}")
     return find_model(str(source)), None
@@ -311,4 +312,4 @@ def convert_adapter(adapter: str | Path, out: str | Path, to: str | None = None,
         RecipeError: what the target cannot hold exactly, by name.
         DataError: a broken adapter.
     """
-    return convert(find_folder(adapter), Path(out), to, find_model(base) if base else None).folder
+    return convert(adapters.find_folder(adapter), Path(out), to, find_model(base) if base else None).folder

@@ -1,4 +1,4 @@
-"""The four families of errors a user can meet, each with its exit code (design/cli.md).
+"""The families of errors a user can meet, each with its exit code (README.md, "Exit codes").
 
 An error says what was passed, what was expected and what to type next; `problems` lists everything that is wrong with
 one input at once. Our own broken invariants are `assert`s, not these.
@@ -48,7 +48,7 @@ class BackendError(SmolError):
 
 
 class DataError(SmolError):
-    """Rows that cannot be read or cannot teach anything."""
+    """Rows that cannot be read or cannot teach anything; files of a model or an adapter that are broken."""
 
     exit_code = 4
 

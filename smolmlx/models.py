@@ -22,11 +22,17 @@ from smolmlx.base_config import EMBEDDING, HEAD, config_problems
 from smolmlx.errors import BackendError, DataError, RecipeError
 from smolmlx.first_weights import draw
 from smolmlx.rundir import usual_mode
+from smolmlx.signposts import find_results, listed
 from smolmlx.weight_files import INDEX, MAX_HEADER_BYTES, PATTERN, parse_header, weight_files, weight_map
 
 EMBEDDED = "tiny"
 BASE_FILE = "base_model.json"
+MLX_ADAPTER = "adapters.safetensors"
 _BLOCK_BYTES = 64 << 20
+_GGUF = (
+    "GGUF is for llama.cpp, and neither loaded nor trained here. Run it with llama.cpp, or pass the safetensors folder or hub"
+    " id that it was made from."
+)
 
 
 @dataclass(frozen=True)
@@ -117,15 +123,30 @@ def check_adapter_folder(folder: Path) -> None:
     """Refuse a folder without PEFT's two files.
 
     Raises:
-        RecipeError: with the way to a run's own adapter, where it is one.
+        RecipeError: with the way to PEFT's form, or to the adapter or model that lies in the folder.
     """
     if all((folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
         return
-    inside = folder / "adapter"
-    hint = f" Did you mean {inside}?" if inside.is_dir() else ""
+    if (folder / MLX_ADAPTER).is_file():
+        raise RecipeError(
+            f"{folder}: an adapter in mlx-lm's form; expected PEFT's. Convert it: smolmlx adapter convert {folder} OUT --to peft"
+        )
+    models, adapters = find_results(folder)
+    hint = f" Did you mean {listed(adapters, 'or')}?" if adapters else ""
+    if models and not adapters:
+        hint = f" A whole model lies in {listed(models)}: pass that as --model, without --adapter."
     raise RecipeError(
         f"{folder}: not an adapter folder (needs adapter_config.json and adapter_model.safetensors).{hint}"
     )
+
+
+def noted_base(adapter: Path) -> tuple[str, str] | None:
+    """Return name and weights' fingerprint of the base that `write_base` left in an adapter's folder."""
+    try:
+        tree = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))
+        return str(tree["name"]), str(tree["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def check_base(model: BaseModel, adapter: Path) -> None:
@@ -134,14 +155,10 @@ def check_base(model: BaseModel, adapter: Path) -> None:
     Raises:
         RecipeError: other weights.
     """
-    try:
-        tree = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))
-        name, weights = str(tree["name"]), str(tree["weights"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if weights != model.weights_fingerprint():
+    note = noted_base(adapter)
+    if note and note[1] != model.weights_fingerprint():
         raise RecipeError(
-            f"{adapter}: made for another base model, {name}; {model.folder} has other weights. Pass the model it was trained "
+            f"{adapter}: made for another base model, {note[0]}; {model.folder} has other weights. Pass the model it was trained "
             f"on; if they are the same weights in other files, delete {BASE_FILE} in the adapter's folder."
         )
 
@@ -161,26 +178,28 @@ def find_model(name: str, revision: str | None = None) -> BaseModel:
     """Locate a model by local folder, `tiny`, or hub id (from the cache when offline).
 
     Raises:
-        RecipeError: a .gguf file, a folder without weights or config, an adapter folder, no such revision.
+        RecipeError: a .gguf file, an adapter folder, another folder without a config, no such revision.
+        DataError: broken files.
         BackendError: a hub id that is missing, gated or not reachable.
     """
     if name.lower().endswith(".gguf"):
-        raise RecipeError(
-            f"{name}: a GGUF file is an export for inference and cannot be fine-tuned. Use the original model's "
-            "safetensors folder or hub id, and export to GGUF after training."
-        )
+        raise RecipeError(f"{name}: {_GGUF}")
     if name == EMBEDDED:
         return open_model(embedded_folder(), name)
     folder = local_folder(name)
     if folder:
         return open_model(folder, name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/")
-    if looks_local:
+    if looks_local(name):
         raise RecipeError(
             f"{name}: no such model folder. Pass a folder with config.json and {PATTERN}, a hub id, or 'tiny'."
         )
     folder, commit = _download(name, revision)
     return open_model(folder, name, commit)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name cannot be a hub id, which is owner/name."""
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/")
 
 
 def local_folder(name: str) -> Path | None:
@@ -192,66 +211,94 @@ def local_folder(name: str) -> Path | None:
         return None
 
 
+def find_local(name: str) -> BaseModel | None:
+    """Open `tiny`, or a name that is a model's folder on this machine; None for all others."""
+    folder = embedded_folder() if name == EMBEDDED else local_folder(name)
+    return open_model(folder, name) if folder and (folder / "config.json").is_file() else None
+
+
 def open_model(folder: Path, name: str | None = None, revision: str | None = None) -> BaseModel:
     """Read the config of a local model folder.
 
     Raises:
-        RecipeError: the folder is not a model that can be trained, or its config and weights do not fit.
-        DataError: weights that are incomplete, or that loaders would not agree on.
+        RecipeError: the folder is not a model's.
+        DataError: files that are broken or incomplete, do not fit each other, or that loaders would not agree on.
     """
     name = name or str(folder)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise RecipeError(
-                f"{name}: this is an adapter folder, not a base model. Pass it as --adapter and its base as --model."
-            )
-        if any(folder.glob("*.gguf")):
-            raise RecipeError(
-                f"{name}: holds only GGUF files, which cannot be fine-tuned. Use the original safetensors model."
-            )
-        raise RecipeError(
-            f"{name}: no config.json in this folder, so it is not a model. Download the whole model folder."
-        )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{config_file}: not valid JSON ({error}). Download the file again.") from error
-    if not isinstance(config, dict):
-        raise RecipeError(
-            f"{config_file}: expected a JSON table, found a {type(config).__name__}. Download the file again."
-        )
+        raise RecipeError(f"{name}: {_why_no_model(folder, name)}")
+    config = _read_config(config_file)
     if not weight_files(folder):
-        if any(folder.glob("*.gguf")):
-            raise RecipeError(
-                f"{name}: its weights are GGUF, which cannot be fine-tuned. Use the original safetensors model."
-            )
-        other = "the folder has only a config"
-        if any(folder.glob("*.bin")):
-            other = "pytorch_model.bin is a pickle, which is not read"
-        elif named := sorted(path.name for path in folder.glob("*.safetensors")):
-            other = f"{named[0]} is a name that neither transformers nor mlx-lm loads"
-        raise RecipeError(
-            f"{name}: no {PATTERN} weights ({other}). Download the weights, or convert them to safetensors."
-        )
+        _refuse_no_weights(folder, name)
     model = BaseModel(name, folder, revision, with_rope_theta(config))
     problems = config_problems(model.config, model.shapes)
     if problems:
-        raise RecipeError(f"{config_file}", problems)
+        raise DataError(f"{config_file}", problems)
     _refuse_two_heads(model)
     return model
+
+
+def _why_no_model(folder: Path, name: str) -> str:
+    """Say what a folder without a config is, and what to pass in its place."""
+    if (folder / MLX_ADAPTER).is_file():
+        return (
+            f"this is an adapter in mlx-lm's form, not a base model. Convert it (smolmlx adapter convert {name} OUT --to peft),"
+            " then pass OUT as --adapter and its base as --model."
+        )
+    if (folder / "adapter_config.json").is_file():
+        return "this is an adapter folder, not a base model. Pass it as --adapter and its base as --model."
+    if any(folder.glob("*.gguf")):
+        return f"holds only GGUF files. {_GGUF}"
+    return f"no config.json in this folder, so it is not a model. {_point_on(folder, name)}"
+
+
+def _point_on(folder: Path, name: str) -> str:
+    """Say which of the models and adapters in a folder to pass, and how."""
+    models, adapters = find_results(folder)
+    said = []
+    if models:
+        said.append(f"Pass the model in it: {listed(models, 'or')}.")
+    if adapters:
+        bases = sorted({note[0] for adapter in adapters if (note := noted_base(adapter))})
+        base = f" ({', '.join(bases)})" if bases else ""
+        said.append(f"Pass the adapter in it as --adapter ({listed(adapters, 'or')}), and its base as --model{base}.")
+    if not said and (folder / "recipe.yaml").is_file():
+        said.append(f"It is a run that is not finished. Go on with: smolmlx train --resume {name}")
+    return " ".join(said) or "Download the whole model folder."
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}). Download the file again.") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: expected a JSON table, found a {type(config).__name__}. Download the file again.")
+    return config
+
+
+def _refuse_no_weights(folder: Path, name: str) -> None:
+    if any(folder.glob("*.gguf")):
+        raise RecipeError(f"{name}: its weights are GGUF files. {_GGUF}")
+    other = "the folder has only a config"
+    if any(folder.glob("*.bin")):
+        other = "pytorch_model.bin is a pickle, which is not read"
+    elif named := sorted(path.name for path in folder.glob("*.safetensors")):
+        other = f"{named[0]} is a name that neither transformers nor mlx-lm loads"
+    raise DataError(f"{name}: no {PATTERN} weights ({other}). Download the weights, or convert them to safetensors.")
 
 
 def _refuse_two_heads(model: BaseModel) -> None:
     """Refuse a head of its own beside a tie: transformers 5 keeps both then, mlx-lm the embedding alone.
 
     Raises:
-        RecipeError
+        DataError
     """
     parts = [f"{name.removesuffix('weight')}{leaf}" for name in (HEAD, EMBEDDING) for leaf in ("weight", "scales")]
     pairs = [pair for pair in zip(parts[:2], parts[2:], strict=True) if set(pair) <= set(model.shapes)]
     if model.config.get("tie_word_embeddings") and not all(_same(model.folder, *pair) for pair in pairs):
-        raise RecipeError(
+        raise DataError(
             f"{model.name}: config.json says tie_word_embeddings, but {HEAD} is stored and is not {EMBEDDING}: transformers"
             " would use both, mlx-lm the embedding alone. Set tie_word_embeddings to false in config.json where the head"
             f" was trained, or save the model again without {HEAD}."
@@ -296,8 +343,8 @@ def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return weight name -> (shape, safetensors dtype) over all shards of a folder.
 
     Raises:
-        RecipeError: a file that is truncated or not safetensors.
-        DataError: a shard that lacks what the index says it has, or a weight in two of them.
+        DataError: a file that is truncated or not safetensors, a shard that lacks what the index says it has, or a weight in
+            two of them.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     where: dict[str, str] = {}
@@ -323,19 +370,19 @@ def read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise RecipeError(
+            raise DataError(
                 f"{path}: not a whole safetensors file (header of {length} bytes in a file of {size}). Fetch it again."
             )
         try:
             header = parse_header(file.read(length))
         except ValueError as error:
-            raise RecipeError(f"{path}: not a whole safetensors file: {error}. Fetch the file again.") from error
+            raise DataError(f"{path}: not a whole safetensors file: {error}. Fetch the file again.") from error
     try:
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (KeyError, TypeError, IndexError) as error:
-        raise RecipeError(f"{path}: a tensor without offsets in its header. Fetch the file again.") from error
+        raise DataError(f"{path}: a tensor without offsets in its header. Fetch the file again.") from error
     if ends and size < 8 + length + max(ends):
-        raise RecipeError(
+        raise DataError(
             f"{path}: truncated: {size} bytes, but its header promises {8 + length + max(ends)}. Fetch it again."
         )
     return header

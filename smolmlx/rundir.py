@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """A run's folder; see design/architecture.md for its layout."""
+    """A run's folder; README.md, "Where things lie", shows its layout."""
 
     path: Path
 
@@ -128,7 +128,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"{path}: cannot write: {error.strerror or error}. Free some space, or choose another folder (OUT, or --out)."
+            f"{path}: cannot write: {error.strerror or error}. Free some space, or choose another folder."
         ) from error
 
 

@@ -8,7 +8,7 @@ Factors are kept in mlx-lm's orientation (R rank):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,20 @@ import numpy as np
 
 from smolmlx.adapters.tensors import Floats, TensorFile, Words, read_json, to_floats
 from smolmlx.errors import RecipeError, SmolError
-from smolmlx.models import BASE_FILE, BaseModel, find_model, local_folder, open_model
+from smolmlx.models import (
+    BASE_FILE,
+    EMBEDDED,
+    MLX_ADAPTER,
+    BaseModel,
+    find_local,
+    find_model,
+    local_folder,
+    looks_local,
+    noted_base,
+)
+from smolmlx.signposts import find_results, listed
 
-PEFT_WEIGHTS, MLX_WEIGHTS, CONFIG = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
+PEFT_WEIGHTS, MLX_WEIGHTS, CONFIG = "adapter_model.safetensors", MLX_ADAPTER, "adapter_config.json"
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json",
@@ -132,7 +143,8 @@ def detect(folder: Path) -> str:
         RecipeError: none, both, sharded, or a pickle.
     """
     if not folder.is_dir():
-        raise RecipeError(f"{folder}: no such folder. Pass a folder with {CONFIG} and {PEFT_WEIGHTS} or {MLX_WEIGHTS}.")
+        why = "a file, not a folder" if folder.is_file() else "no such folder"
+        raise RecipeError(f"{folder}: {why}. Pass a folder with {CONFIG} and {PEFT_WEIGHTS} or {MLX_WEIGHTS}.")
     found = [name for name in (PEFT_WEIGHTS, MLX_WEIGHTS) if (folder / name).is_file()]
     if len(found) == 2:
         raise RecipeError(
@@ -150,25 +162,61 @@ def _why_no_weights(folder: Path) -> str:
         return "its weights are sharded, which no loader of adapters reads. Save it again in one file."
     if (folder / "adapter_model.bin").is_file() or (folder / "adapters.npz").is_file():
         return "its weights are not safetensors (a pickle is not read). Save it again as safetensors."
-    if (folder / "adapter" / CONFIG).is_file():
-        return f"the adapter lies in {folder / 'adapter'}."
     return f"needs {PEFT_WEIGHTS} (PEFT) or {MLX_WEIGHTS} (mlx-lm)."
 
 
+def first_and_count(problems: Sequence[str]) -> list[str]:
+    """Return problems that modules share, one for all where they are many."""
+    if len(problems) <= 3:
+        return list(problems)
+    return [f"{problems[0]} The same holds for {len(problems) - 1} other modules."]
+
+
 def recorded_base(adapter: Adapter) -> BaseModel | None:
-    """Return the base that the adapter names, if it is a folder on this machine; nothing is downloaded."""
-    name = adapter.base_name
-    folder = local_folder(name) if name else None
-    if folder and (folder / "config.json").is_file():
-        return open_model(folder, name)
-    return None
+    """Return the base that the adapter names, if it is on this machine; nothing is downloaded.
+
+    Where its config names a folder that is gone, it is the base that base_model.json names, if that has the same weights.
+    """
+    found = find_local(adapter.base_name) if adapter.base_name else None
+    note = None if found else noted_base(adapter.folder)
+    if note:
+        found = find_local(note[0])
+        found = found if found and found.weights_fingerprint() == note[1] else None
+    return found
 
 
 def find_folder(name: str | Path) -> Path:
-    """Return the adapter folder of a path, or the one inside a run's folder."""
+    """Return the adapter folder of a path, or the one inside a run's folder; what may be a model or a hub id comes back.
+
+    Raises:
+        RecipeError: a file, a path where nothing is, or a folder that only holds runs or a whole model.
+    """
     path = Path(name)
-    inside = (path / "adapter" / CONFIG).is_file() and not (path / CONFIG).is_file()
-    return path / "adapter" if inside else path
+    if (path / CONFIG).is_file():
+        return path
+    if (path / "adapter" / CONFIG).is_file():
+        return path / "adapter"
+    expected = "a finished run's folder, an adapter's, or (to export) a model's"
+    if path.is_file():
+        holds = (path.parent / CONFIG).is_file()
+        raise RecipeError(f"{name}: a file. Pass {f'the folder it lies in, {path.parent}' if holds else expected}.")
+    if looks_local(str(name)) and local_folder(str(name)) is None and str(name) != EMBEDDED:
+        raise RecipeError(f"{name}: no such folder. Pass {expected}.")
+    if not (path / "config.json").is_file():
+        _refuse_what_holds_others(path)
+    return path
+
+
+def _refuse_what_holds_others(folder: Path) -> None:
+    models, adapters = find_results(folder)
+    if adapters:
+        raise RecipeError(
+            f"{folder}: not an adapter's folder itself. Pass one that lies in it: {listed(adapters, 'or')}."
+        )
+    if models:
+        raise RecipeError(
+            f"{folder}: holds a whole model and no adapter. Pass it where a model is taken: {listed(models, 'or')}."
+        )
 
 
 def named_base(folder: Path) -> BaseModel:
@@ -179,6 +227,8 @@ def named_base(folder: Path) -> BaseModel:
         SmolError: what `find_model` says of the one that is named.
     """
     found = read(folder)
+    if base := recorded_base(found):
+        return base
     if found.base_name is None:
         raise RecipeError(f"{folder}: names no base model. Pass --model M.")
     revision = found.config.get("revision")

@@ -26,7 +26,7 @@ from smolmlx.adapters.base import Weights
 from smolmlx.adapters.delta import Term, find_changes, row_blocks
 from smolmlx.adapters.tensors import Floats
 from smolmlx.errors import RecipeError
-from smolmlx.models import BaseModel
+from smolmlx.models import BaseModel, check_base
 from smolmlx.rundir import RunDir
 
 DATA_FILE = "weight_changes.json"
@@ -55,11 +55,12 @@ def analyze(folder: Path, base: BaseModel | None = None) -> list[LayerChange]:
     adapter = adapters.read(folder)
     base = base or adapters.recorded_base(adapter)
     if base is not None:
+        check_base(base, folder)
         weights = Weights(base)
         changes = find_changes([(adapter, 1.0)], weights)
         return [_measure(name, term, weights) for name, terms in sorted(changes.items(), key=_order) for term in terms]
     if adapter.dora or adapter.full:
-        raise RecipeError(f"{folder}: {adapter.kind} changes weights relative to the base's. Pass --base MODEL.")
+        raise RecipeError(f"{folder}: {adapter.kind} changes weights relative to the base's. Pass --model M.")
     return [_measure(module.path, Term(adapter, module), None) for module in sorted(adapter.modules, key=_module_order)]
 
 
@@ -127,6 +128,16 @@ def _place(change: LayerChange) -> tuple[int | None, str]:
     return int(layer[1]) if layer else None, change.weight.removesuffix(".weight").rpartition(".")[2]
 
 
+def check_chart(path: Path) -> None:
+    """Refuse a chart's file name that is neither SVG nor PNG.
+
+    Raises:
+        RecipeError
+    """
+    if path.suffix not in {".svg", ".png"}:
+        raise RecipeError(f"--chart {path}: charts are written as .svg or .png.")
+
+
 def draw(changes: list[LayerChange], path: Path) -> None:
     """Draw a map of layers and modules, coloured by relative change (absolute without a base), as SVG or PNG.
 
@@ -136,8 +147,7 @@ def draw(changes: list[LayerChange], path: Path) -> None:
     """
     from smolmlx.reports import charts
 
-    if path.suffix not in {".svg", ".png"}:
-        raise RecipeError(f"--chart {path}: charts are written as .svg or .png.")
+    check_chart(path)
     relative = bool(changes) and changes[0].relative is not None
     values = []
     for change in changes:

@@ -119,13 +119,18 @@ def _restore(folder: Path, to: str, target: Target, origin: Origin) -> bool:
 
 
 def refuse_used(out: Path) -> None:
-    """Refuse to write into a folder that has something in it, or over a file.
+    """Refuse to write into a folder that has something in it, over a file, or inside an adapter.
 
     Raises:
         RecipeError
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_file():
+        raise RecipeError(f"{out}: already there, as a file. Choose another OUT, or remove it first.")
+    if out.is_dir() and any(out.iterdir()):
         raise RecipeError(f"{out}: already there and not empty. Choose another folder, or remove it first.")
+    around = next((parent for parent in out.absolute().parents if (parent / CONFIG).is_file()), None)
+    if around:
+        raise RecipeError(f"{out}: lies inside an adapter's folder, {around}. Choose a folder outside of it.")
 
 
 def copy_side_files(source: Path, out: Path, names: Sequence[str] = SIDE_FILES) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters.adapter import Adapter
 from smolmlx.adapters.tensors import FLOATS
+from smolmlx.data.chat import Tokenizer
+from smolmlx.errors import SmolError
 from smolmlx.models import local_folder
 
 _LOUD = 16.0
@@ -103,10 +105,22 @@ def _problems(found: Adapter) -> list[str]:
     base = found.base_name
     if not base:
         problems.append("no base model is recorded; whoever loads it must know it.")
-    elif base.startswith(("/", ".", "~")) and local_folder(base) is None:
+    elif base.startswith(("/", ".", "~")) and local_folder(base) is None and adapters.recorded_base(found) is None:
         problems.append(
-            f"its base is recorded as {base}, a folder that is not on this machine. Pass --base MODEL where asked."
+            f"its base is recorded as {base}, a folder that is not on this machine. Pass another copy: --model M to merge,"
+            " analyze and export, --base M to convert."
         )
+    problems += _tokenizer_problems(found.folder)
     if found.copies:
         problems.append(f"carries {len(found.copies)} whole embedding weights beside the adapter, which make it large.")
     return problems
+
+
+def _tokenizer_problems(folder: Path) -> list[str]:
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    try:
+        Tokenizer(folder)
+    except SmolError as error:
+        return [str(error)]
+    return []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,16 +82,17 @@ def merge(
     Raises:
         RecipeError: adapters of another base, a tie that would break, an output folder in use.
         DataError: broken files.
-        RunError: values beyond the range of the dtype.
+        RunError: values beyond the range of the dtype; RecipeError where a coefficient brings them there.
     """
     refuse_used(out)
     made = prepare(base, adapters, dtype=dtype, untie=untie)
+    ends = _end_ids(made.tokenizer)
     with publish(out) as temporary:
         _write_shards(temporary, made.tensors)
         _write_json(temporary / "config.json", made.config)
         copy_side_files(made.tokenizer, temporary)
         copy_side_files(base.folder, temporary, [GENERATION])  # no more: a template of the base's would win
-        _write_generation(temporary, base.folder)
+        _write_generation(temporary, base.folder, ends)
     done = made.report(out)
     done.notes += limits(base.config)
     return done
@@ -129,6 +130,7 @@ def prepare(
     weights = Weights(base)
     _refuse_other_tie(weights)
     opened = [(read(folder), weight) for folder, weight in adapters]
+    opened = [(adapter, weight) for adapter, weight in opened if weight]  # 0 switches one off
     changes = find_changes(opened, weights)
     code = _pick_dtype(weights, dtype)
     tied = weights.tied and not _breaks_tie(changes, weights, untie)
@@ -279,19 +281,27 @@ class _Job:
         words = from_floats(wanted, self.code)
         if self.terms:
             stored = to_floats(words, self.code)
-            self._check(base, stored)
+            self._check(base, stored, rows)
             self.tally.wanted += float(np.square(wanted - base, dtype=np.float64).sum())
             self.tally.error += float(np.square(wanted - stored, dtype=np.float64).sum())
         elif self.code == "F16":
-            self._check(base, to_floats(words, self.code))
+            self._check(base, to_floats(words, self.code), rows)
         return words
 
-    def _check(self, base: tensors.Floats, stored: tensors.Floats) -> None:
-        if not np.isfinite(stored).all() and np.isfinite(base).all():
-            raise RunError(
-                f"{self.stored}: values beyond the range of {_NAMES[self.code]}, or an adapter with values that are not"
-                " finite (smolmlx adapter inspect). Pass --dtype bfloat16 or float32."
+    def _check(self, base: tensors.Floats, stored: tensors.Floats, rows: slice) -> None:
+        if np.isfinite(stored).all() or not np.isfinite(base).all():
+            return
+        whole = base + _total([replace(term, weight=1.0) for term in self.terms], base, rows)
+        if np.isfinite(to_floats(from_floats(whole, self.code), self.code)).all():
+            weights = ", ".join(f"{term.weight:g}" for term in self.terms)
+            raise RecipeError(
+                f"--weight {weights}: brings {self.stored} beyond the range of {_NAMES[self.code]}. Pass a smaller one, or"
+                " a wider --dtype."
             )
+        raise RunError(
+            f"{self.stored}: values beyond the range of {_NAMES[self.code]}, or an adapter with values that are not"
+            " finite (smolmlx adapter inspect). Pass --dtype bfloat16 or float32."
+        )
 
 
 def _write_shards(folder: Path, made: Mapping[str, Made]) -> None:
@@ -321,11 +331,16 @@ def _brings_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file()
 
 
-def _write_generation(folder: Path, base: Path) -> None:
-    """Set the ids that end an answer: the template's end of turn, the tokenizer's eos, and what the base already listed."""
+def _end_ids(tokenizer: Path) -> tuple[int, ...]:
+    """Return the ids that end an answer: the template's end of turn, and the tokenizer's eos."""
+    return Tokenizer(tokenizer).eos_ids if (tokenizer / "tokenizer.json").is_file() else ()
+
+
+def _write_generation(folder: Path, base: Path, ends: Sequence[int]) -> None:
+    """Set the ids that end an answer: those of the tokenizer, and what the base already listed."""
     path = folder / GENERATION
     found: dict[str, Any] = tensors.read_json(path) if path.is_file() else {}
-    ids: list[Any] = list(Tokenizer(folder).eos_ids) if (folder / "tokenizer.json").is_file() else []
+    ids: list[Any] = list(ends)
     known = tensors.read_json(base / GENERATION) if (base / GENERATION).is_file() else {}
     for listed in (known.get("eos_token_id"), tensors.read_json(folder / "config.json").get("eos_token_id")):
         ids += listed if isinstance(listed, list) else [listed]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smolmlx.adapters.adapter import Adapter, Module
+from smolmlx.adapters.adapter import Adapter, Module, first_and_count
 from smolmlx.adapters.tensors import FLOATS, TensorFile, is_number
 from smolmlx.errors import DataError, RecipeError
 
@@ -75,7 +75,7 @@ def _modules(file: TensorFile, rank: int, scale: float, dora: bool) -> tuple[lis
             grouped[path][_LEAVES[leaf]] = name
         else:
             problems.append(f"{name}: an extra tensor: not a lora_a, lora_b or m, so mlx-lm's loader refuses it.")
-    modules = []
+    modules, misfits = [], []
     for path, leaves in sorted(grouped.items()):
         missing = [leaf for leaf in ("a", "b", *(("m",) if dora else ())) if leaf not in leaves]
         if missing:
@@ -92,14 +92,14 @@ def _modules(file: TensorFile, rank: int, scale: float, dora: bool) -> tuple[lis
         else:
             fits = len(a) == len(b) == 2 and a[1] == b[0] == rank
         if not fits:
-            problems.append(f"{path}: lora_a is {list(a)} and lora_b {list(b)}, which do not fit rank {rank}.")
+            misfits.append(f"{path}: lora_a is {list(a)} and lora_b {list(b)}, which do not fit rank {rank}.")
             continue
         rows = a[0] if kind == "embedding" else b[1]
         if "m" in leaves and file.entries[leaves["m"]].shape != (rows,):
             problems.append(f"{path}: m is {list(file.entries[leaves['m']].shape)}, expected [{rows}].")
             continue
         modules.append(Module(path, kind, rank, scale, leaves["a"], leaves["b"], leaves.get("m")))
-    return modules, problems
+    return modules, problems + first_and_count(misfits)
 
 
 def _unmatched(modules: list[Module], config: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from smolmlx.adapters.adapter import Adapter, Module
+from smolmlx.adapters.adapter import Adapter, Module, first_and_count
 from smolmlx.adapters.mlx_format import EMBEDDING
 from smolmlx.adapters.names import HEAD, HEAD_WEIGHT
 from smolmlx.adapters.tensors import FLOATS, TensorFile, is_number
@@ -63,7 +63,7 @@ def describe(folder: Path, config: Mapping[str, Any], file: TensorFile) -> tuple
         if module:
             modules.append(module)
         problems += problem
-    problems += _unmatched(modules, config)
+    problems += _misfits(modules, file) + _unmatched(modules, config)
     columns = [m.path for m in modules if m.m and m.kind == "embedding"]
     if columns and not problems:
         refusals.append(
@@ -216,8 +216,7 @@ def _module(
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     if ranked != real and file.entries[a].shape[:1] != (rank,):  # its scale does not follow
         rank = pattern_value(config.get("rank_pattern") or {}, ranked, config.get("r", 8))
-    module = Module(real, kind, rank, scale, a, b, leaves.get("m"))
-    return module, _bad_shapes(module, file)
+    return Module(real, kind, rank, scale, a, b, leaves.get("m")), []
 
 
 def _expert_parameter(path: str, config: Mapping[str, Any]) -> str | None:
@@ -229,18 +228,23 @@ def _expert_parameter(path: str, config: Mapping[str, Any]) -> str | None:
     return f"{experts}.{adapted[-1 - depth]}" if depth < len(adapted) else None
 
 
-def _bad_shapes(module: Module, file: TensorFile) -> list[str]:
-    a, b = file.entries[module.a].shape, file.entries[module.b].shape
-    problems = []
-    if module.kind == "experts":
-        fits = len(a) == len(b) == 2 and a[0] % module.rank == 0 and b[1] == a[0] > 0
-    else:
-        fits = len(a) == len(b) == 2 and a[0] == b[1] == module.rank
-    if not fits:
-        problems.append(f"{module.path}: A is {list(a)} and B {list(b)}, which do not fit rank {module.rank}.")
-    elif module.m and module.kind == "linear" and file.entries[module.m].shape != (b[0],):
-        problems.append(f"{module.path}: its magnitude is {list(file.entries[module.m].shape)}, expected [{b[0]}].")
-    return problems
+def _misfits(modules: Iterable[Module], file: TensorFile) -> list[str]:
+    """Name modules whose tensors are not of their rank, one for all of a rank: a wrong `r` concerns them all."""
+    ranks: dict[int, list[str]] = defaultdict(list)
+    magnitudes = []
+    for module in modules:
+        a, b = file.entries[module.a].shape, file.entries[module.b].shape
+        if module.kind == "experts":
+            fits = len(a) == len(b) == 2 and a[0] % module.rank == 0 and b[1] == a[0] > 0
+        else:
+            fits = len(a) == len(b) == 2 and a[0] == b[1] == module.rank
+        if not fits:
+            why = f"{module.path}: A is {list(a)} and B {list(b)}, which do not fit rank {module.rank}."
+            ranks[module.rank].append(why)
+        elif module.m and module.kind == "linear" and file.entries[module.m].shape != (b[0],):
+            found = list(file.entries[module.m].shape)
+            magnitudes.append(f"{module.path}: its magnitude is {found}, expected [{b[0]}].")
+    return [problem for found in ranks.values() for problem in first_and_count(found)] + magnitudes
 
 
 def _matches(path: str, targets: Iterable[str]) -> bool:

@@ -67,8 +67,7 @@ def check_source(prepared: Prepared, folder: Path) -> None:
 
     Raises:
         DataError: sizes missing from the config or not those of the weights; a tokenizer with more tokens than the
-            embedding has rows.
-        RecipeError: a broken tokenizer.
+            embedding has rows; a broken tokenizer.
     """
     problems = _missing_sizes(prepared) or _wrong_layers(prepared)
     if problems:

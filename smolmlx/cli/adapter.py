@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from smolmlx.cli import options
+from smolmlx.cli.group import Group
 from smolmlx.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ Examples:
 _REVISION = click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
 
 
-@click.group("adapter")
+@click.group("adapter", cls=Group)
 def command() -> None:
     """Inspect, convert, merge and analyze adapters.
 
@@ -120,7 +121,7 @@ def convert(adapter: str, out: str, to: str | None, base: str | None, revision: 
     type=float,
     multiple=True,
     metavar="C",
-    help="Coefficient of each adapter, in order; 1 if left out.",
+    help="Coefficient of each adapter, in order; needed for several.",
 )
 @click.option(
     "--dtype", default="auto", show_default=True, metavar="auto|float32|float16|bfloat16", help="auto is the base's."
@@ -137,7 +138,10 @@ def merge(
     untie: bool,
     as_json: bool,
 ) -> None:
-    """Write the base with ADAPTERS folded in as a plain model folder OUT."""
+    """Write the base with ADAPTERS folded in as a plain model folder OUT.
+
+    Several add up, each times its --weight.
+    """
     from smolmlx import console
     from smolmlx.adapters.adapter import find_folder, named_base
     from smolmlx.adapters.merge import ERASED
@@ -145,12 +149,16 @@ def merge(
 
     if weights and len(weights) != len(adapters):
         raise RecipeError(f"--weight: {len(weights)} given for {len(adapters)} adapters. Pass one for each, in order.")
-    folders = [find_folder(adapter) for adapter in adapters]
-    base = _model(model, revision) or named_base(folders[0])
-    with console.status("merging"):
-        done = run(
-            base, list(zip(folders, weights or (1.0,) * len(folders), strict=True)), Path(out), dtype=dtype, untie=untie
+    if len(adapters) > 1 and not weights:
+        raise RecipeError(
+            f"{len(adapters)} adapters would be added up: {', '.join(adapters)}. Pass --weight for each, in order, or one adapter."
         )
+    terms = list(zip([find_folder(adapter) for adapter in adapters], weights or (1.0,), strict=True))
+    base = _model(model, revision) or named_base(terms[0][0])
+    with console.status("merging"):
+        done = run(base, terms, Path(out), dtype=dtype, untie=untie)
+    if len(terms) > 1:
+        console.note(f"added up: {', '.join(f'{weight:g} x {folder}' for folder, weight in terms)}")
     for note in done.notes:
         console.note(note)
     if done.erased:
@@ -187,11 +195,14 @@ def analyze(
     """
     from smolmlx import console
     from smolmlx.adapters import analysis
-    from smolmlx.adapters.adapter import find_folder
+    from smolmlx.adapters.adapter import find_folder, read
     from smolmlx.rundir import RunDir, write_text, writing
 
+    if chart:
+        analysis.check_chart(Path(chart))
+    folder = find_folder(adapter)
     with console.status("measuring"):
-        found = analysis.analyze(find_folder(adapter), _model(model, revision))
+        found = analysis.analyze(folder, _model(model, revision))
     if RunDir(Path(adapter)).done:
         console.note(f"table kept in {analysis.keep(found, RunDir(Path(adapter)))}")
     if csv_file:
@@ -201,6 +212,11 @@ def analyze(
         with writing(Path(chart)):
             analysis.draw(found, Path(chart))
         console.note(f"chart in {chart}")
+    if all(change.relative is None for change in found):
+        base = read(folder).base_name
+        console.note(
+            f"||dW||/||W|| and cosine need the base{f', {base}' if base else ''}. It is not here: pass --model M."
+        )
     if as_json:
         console.print_json(analysis.to_json(found))
         return
@@ -209,6 +225,7 @@ def analyze(
 
 
 def _print_changes(found: list[LayerChange]) -> None:
+    """Print the table, names shortened so that a row fits 80 columns."""
     from smolmlx import console
 
     def number(value: float | None, form: str = ".4g") -> str:
@@ -217,7 +234,7 @@ def _print_changes(found: list[LayerChange]) -> None:
     headers = ("weight", "||dW||", "||dW||/||W||", "max |dW|", "effective rank", "cosine")
     console.table(
         [
-            (c.weight, number(c.frobenius), number(c.relative), number(c.largest), number(c.effective_rank, ".2f"), number(c.cosine, ".6f"))
+            (c.weight.removeprefix("model.layers.").removesuffix(".weight"), number(c.frobenius), number(c.relative), number(c.largest), number(c.effective_rank, ".2f"), number(c.cosine, ".6f"))
             for c in found
         ],
         headers,
@@ -227,9 +244,16 @@ def _print_changes(found: list[LayerChange]) -> None:
 def _model(name: str | None, revision: str | None, flag: str = "--model") -> BaseModel | None:
     from smolmlx.models import find_model
 
-    if revision and not name:
-        raise RecipeError(f"--revision {revision}: has no effect without {flag}.")
-    return find_model(name, revision) if name else None
+    if not name:
+        if revision:
+            raise RecipeError(f"--revision {revision}: has no effect without {flag}.")
+        return None
+    found = find_model(name, revision)
+    if revision and found.revision is None:
+        raise RecipeError(
+            f"--revision {revision}: has no effect: {name} lies on this machine. Leave it out, or name a hub model with {flag}."
+        )
+    return found
 
 
 def _counts(counts: dict[int, int] | dict[float, int] | dict[str, int]) -> str:

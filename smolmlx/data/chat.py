@@ -119,7 +119,8 @@ class Tokenizer:
             chat_template: `chatml`, `plain`, a path, or None for the tokenizer's own.
 
         Raises:
-            RecipeError: the folder has no tokenizer.json or a broken one, the template cannot be read, or the tokenizer lacks its tokens.
+            RecipeError: the folder has no tokenizer.json, the template cannot be read, or the tokenizer lacks its tokens.
+            DataError: a broken tokenizer.json, tokenizer_config.json or generation_config.json.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -131,7 +132,7 @@ class Tokenizer:
         try:
             self.fast = _FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower class
-            raise RecipeError(f"{path}: not a tokenizer ({error}). Fetch the file again.") from error
+            raise DataError(f"{path}: not a tokenizer ({error}). Fetch the file again.") from error
         self.fast.no_padding()
         self.fast.no_truncation()
         self.config = _read_json(folder / "tokenizer_config.json")
@@ -260,7 +261,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RecipeError(f"{path}: not valid JSON ({error}).") from error
+        raise DataError(f"{path}: not valid JSON ({error}). Fetch the file again.") from error
     return found if isinstance(found, dict) else {}
 
 

@@ -47,6 +47,7 @@ from smolmlx.evals.suites import (
     results_csv,
     summarise_loss,
 )
+from smolmlx.models import check_adapter_folder, check_base
 from smolmlx.rundir import write_text
 from smolmlx.tasks.registry import read_registry
 from smolmlx.tasks.replies import render
@@ -177,8 +178,13 @@ def evaluate(
         bases: what was loaded and answered before, to go on with; left out, nothing is kept.
 
     Raises:
+        RecipeError: an adapter that is none, or was made for another base; before anything is answered.
         DataError: rows without what the suite needs.
     """
+    for system in systems:
+        if system.adapter is not None:
+            check_adapter_folder(system.adapter)
+            check_base(system.model, system.adapter)
     bases = bases or Bases(backend)
     if settings.suite == "loss":
         return _evaluate_loss(bases, systems, tokenizer, settings)

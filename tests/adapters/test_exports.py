@@ -572,7 +572,7 @@ def test_broken_tokenizer(tiny_model: Path, tmp_path: Path, call: Callable[..., 
     (base / "tokenizer.json").write_text("{")
     for extra in ([], ["--no-verify"]):
         code, _, err = call("export", "hf", base, "out", *extra)
-        assert code == 2 and "tokenizer.json: not a tokenizer" in err, err
+        assert code == 4 and "tokenizer.json: not a tokenizer" in err, err
 
 
 def no_engine(*arguments: object) -> None:
@@ -587,7 +587,7 @@ def test_broken_weights(
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     code, _, err = call("export", "hf", base, "out", *extra)
-    assert code == 2 and "not a whole safetensors file" in err and "Fetch the file again" in err, err
+    assert code == 4 and "not a whole safetensors file" in err and "Fetch the file again" in err, err
 
 
 BROKEN: dict[str, dict[str, Any]] = {

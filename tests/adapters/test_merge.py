@@ -407,8 +407,12 @@ def test_full_weights_of_mlx_lm(bases: dict[str, Path], tmp_path: Path) -> None:
 
 def test_float16_overflow_is_an_error(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = stock.train_peft(bases["qwen3"], tmp_path / "peft", target_modules=LINEAR)
-    with pytest.raises(RunError, match="bfloat16"):
+    with pytest.raises(RecipeError, match=r"--weight 1e\+07: brings .* beyond the range of float16"):
         merge(open_model(bases["qwen3"]), [(adapter, 1e7)], tmp_path / "merged", dtype="float16")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1e8}))
+    with pytest.raises(RunError, match="bfloat16"):
+        merge(open_model(bases["qwen3"]), [(adapter, 1.0)], tmp_path / "merged", dtype="float16")
     assert not (tmp_path / "merged").exists()
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from smolmlx.adapters.merge import merge
-from smolmlx.errors import DataError, RecipeError, SmolError
+from smolmlx.errors import DataError
 from smolmlx.models import open_model
 from smolmlx.weight_files import MAX_HEADER_BYTES, parse_header
 
@@ -66,7 +66,7 @@ def test_a_tie_that_the_weights_deny(base: Path) -> None:
     assert "lm_head.weight" not in merged(base), "an equal head is a tied one"
     shutil.rmtree(base.with_name("merged"))
     edit_weights(base, lambda t: t["lm_head.weight"].__setitem__((3, 1), 7.0))
-    with pytest.raises(RecipeError, match="tie_word_embeddings to false"):
+    with pytest.raises(DataError, match="tie_word_embeddings to false"):
         merged(base)
     edit_config(base, tie_word_embeddings=False)
     assert merged(base)["lm_head.weight"][3, 1] == 7.0
@@ -136,7 +136,7 @@ def test_only_what_libraries_load(base: Path) -> None:
     assert set(merged(base)) == set(plain) == set(open_model(base).shapes)
     assert open_model(base).weights_fingerprint() == fingerprint
     (base / "model.safetensors").unlink()
-    with pytest.raises(RecipeError, match=r"consolidated.safetensors is a name that neither"):
+    with pytest.raises(DataError, match=r"consolidated.safetensors is a name that neither"):
         open_model(base)
 
 
@@ -165,14 +165,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_config_that_no_library_can_use(case: str, base: Path) -> None:
     changes, words = CONFIGS[case]
     edit_config(base, **changes)
-    with pytest.raises(RecipeError, match=words) as caught:
+    with pytest.raises(DataError, match=words) as caught:
         open_model(base)
-    assert "config.json" in str(caught.value) and caught.value.exit_code == 2
+    assert "config.json" in str(caught.value) and caught.value.exit_code == 4
 
 
 def test_all_problems_of_a_config_at_once(base: Path) -> None:
     edit_config(base, num_attention_heads=-1, eos_token_id=[1, None], vocab_size=True)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(DataError) as caught:
         open_model(base)
     assert len(caught.value.problems) == 3
 
@@ -231,5 +231,5 @@ def test_headers_that_are_none(header: bytes, tmp_path: Path) -> None:
         parse_header(header)
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(SmolError, match=r"model\.safetensors"):
+    with pytest.raises(DataError, match=r"model\.safetensors"):
         open_model(tmp_path)

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_adapter_files import PATHS, make_mlx, make_peft
 
+import lab as labs
+from smolmlx import api
 from smolmlx.adapters.convert import convert
 from smolmlx.adapters.exports import uniform_adapter
 from smolmlx.adapters.merge import merge
 from smolmlx.data.chat import Tokenizer
 from smolmlx.models import BASE_FILE, open_model, write_base
+
+Call = Callable[..., tuple[int, str, str]]
 
 
 def smolmlx(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -41,6 +46,11 @@ def save_adapter(folder: Path, base: Path, **config: Any) -> Path:
     tree = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps({**tree, "base_model_name_or_path": str(base), **config}))
     return folder
+
+
+def edit_config(adapter: Path, **changes: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +98,13 @@ def test_exit_codes(trained: Path, tmp_path: Path) -> None:
     for verb, out, flag in (("merge", ["never"], "model"), ("convert", ["never"], "base"), ("analyze", [], "model")):
         idle = smolmlx("adapter", verb, trained, *(tmp_path / name for name in out), "--revision", "nonsense")
         assert idle.returncode == 2 and f"has no effect without --{flag}" in idle.stderr
-    nowhere = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", "nan")
-    assert nowhere.returncode == 2 and "--weight nan" in nowhere.stderr
+        local = [f"--{flag}", "tiny", "--revision", "v1"]
+        idle = smolmlx("adapter", verb, trained, *(tmp_path / name for name in out), *local)
+        assert idle.returncode == 2 and "--revision v1: has no effect: tiny lies on this machine" in idle.stderr
+    for weight in ("nan", "1e200", "1e37"):
+        wrong = smolmlx("adapter", "merge", trained, tmp_path / "never", "--weight", weight, "--dtype", "float16")
+        assert wrong.returncode == 2 and f"--weight {float(weight):g}" in wrong.stderr
+    assert not (tmp_path / "never").exists()
 
 
 def test_a_base_that_the_adapter_names_and_nobody_has(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -99,6 +114,93 @@ def test_a_base_that_the_adapter_names_and_nobody_has(trained: Path, tiny_model:
         shown = smolmlx(*verb, gone, tmp_path / "never")
         assert shown.returncode == 2 and "/gone/base: no such model folder" in shown.stderr
         assert f"the base that {gone / 'adapter_config.json'} names. Pass --model M" in shown.stderr
+
+
+def test_a_base_that_moved_is_found_by_the_name_noted_beside_it(
+    call: Call, trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "report.json").write_text("{}")
+    edit_config(run / "adapter", base_model_name_or_path="/gone/base")
+    assert call("adapter", "merge", run, "never")[0] == 2
+    assert "Pass another copy: --model M to merge, analyze and export, --base M" in call("adapter", "inspect", run)[2]
+    write_base(open_model(tiny_model), run / "adapter")
+    assert call("adapter", "merge", run, "merged")[0] == 0
+    assert call("adapter", "inspect", run)[2] == ""
+    _, table, _ = call("adapter", "analyze", run, "--json")
+    assert all(row["relative"] for row in json.loads(table)["weights"])
+    assert api._locate(run)[0].folder == tiny_model
+    note = json.loads((run / "adapter" / BASE_FILE).read_text())
+    (run / "adapter" / BASE_FILE).write_text(json.dumps({**note, "weights": "others"}))
+    assert "/gone/base: no such model folder" in call("adapter", "merge", run, "never")[2]
+
+
+def test_several_adapters_need_their_weights(call: Call, trained: Path, tmp_path: Path) -> None:
+    """A pattern that met two runs added both up in silence."""
+    code, _, err = call("adapter", "merge", trained, trained, "out")
+    assert code == 2 and f"2 adapters would be added up: {trained}, {trained}. Pass --weight for each" in err
+    code, _, err = call("adapter", "merge", trained, trained, "out", "--weight", 1, "--weight", 0.5)
+    assert code == 0 and f"added up: 1 x {trained}/adapter, 0.5 x {trained}/adapter" in err
+
+
+def test_a_weight_of_0_switches_an_adapter_off(call: Call, trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """It said that weights were changed."""
+    code, out, _ = call("adapter", "merge", trained, "off", "--weight", 0)
+    assert code == 0 and "off: 0 weights changed" in out
+    merged, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "off", tiny_model))
+    assert all(np.array_equal(merged[name], base[name]) for name in base)
+
+
+def test_a_broken_tokenizer_is_named_where_it_lies(call: Call, trained: Path, tmp_path: Path) -> None:
+    """The message named a temporary folder that was gone."""
+    adapter = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    (adapter / "tokenizer.json").write_text("{")
+    code, _, err = call("adapter", "merge", adapter, "out")
+    assert code == 4 and f"DataError: {adapter}/tokenizer.json: not a tokenizer" in err
+    code, _, err = call("adapter", "inspect", adapter)
+    assert code == 0 and f"problem: {adapter}/tokenizer.json: not a tokenizer" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_where_nothing_may_be_written(call: Call, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    lone = Path(shutil.copytree(trained / "adapter", tmp_path / "lone"))
+    for verb in ("convert", "merge"):
+        code, _, err = call("adapter", verb, trained, "file")
+        assert code == 2 and "file: already there, as a file. Choose another OUT" in err
+        code, _, err = call("adapter", verb, trained, "lone/deep/out")
+        assert code == 2 and f"lies inside an adapter's folder, {lone}" in err
+        code, _, err = call("adapter", verb, trained, "file/out")
+        assert code == 1 and err.rstrip().endswith("Free some space, or choose another folder.")
+
+
+def test_what_is_no_adapter_points_to_what_is(call: Call, trained: Path, tmp_path: Path) -> None:
+    for stage in ("sft", "dpo"):
+        shutil.copytree(trained, tmp_path / "pipe" / stage)
+    (tmp_path / "full" / "model").mkdir(parents=True)
+    (tmp_path / "full" / "model" / "config.json").write_text("{}")
+    weights = trained / "adapter" / "adapter_model.safetensors"
+    said = {
+        "pipe": "not an adapter's folder itself. Pass one that lies in it: pipe/dpo/adapter or pipe/sft/adapter.",
+        "full": "holds a whole model and no adapter. Pass it where a model is taken: full/model.",
+        "nope": "no such folder. Pass a finished run's folder, an adapter's, or (to export) a model's.",
+        str(weights): f"a file. Pass the folder it lies in, {trained}/adapter.",
+        __file__: "a file. Pass a finished run's folder",
+    }
+    for source, words in said.items():
+        for verb in (["adapter", "inspect"], ["adapter", "merge"], ["export", "hf"]):
+            code, _, err = call(*verb, source, *(["out"] if verb[1] != "inspect" else []))
+            assert code == 2 and f"{source}: {words}" in err
+
+
+def test_a_wrong_rank_is_one_problem(call: Call, trained: Path, tmp_path: Path) -> None:
+    peft, mlx = Path(shutil.copytree(trained / "adapter", tmp_path / "peft")), tmp_path / "mlx"
+    convert(peft, mlx)
+    edit_config(peft, r=3)
+    edit_config(mlx, lora_parameters={"rank": 3, "scale": 2.0, "dropout": 0.0})
+    for folder in (peft, mlx):
+        code, _, err = call("adapter", "inspect", folder)
+        assert code == 4 and "1 problem\n" in err and "do not fit rank 3. The same holds for 3 other modules." in err
 
 
 def test_a_template_without_a_tokenizer_is_said_to_be_left_out(tiny_model: Path, tmp_path: Path) -> None:
@@ -190,5 +292,30 @@ def test_analyze_as_table_csv_and_chart(trained: Path, tmp_path: Path) -> None:
         assert chart.returncode == 3 and "smolmlx[report]" in chart.stderr
     else:
         assert chart.returncode == 0 and (tmp_path / "a.svg").read_text().startswith("<svg")
-        code = smolmlx("adapter", "analyze", trained, "--chart", tmp_path / "a.pdf")
-        assert code.returncode == 2 and ".svg or .png" in code.stderr
+
+
+def test_the_table_says_what_is_missing_and_fits_80_columns(
+    call: Call, trained: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = call("adapter", "analyze", trained)
+    assert code == 0 and "need the base" not in err
+    assert out.split("\n")[1].startswith("0.mlp.up_proj ") and "0.self_attn.q_proj " in out
+    lone = save_adapter(tmp_path / "lone", tiny_model, base_model_name_or_path="hub/base")
+    code, out, err = call("adapter", "analyze", lone)
+    assert code == 0 and "||dW||/||W|| and cosine need the base, hub/base. It is not here: pass --model M." in err
+
+
+def test_a_refused_analysis_leaves_the_runs_table_alone(
+    call: Call, trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Another base of the same shapes gave figures, and its table took the place of the right one."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "report.json").write_text("{}")
+    write_base(open_model(tiny_model), run / "adapter")
+    (run / "weight_changes.json").write_text("kept")
+    code, _, err = call("adapter", "analyze", run, "--chart", "a.jpg")
+    assert code == 2 and "--chart a.jpg: charts are written as .svg or .png" in err
+    code, _, err = call("adapter", "analyze", run, "--model", labs.make_tiny(tmp_path / "other", seed=2))
+    assert code == 2 and f"made for another base model, {tiny_model}" in err
+    assert (run / "weight_changes.json").read_text() == "kept"

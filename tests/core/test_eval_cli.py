@@ -20,7 +20,7 @@ from smolmlx.errors import DataError, RecipeError
 from smolmlx.evals.bases import System
 from smolmlx.evals.run import Evaluation, Settings, evaluate, read_rows
 from smolmlx.evals.suites import score_note
-from smolmlx.models import open_model
+from smolmlx.models import BASE_FILE, open_model
 
 NOTES = Path(__file__).resolve().parents[2] / "data" / "notes"
 Call = Callable[..., tuple[int, str, str]]
@@ -41,6 +41,24 @@ def test_every_wrong_adapter_is_named(tmp_path: Path) -> None:
     assert caught.value.exit_code == 2 and len(caught.value.problems) == 3
     for text in ("base", "the name sft is taken", "--adapter gone: no such folder"):
         assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [("adapters.safetensors", "smolmlx adapter convert"), ("adapter_model.safetensors", "made for another base")],
+)
+def test_adapters_are_checked_before_anything_is_answered(
+    weights: str, words: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The base answered every row first."""
+    for name in ("adapter_config.json", weights):
+        (tmp_path / name).touch()
+    (tmp_path / BASE_FILE).write_text(json.dumps({"name": "other", "weights": "0"}))
+    nobody = cast(Any, None)
+    with pytest.raises(RecipeError, match=words):
+        evaluate(
+            nobody, [System("sft", open_model(tiny_model), tmp_path)], nobody, Settings("rows.jsonl", "notes"), nobody
+        )
 
 
 def test_the_loss_suite_refuses_what_only_answers_have(call: Call) -> None:

@@ -23,6 +23,7 @@ LAYERS = {
     "weight_files": 0,  # which files hold weights, and their headers: needs errors alone
     "models": 1,  # what a model folder says, read from headers: facts for the plan, like data
     "memory": 1,  # what to say when memory runs out; plan and backend are named there for type checkers only
+    "signposts": 0,  # which folders in a folder are models and adapters: needs nothing
     "rundir": 1,  # where files lie
     "run_files": 1,  # what the JSON files there hold
     "start_adapter": 1,  # what an adapter folder says, read from headers: a fact for the plan, like models

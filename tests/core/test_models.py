@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from smolmlx import models
-from smolmlx.errors import BackendError, RecipeError
+from smolmlx.errors import BackendError, DataError, RecipeError
+from smolmlx.signposts import listed
 
 
 @pytest.fixture(scope="module")
@@ -190,18 +191,18 @@ class TestRefusals:
 
     def test_config_without_weights(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{}")
-        with pytest.raises(RecipeError, match="only a config"):
+        with pytest.raises(DataError, match="only a config"):
             models.find_model(str(tmp_path))
         (tmp_path / "pytorch_model.bin").touch()
-        with pytest.raises(RecipeError, match="pickle"):
+        with pytest.raises(DataError, match="pickle"):
             models.find_model(str(tmp_path))
 
     def test_broken_config(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{")
-        with pytest.raises(RecipeError, match="not valid JSON"):
+        with pytest.raises(DataError, match="not valid JSON"):
             models.find_model(str(tmp_path))
         (tmp_path / "config.json").write_text("[]")
-        with pytest.raises(RecipeError, match="expected a JSON table"):
+        with pytest.raises(DataError, match="expected a JSON table"):
             models.find_model(str(tmp_path))
 
     def test_a_name_too_long_for_a_path(self) -> None:
@@ -212,18 +213,75 @@ class TestRefusals:
     def test_truncated_weights(self, tmp_path: Path, keep: int) -> None:
         save_file({"a.layers.0.weight": np.ones((64, 64), np.float32)}, tmp_path / "whole")
         (tmp_path / "model.safetensors").write_bytes((tmp_path / "whole").read_bytes()[:keep])
-        with pytest.raises(RecipeError, match="again"):
+        with pytest.raises(DataError, match="again"):
             models.read_headers(tmp_path)
 
     def test_header_that_is_not_json(self, tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"oops")
-        with pytest.raises(RecipeError, match="not JSON"):
+        with pytest.raises(DataError, match="not JSON"):
             models.read_headers(tmp_path)
 
 
-def test_a_runs_folder_in_place_of_its_adapters(tmp_path: Path) -> None:
-    (tmp_path / "adapter").mkdir()
-    with pytest.raises(
-        RecipeError, match=rf"not an adapter folder .* Did you mean {re.escape(str(tmp_path / 'adapter'))}"
-    ):
-        models.check_adapter_folder(tmp_path)
+def make_run(folder: Path, **notes: str) -> Path:
+    """A run's folder with an adapter of two files; `notes` go to base_model.json."""
+    (folder / "adapter").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "adapter" / name).touch()
+    if notes:
+        (folder / "adapter" / models.BASE_FILE).write_text(json.dumps(notes))
+    return folder
+
+
+def make_whole(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_a_folder_of_runs_in_place_of_their_adapters(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "one")
+    for folder in (run, tmp_path / "runs", tmp_path):
+        with pytest.raises(
+            RecipeError, match=rf"not an adapter folder .* Did you mean {re.escape(f'{run}/adapter')}\?"
+        ):
+            models.check_adapter_folder(folder)
+    make_run(tmp_path / "runs" / "two")
+    with pytest.raises(RecipeError, match=r"one/adapter or .*two/adapter\?"):
+        models.check_adapter_folder(tmp_path / "runs")
+    whole = make_whole(tmp_path / "full" / "model")
+    with pytest.raises(RecipeError, match=f"{whole}: pass that as --model, without --adapter"):
+        models.check_adapter_folder(tmp_path / "full")
+
+
+def test_an_adapter_of_mlx_lm_in_place_of_pefts(tmp_path: Path) -> None:
+    """Passed as --model it asked for --adapter, and passed as that for PEFT's files."""
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        (tmp_path / name).touch()
+    for check in (models.check_adapter_folder, models.open_model):
+        with pytest.raises(RecipeError, match=rf"smolmlx adapter convert {tmp_path} OUT --to peft"):
+            check(tmp_path)
+
+
+def test_a_folder_that_holds_models_or_adapters_in_place_of_a_model(tmp_path: Path) -> None:
+    """It said to download the whole model folder."""
+    run = make_run(tmp_path / "pipe" / "sft", name="tiny", weights="0")
+    for folder in (run, tmp_path / "pipe"):
+        with pytest.raises(RecipeError) as caught:
+            models.open_model(folder)
+        assert f"as --adapter ({run}/adapter), and its base as --model (tiny)." in str(caught.value)
+    for where in ("full/model", "served/merged"):
+        whole = make_whole(tmp_path / where)
+        with pytest.raises(RecipeError, match=f"Pass the model in it: {whole}."):
+            models.open_model(whole.parent)
+    with pytest.raises(RecipeError, match=r"full/model or .*/served/merged"):
+        models.open_model(tmp_path)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.yaml").touch()
+    with pytest.raises(RecipeError, match=r"smolmlx train --resume .*begun"):
+        models.open_model(tmp_path / "begun")
+
+
+def test_many_folders_are_counted() -> None:
+    folders = [Path(name) for name in "abcde"]
+    assert [listed(folders[:count]) for count in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+    assert listed(folders, "or") == "a, b, c or 2 more"

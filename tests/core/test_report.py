@@ -272,7 +272,7 @@ def edit_adapter(folder: Path, **config: Any) -> None:
 @pytest.mark.parametrize("config", [{"alpha_pattern": {"q_proj": 160}}, {"use_rslora": True}], ids=str)
 def test_weight_change_has_each_matrix_own_scale(config: dict[str, Any], runs: Path, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(next(runs.glob("*b00e")) / "adapter", tmp_path / "adapter"))
-    edit_adapter(adapter, **config)
+    edit_adapter(adapter, base_model_name_or_path="moved", **config)
     known = {change.weight: change.frobenius for change in analyze(adapter)}
     found = weight_changes(adapter)
     assert len(found) == len(known) == 18

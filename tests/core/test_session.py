@@ -283,7 +283,7 @@ class TestRunDir:
 
     def test_place_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(RunError, match="--out"):
+        with pytest.raises(RunError, match="choose another folder"):
             rundir.create("r", tmp_path / "file" / "runs")
         with pytest.raises(RunError, match="cannot write"):
             rundir.write_text(tmp_path / "file" / "x", "text")
