@@ -476,7 +476,7 @@ def test_compare_notes_puts_controls_beside_the_model() -> None:
         ("sft", control) for control in ("base", "copy control", "random control")
     }
     assert said["sft", "base", "compliance"] == (
-        "compliance: sft is higher than base by 1 (95 % interval +1 to +1, n=8)."
+        "strict compliance: sft is higher than base by 1 (95 % interval +1 to +1, n=8)."
     )
     assert "no difference shown between sft and base" in said["sft", "base", "formulaic"]
     assert report.summary["sft"]["compliance"].mean == 1.0
@@ -505,7 +505,7 @@ def test_notes_report_is_the_same_each_time_in_json_csv_and_markdown() -> None:
     assert len(notes_summary_csv(first).splitlines()) == 1 + 3 * len(METRICS)
     table = notes_markdown(first).splitlines()
     assert table[0] == "| metric (n=8) | a\\|b | copy control | random control |"
-    assert table[2].startswith("| compliance | 0.500 [")
+    assert table[2].startswith("| strict compliance | 0.500 [")
 
 
 def test_losses_are_compared_row_by_row() -> None:
