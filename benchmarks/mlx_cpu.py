@@ -2,7 +2,7 @@
 
     python benchmarks/mlx_cpu.py --layers 8 --steps 4 --repeats 3
 
-SmolLM2-135M's shape with fewer layers, random weights, 4 rows of 368 tokens with 64 supervised each, LoRA r 16 on all linear layers,
+SmolLM2-135M's shape with fewer layers, random weights, 4 rows of 368 tokens (or --tokens) with 64 supervised each, LoRA r 16 on all linear layers,
 float32. Each line is a process of its own; lines are interleaved, medians count. Prints a table and writes it to results/.
 """
 
@@ -27,7 +27,7 @@ from smolmlx.models import make_model
 from smolmlx.recipe import Train
 
 HERE = Path(__file__).resolve().parent
-ROWS, TOKENS, SUPERVISED, RANK, SCALE = 4, 368, 64, 16, 2.0
+ROWS, SUPERVISED, RANK, SCALE = 4, 64, 16, 2.0
 SHAPE = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -43,6 +43,8 @@ VARIANTS = {
     "all of them": "",
     "rows on one core (BLAS on all)": "lanes",
     "MLX's own exp, softmax, SiLU": "math",
+    "attention in one block": "blocks",
+    "feed-forward's product kept": "product",
     "freed memory back to the kernel": "memory",
     "loss and its gradient apart": "slope",
     "adapters' gradients early": "lora",
@@ -55,11 +57,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="timed steps, after one that compiles")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=368, help="of a row")
     parser.add_argument("--without", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model:
-        print(json.dumps(measure(options.model, options.without, options.steps)))
+        print(json.dumps(measure(options.model, options.without, options.steps, options.tokens)))
         return
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
@@ -75,6 +78,8 @@ def main() -> None:
                     without,
                     "--steps",
                     str(options.steps),
+                    "--tokens",
+                    str(options.tokens),
                 ]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 runs[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -96,7 +101,7 @@ def table(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace) 
     lines = [
         f"{options.layers} layers, {options.repeats} runs of {options.steps} steps. {place['cpu']}, {place['cores']} cores, load {place['load']:.1f} at the end, "
         f"{datetime.date.today()}, commit {sft.commit()}.",
-        f"`python benchmarks/mlx_cpu.py --layers {options.layers} --steps {options.steps} --repeats {options.repeats}`",
+        f"`python benchmarks/mlx_cpu.py --layers {options.layers} --steps {options.steps} --repeats {options.repeats} --tokens {options.tokens}`",
         "",
         "| without | s/step | times as long | peak GB | loss |",
         "|---|---|---|---|---|",
@@ -109,7 +114,7 @@ def table(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace) 
     return "\n".join(lines) + "\n"
 
 
-def measure(folder: Path, without: str, steps: int) -> dict[str, Any]:
+def measure(folder: Path, without: str, steps: int, tokens: int) -> dict[str, Any]:
     """Return the median time of a step, the peak memory of this process, and the last loss."""
     from smolmlx_mlx import blas
 
@@ -119,11 +124,15 @@ def measure(folder: Path, without: str, steps: int) -> dict[str, Any]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from smolmlx_mlx import lanes, losses, model, step
+    from smolmlx_mlx import cpu_math, lanes, losses, model, step
     from smolmlx_mlx.optimizer import Optimizer
 
     if without == "math":
         model.use_fast_math = lambda _: None
+    if without == "blocks":
+        cpu_math._BLOCK = 1 << 30
+    if without == "product":
+        cpu_math._is_same = lambda one, other: False
     if without == "slope":
         losses.Losses._head_is_frozen = lambda _: False  # type: ignore[method-assign]
     if without == "lora":
@@ -139,7 +148,7 @@ def measure(folder: Path, without: str, steps: int) -> dict[str, Any]:
     spread = None if without == "lanes" else lanes.open_lanes(ROWS)
     objective = losses.Losses(net, spread)
     stepper = step.Stepper(net, Optimizer(parameters, Train()), without != "compile", objective)
-    batch, seconds, loss = make_batch(), [], 0.0
+    batch, seconds, loss = make_batch(tokens), [], 0.0
     inputs, count = losses.to_inputs(batch), float(batch.num_supervised)
     for _ in range(steps + 1):
         start = time.perf_counter()
@@ -150,10 +159,10 @@ def measure(folder: Path, without: str, steps: int) -> dict[str, Any]:
     return {"seconds": statistics.median(seconds[1:]), "peak_bytes": peak, "loss": loss}
 
 
-def make_batch() -> Batch:
-    ids = np.random.default_rng(0).integers(10, SHAPE["vocab_size"], (ROWS, TOKENS)).astype(np.int32)
-    ends = np.arange(TOKENS - SUPERVISED - 1, TOKENS - 1)
-    index = np.concatenate([row * TOKENS + ends for row in range(ROWS)]).astype(np.int32)
+def make_batch(tokens: int) -> Batch:
+    ids = np.random.default_rng(0).integers(10, SHAPE["vocab_size"], (ROWS, tokens)).astype(np.int32)
+    ends = np.arange(tokens - SUPERVISED - 1, tokens - 1)
+    index = np.concatenate([row * tokens + ends for row in range(ROWS)]).astype(np.int32)
     labels = ids.reshape(-1)[index + 1]
     empty = np.zeros_like(ids)
     return Batch(ids, empty, empty + 1, empty, index, labels, np.ones(len(index), np.float32), packed=False)
