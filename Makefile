@@ -15,8 +15,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## SFT, then DPO, on the embedded model, and both scored (minutes, two CPU cores, no hub)
 	$(BIN)/smolmlx train notes/pipeline
 
-test: $(STAMP) ## all tests
-	$(BIN)/pytest
+test: $(STAMP) ## all tests, a process for each core (they compute on one thread each)
+	$(BIN)/pytest -n auto --dist loadfile
 
 llama: $(STAMP) ## llama.cpp, the judge of GGUF files (built once, about ten minutes on two cores; pip keeps the wheel)
 	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
