@@ -5,10 +5,10 @@
     python benchmarks/generate.py --engines mlx --tokens 32
 
 Greedy, every row to its full length, the same prompts for all: lengths from --prompt / 2 to --prompt tokens, and a second
-round in which all begin with the same --shared tokens. Prompt processing is inside the time. Then answers that keep to
+round in which all begin with the same --shared tokens. Each engine has a process of its own. Prompt processing is inside the time. Then answers that keep to
 a schema beside free ones: prompts of one token, and each free row is as long as the constrained one in its place. The goals are
-0.9 times the free rate for a schema that forces little (a long text), and more than 1 for one that forces much. The best of
---repeat runs counts, after one to warm up.
+0.9 times the free rate for a schema that forces little (a long text), and more than 1 for one that forces much. The two of a
+line take turns, --repeat times after one to warm up; medians count.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import argparse
 import datetime
 import json
 import platform
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sft
 
 from smolmlx.backend import Decoding, Generator, Loading, load
 from smolmlx.data.chat import Tokenizer
@@ -67,14 +71,16 @@ def make_prompts(count: int, longest: int, shared: int, vocabulary: int) -> list
     ]
 
 
-def best(answers: Answers, repeat: int) -> float:
-    """Return tokens per second of the fastest run."""
-    answers()
-    rates = []
-    for _ in range(repeat):
-        began = time.perf_counter()
-        rates.append(answers() / (time.perf_counter() - began))
-    return max(rates)
+def rates(ways: Sequence[Answers], repeat: int) -> list[float]:
+    """Return the median tokens per second of each way; they take turns, so that a busy moment meets all of them."""
+    found: list[list[float]] = [[] for _ in ways]
+    for turn in range(repeat + 1):
+        for answers, mine in zip(ways, found, strict=True):
+            began = time.perf_counter()
+            count = answers()
+            if turn > 0:
+                mine.append(count / (time.perf_counter() - began))
+    return [statistics.median(mine) for mine in found]
 
 
 def ours(generator: Generator, prompts: list[list[int]], how: Decoding) -> Answers:
@@ -122,6 +128,8 @@ def transformers(model: Any, prompts: list[list[int]], tokens: int) -> Answers:
     """transformers' `generate` on left-padded prompts, without a stop token."""
     import torch
 
+    model.generation_config.max_length = None  # else it warns beside max_new_tokens
+
     def answers() -> int:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
@@ -149,23 +157,27 @@ def measure(engine: str, base: BaseModel, tokenizer: Tokenizer, asked: argparse.
         for shared in (0, asked.shared):
             prompts = make_prompts(batch, asked.prompt, shared, vocabulary)
             free = Decoding(max_tokens=asked.tokens, stop_ids=never, batch_size=batch)
-            rates = {
-                "smolmlx": best(ours(generator, prompts, free), asked.repeat),
-                peer: best(theirs(generator.model, prompts, asked.tokens), asked.repeat),  # type: ignore[attr-defined]
-            }
-            found.append({"engine": engine, "work": f"free, {shared} shared", "batch": batch, **rates})
+            ways = [ours(generator, prompts, free), theirs(generator.model, prompts, asked.tokens)]  # type: ignore[attr-defined]
+            mine, other = rates(ways, asked.repeat)
+            work = f"free, {shared} shared"
+            found.append({"engine": engine, "work": work, "batch": batch, "smolmlx": mine, peer: other})
         prompts = make_prompts(batch, 1, 0, vocabulary)
         for name, goal, schema in (("long text", "0.9", Text), ("mostly forced", "above 1", FIXED)):
             bound = Decoding(max_tokens=asked.schema_tokens, batch_size=batch, schema=schema)
-            rates = [
-                best(answers, asked.repeat)
-                for answers in bound_and_free(generator, prompts, bound, Decoding(stop_ids=never, batch_size=batch))
-            ]
+            free = Decoding(stop_ids=never, batch_size=batch)
+            mine, other = rates(bound_and_free(generator, prompts, bound, free), asked.repeat)
             work = f"schema: {name}, goal {goal}"
-            found.append(
-                {"engine": engine, "work": work, "batch": batch, "smolmlx": rates[0], "unconstrained": rates[1]}
-            )
+            found.append({"engine": engine, "work": work, "batch": batch, "smolmlx": mine, "unconstrained": other})
     return found
+
+
+def measure_apart(engine: str, folder: Path) -> list[dict[str, Any]]:
+    """Measure one engine in a process of its own: the threads that one leaves behind hold up the other's."""
+    found = folder / f"{engine}.json"
+    command = [sys.executable, __file__, *sys.argv[1:], "--engines", engine, "--json", str(found)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    records: list[dict[str, Any]] = json.loads(found.read_text(encoding="utf-8"))["records"]
+    return records
 
 
 def show(records: list[dict[str, Any]]) -> None:
@@ -190,19 +202,29 @@ def main() -> None:
     )
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--shared", type=int, default=128)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        base, tokenizer = open_base(asked.model, Path(folder))
-        records = [record for engine in asked.engines for record in measure(engine, base, tokenizer, asked)]
+        if len(asked.engines) == 1:
+            base, tokenizer = open_base(asked.model, Path(folder))
+            records = measure(asked.engines[0], base, tokenizer, asked)
+        else:
+            records = [record for engine in asked.engines for record in measure_apart(engine, Path(folder))]
     print(
         f"{asked.model}, {asked.tokens} tokens, {platform.processor() or platform.machine()}, {datetime.date.today()}\n"
     )
     show(records)
     if asked.json:
-        asked.json.write_text(json.dumps(records, indent=2) + "\n")
+        tree = {
+            "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S+00:00}",
+            "command": " ".join(["python benchmarks/generate.py", *sys.argv[1:]]),
+            "commit": sft.commit(),
+            "machine": sft.machine(),
+            "records": records,
+        }
+        asked.json.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
