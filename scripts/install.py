@@ -26,7 +26,7 @@ def main() -> None:
     if sys.version_info < LEAST_PYTHON:
         least = ".".join(map(str, LEAST_PYTHON))
         sys.exit(
-            f"smolmlx needs Python {least} or newer (mlx-lm does); {sys.executable} is {platform.python_version()}. "
+            f"smolmlx needs Python {least} or newer (mlx-lm, numpy, transformers and trl do); {sys.executable} is {platform.python_version()}. "
             f"Name a newer one: make PYTHON=python{least} ..."
         )
     run(sys.executable, "-m", "venv", str(venv))

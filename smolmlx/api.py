@@ -16,15 +16,16 @@ from smolmlx.adapters.convert import convert
 from smolmlx.backend import Backend, Decoding, Generator, Loading, OnText
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
-from smolmlx.errors import BackendError, RecipeError, nearest
+from smolmlx.errors import BackendError, DataError, RecipeError, nearest
 from smolmlx.evals.bases import Bases, System
 from smolmlx.evals.run import Evaluation, Settings
 from smolmlx.evals.run import evaluate as run_suite
+from smolmlx.generation.prompts import check_lengths
 from smolmlx.models import BaseModel, files_root, find_model, open_model
 from smolmlx.plan import Plan, resolve
+from smolmlx.run_files import Report
 from smolmlx.rundir import RunDir
 from smolmlx.session import Event
-from smolmlx.stages import Report
 from smolmlx.sweeps import record
 from smolmlx.sweeps.definition import Cell
 from smolmlx.sweeps.table import Table, read_table, write_table
@@ -85,14 +86,32 @@ class Model:
 
         Raises:
             RecipeError: values out of bounds, or a schema that cannot be kept to, by name.
+            DataError: one text in place of a list, or prompts that leave no room for an answer in the model's context.
         """
+        _check_prompts(prompts)
         head = ({"role": "system", "content": system},) if system else ()
         messages = [(*head, {"role": "user", "content": p}) if isinstance(p, str) else tuple(p) for p in prompts]
         tokens = [self.tokenizer.encode(self.tokenizer.prompt(found)) for found in messages]
+        check_lengths(tokens, self.base.context, "generate")
         answers = [""] * len(tokens)
         for completion in self.generator.generate(tokens, Decoding(**decoding), on_text):
             answers[completion.index] = completion.text.strip()
         return answers
+
+
+def _check_prompts(prompts: Any) -> None:
+    if isinstance(prompts, str):
+        raise DataError("generate: expected a list of prompts, got one text: write [text].")
+    if not isinstance(prompts, Sequence):
+        raise DataError(f"generate: expected a list of prompts, got {prompts!r}.")
+    problems = [
+        f"prompt {number}: got {prompt!r}, expected a text or a list of messages."
+        for number, prompt in enumerate(prompts)
+        if not isinstance(prompt, str)
+        and not (isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt))
+    ]
+    if problems:
+        raise DataError("generate", problems)
 
 
 def train(
@@ -111,6 +130,8 @@ def train(
     Raises:
         SmolError: one of the four families of `smolmlx.errors`.
     """
+    if set is not None and not isinstance(set, Mapping):
+        raise RecipeError(f"train: set: got {set!r}, expected a dict, e.g. {{'train.max_steps': 100}}.")
     if isinstance(recipe, Mapping):
         source: Path | Mapping[str, Any] = recipe
         tree, said, beside, name = recipe, "recipe", Path.cwd(), "run"
@@ -127,8 +148,9 @@ def train(
         choice = backends.choose(backend, device)
         folder = pipelines.start(pipeline, Path(out))
         for stage in pipeline.stages:
-            if stage.pairs is not None:
-                pipelines.make_pairs(pipeline, stage, folder, choice, _silent)
+            if stage.making is not None:
+                pipelines.make(pipeline, stage, folder, choice, _silent)
+                pipelines.refuse_empty(pipeline, stage, folder)
             else:
                 plan = resolve(pipelines.load_stage(pipeline, stage, folder), choice)
                 run = _finish(plan, choice, stages.begin(plan, folder / stage.name), on_event)
@@ -163,14 +185,24 @@ def load(
     dtype: str = "auto",
     quantize: str = "auto",
 ) -> Model:
-    """Load a run, a run's folder, a model (id or folder), or a (model, adapter) pair.
+    """Load a run, a run's or a pipeline's folder, a model (id or folder), or a (model, adapter) pair.
+
+    Of a pipeline, what its last training stage left.
 
     Left out, engine, device, dtype and quantization are those a run was trained with, where they are to be had.
 
     Raises:
-        RecipeError: the folder is neither a model nor a finished run.
+        RecipeError: the folder is neither a model nor a finished run or pipeline, or `source` is something else.
         BackendError: no engine.
     """
+    if not isinstance(source, Run | str | Path) and not (
+        isinstance(source, tuple) and len(source) == 2 and all(isinstance(part, str | Path) for part in source)
+    ):
+        raise RecipeError(
+            f"load: got {source!r}; expected a run, a run's folder, a model's folder or hub id, or a (model, adapter) pair."
+        )
+    if isinstance(source, str | Path):
+        source = pipelines.last_run(Path(source)) or source
     base, adapter = _locate(source)
     trained = _trained(source)
     choice = _choose(backend, device, trained)
@@ -237,6 +269,9 @@ def evaluate(
     train: str | None = None,
     ood: str | None = None,
     limit: int | None = None,
+    ids: Sequence[str] = (),
+    registry: str | Path | None = None,
+    constrained: bool | None = None,
     max_length: int = 2048,
     **decoding: Any,
 ) -> Evaluation:
@@ -244,6 +279,9 @@ def evaluate(
 
     Args:
         suite: notes, loss or research.
+        ids: score these rows alone; row-0007 is the seventh where rows have no `id`.
+        registry: task file that the rows were made with (suite research).
+        constrained: keep answers to their schemas, as is done where this is left out (suite research).
         decoding: fields of `backend.Decoding`, for suites that answer.
 
     Raises:
@@ -253,15 +291,16 @@ def evaluate(
     if suite not in recipes.SUITES:
         known = ", ".join(recipes.SUITES)
         raise RecipeError(f"evaluate: no suite '{suite}'.{nearest(suite, recipes.SUITES)} Suites: {known}.")
-    given = {"train": train, "ood": ood, **decoding}
+    given = {"train": train, "ood": ood, "registry": registry, "constrained": constrained, **decoding}
     if idle := list(recipes.find_idle(suite, [key for key, value in given.items() if value is not None])):
         raise RecipeError("evaluate: leave out what the suite has no use for", [f"{key}: {why}." for key, why in idle])
     systems = [System("base", model.base)]
     if model.adapter is not None:
         systems.append(System("adapter", model.base, model.adapter))
     settings = Settings(
-        data=data, suite=suite, train=train, ood=ood, limit=limit, decoding=Decoding(**decoding), loading=model.loading,
-        encoding=Encoding(max_length=max_length), folders=(files_root(),),
+        data=data, suite=suite, train=train, ood=ood, limit=limit, ids=tuple(ids), decoding=Decoding(**decoding),
+        loading=model.loading, encoding=Encoding(max_length=max_length), folders=(files_root(),),
+        registry=Path(registry) if registry else None, constrained=constrained is not False,
     )  # fmt: skip
     return run_suite(model.backend, systems, model.tokenizer, settings, _silent)
 

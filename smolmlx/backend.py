@@ -6,10 +6,12 @@ Engines are entry points of the group `smolmlx.backends` and import this package
 from __future__ import annotations
 
 import importlib.util
+import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,6 +49,8 @@ class Capabilities:
     optimizers: tuple[str, ...]
     memory_bytes: int | None = None
     """Memory the device can use, when known."""
+    compiles: bool = False
+    """Whether `train.compile` decides anything here."""
     notes: tuple[str, ...] = ()
     """What a user should know: which path was chosen and why."""
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -66,6 +70,10 @@ class OneOf:
 
     options: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.options, str) or not all(isinstance(option, str) for option in self.options):
+            raise RecipeError(f"OneOf: got {self.options!r}, expected a list of texts.")
+
 
 Constraint = Mapping[str, Any] | type | Regex | OneOf
 """A JSON schema, a Pydantic model's class, a regular expression, or a choice."""
@@ -83,6 +91,7 @@ class Decoding:
 
     max_tokens: int = 256
     temperature: float = 0.0
+    """Values below 1e-5 count as 0: logits divided by them would leave float32."""
     top_p: float = 1.0
     seed: int = 0
     batch_size: int = 32
@@ -103,16 +112,19 @@ class Decoding:
 
     def __post_init__(self) -> None:
         bounds = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "seed": (self.seed >= 0, "0 or more"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is off"),
-            "no_repeat_ngram": (self.no_repeat_ngram >= 0, "0 (off) or more"),
-            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of texts, none of them empty"),
+            "max_tokens": (_whole(self.max_tokens) >= 1, "at least 1"),
+            "temperature": (0 <= _real(self.temperature) <= 1000, "0 (greedy) to 1000"),
+            "top_p": (0 < _real(self.top_p) <= 1, "above 0, at most 1"),
+            "seed": (_whole(self.seed) >= 0, "0 or more"),
+            "batch_size": (_whole(self.batch_size) >= 1, "at least 1"),
+            "top_k": (_whole(self.top_k) >= 0, "0 (off) or more"),
+            "min_p": (0 <= _real(self.min_p) <= 1, "0 to 1"),
+            "repetition_penalty": (0.001 <= _real(self.repetition_penalty) <= 1000, "0.001 to 1000; 1 is off"),
+            "no_repeat_ngram": (_whole(self.no_repeat_ngram) >= 0, "0 (off) or more"),
+            "stop": (
+                isinstance(self.stop, tuple | list) and all(isinstance(text, str) and text for text in self.stop),
+                "a list of texts, none of them empty",
+            ),
         }
         problems = [
             f"{name}: got {getattr(self, name)!r}, expected {wanted}."
@@ -123,6 +135,15 @@ class Decoding:
             problems.append("stop: would cut an answer that keeps to a schema, regex or choice. Leave one of them out.")
         if problems:
             raise RecipeError("how to decode", problems)
+
+
+def _whole(value: Any) -> float:
+    """Return a whole number, and NaN, which is within no bounds, for all else."""
+    return value if isinstance(value, Integral) and not isinstance(value, bool) else math.nan  # type: ignore[return-value]
+
+
+def _real(value: Any) -> float:
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from smolmlx.errors import RunError
+from smolmlx.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from smolmlx.backend import Decoding
@@ -18,6 +19,17 @@ _LIVE_SCORES = 6
 """Arrays of a block's attention scores that stand side by side in its backward pass."""
 _PROCESS_BYTES = 350_000_000
 """Python and an engine's libraries on a CPU, before a model is loaded."""
+REFUSED_FACTOR = 2
+"""Estimates are good to tens of percent: from the device's memory on a run is warned of, beyond this many times it is refused."""
+
+
+def host_bytes() -> int | None:
+    """Return the machine's memory; None where the system does not say."""
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    if not set(names) <= set(os.sysconf_names):
+        return None
+    size, pages = map(os.sysconf, names)
+    return size * pages
 
 
 def estimate(plan: Plan) -> int:
@@ -25,15 +37,21 @@ def estimate(plan: Plan) -> int:
 
     Weights, float32 trainables with gradients and two moments, and the activations a backward pass keeps: per block and
     token about 10 widths and 4 inner widths. No engine keeps the attention's scores; on a CPU those of one block are
-    whole for a moment, and the process itself counts. Good to about 30 %; `benchmarks/sft.py` compares.
+    whole for a moment, and the process itself counts. Good to about 30 %, on a CPU too high for rows of thousands of tokens,
+    whose scores are made in pieces; `benchmarks/sft.py` compares.
     """
+    if plan.capabilities.device != "cpu":
+        return _kept_bytes(plan)
+    row = max(plan.train.widths)
+    scores = _LIVE_SCORES * int(plan.model.config.get("num_attention_heads", 1)) * row * plan.train.batch_size * row * 4
+    return _kept_bytes(plan) + scores + _PROCESS_BYTES
+
+
+def _kept_bytes(plan: Plan) -> int:
+    """Bytes of weights, moments, activations and logits, which no engine does without."""
     config, wide = plan.model.config, 4 if plan.dtype == "float32" else 2
     width, inner = int(config.get("hidden_size", 0)), int(config.get("intermediate_size", 0))
-    heads = int(config.get("num_attention_heads", 1))
-    row = max(plan.train.widths)
-    tokens = plan.train.batch_size * row
-    on_cpu = plan.capabilities.device == "cpu"
-    scores = _LIVE_SCORES * heads * row * tokens * 4 if on_cpu else 0
+    tokens = plan.train.batch_size * max(plan.train.widths)
     per_block = tokens * (10 * width + 4 * inner) * wide
     blocks = (
         per_block + plan.model.num_layers * tokens * width * wide
@@ -41,7 +59,32 @@ def estimate(plan: Plan) -> int:
         else per_block * plan.model.num_layers
     )
     head = plan.train.gather * int(config.get("vocab_size", 0)) * 4 * 2
-    return weight_bytes(plan) + int(blocks + scores + head) + (_PROCESS_BYTES if on_cpu else 0)
+    return weight_bytes(plan) + int(blocks + head)
+
+
+def check(plan: Plan) -> str | None:
+    """Return what to say of a run that may not fit its device; None where it fits, or the device's memory is not known.
+
+    Raises:
+        RecipeError: it cannot fit: weights, gradients and moments alone fill the device, or what is kept beside them is
+            beyond `REFUSED_FACTOR` times the device's memory.
+    """
+    limit, bare = plan.capabilities.memory_bytes, weight_bytes(plan)
+    if limit is None:
+        return None
+    if bare > limit:
+        knobs = ["a smaller model", "train.method: lora"]
+        knobs += ["model.quantize: 4bit"] if can_pack(plan) else []
+        raise RecipeError(
+            f"{plan.loaded.source}: weights, gradients and moments alone take {bare / 1e9:.1f} GB, the device has {limit / 1e9:.1f} GB. "
+            f"Take {', '.join(knobs[:-1])} or {knobs[-1]}."
+        )
+    if plan.memory_bytes <= limit:
+        return None
+    text = f"needs about {plan.memory_bytes / 1e9:.1f} GB of memory, and the device has {limit / 1e9:.1f} GB. {_turn(_training_knobs(plan))}"
+    if _kept_bytes(plan) > REFUSED_FACTOR * limit:
+        raise RecipeError(f"{plan.loaded.source}: {text}")
+    return text
 
 
 def can_pack(plan: Plan) -> bool:
@@ -79,7 +122,14 @@ def guard(ran_out: Callable[[Exception], bool], advice: Callable[[], str]) -> It
 
 
 def training(plan: Plan) -> str:
-    """Advice for a run, from its recipe's current values; what changes the result least comes first."""
+    """Advice for a run that ran out."""
+    rows, kind = plan.train.batch_size, "pair" if plan.pairs is not None else "row"
+    at = f"{rows} {kind}{'s' if rows > 1 else ''} of up to {max(plan.train.widths)} tokens"
+    return _message(f"while training, with {at} at once", _training_knobs(plan))
+
+
+def _training_knobs(plan: Plan) -> list[str]:
+    """Return what lowers a run's memory, from its recipe's current values; what changes the result least comes first."""
     recipe, widest = plan.recipe, max(plan.train.widths)
     train = recipe.train
     knobs = []
@@ -98,9 +148,7 @@ def training(plan: Plan) -> str:
         knobs.append("--set model.quantize=4bit")
     if widest >= 128:
         knobs.append(f"--set data.max_length={widest // 2}")
-    kind = "pair" if plan.pairs is not None else "row"
-    at = f"{train.batch_size} {kind}{'s' if train.batch_size > 1 else ''} of up to {widest} tokens"
-    return _message(f"while training, with {at} at once", knobs)
+    return knobs
 
 
 def loading(name: str, quantize: bool) -> str:
@@ -140,10 +188,12 @@ def scoring(rows: int, width: int, quantize: bool) -> str:
 
 
 def _message(when: str, knobs: Sequence[str]) -> str:
+    return f"out of memory {when}. {_turn(knobs)}"
+
+
+def _turn(knobs: Sequence[str]) -> str:
     last = "a smaller model, or a machine with more memory"
-    if not knobs:
-        return f"out of memory {when}. What is left: {last}."
-    return f"out of memory {when}. Turn one of these, first the first: {'; '.join([*knobs, last])}."
+    return f"Turn one of these, first the first: {'; '.join([*knobs, last])}." if knobs else f"What is left: {last}."
 
 
 def _smallest_factor(number: int) -> int:

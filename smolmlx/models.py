@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from smolmlx import peft_config
 from smolmlx.base_config import EMBEDDING, HEAD, config_problems
 from smolmlx.errors import BackendError, DataError, RecipeError
 from smolmlx.first_weights import draw
@@ -29,6 +30,7 @@ EMBEDDED = "tiny"
 BASE_FILE = "base_model.json"
 MLX_ADAPTER = "adapters.safetensors"
 _BLOCK_BYTES = 64 << 20
+_MAGNITUDE = ".lora_magnitude_vector"
 _GGUF = (
     "GGUF is for llama.cpp, and neither loaded nor trained here. Run it with llama.cpp, or pass the safetensors folder or hub"
     " id that it was made from."
@@ -119,12 +121,33 @@ def write_base(model: BaseModel, adapter: Path) -> None:
     (adapter / BASE_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
-def check_adapter_folder(folder: Path) -> None:
-    """Refuse a folder without PEFT's two files.
+def check_adapter_folder(folder: Path) -> dict[str, Any]:
+    """Refuse a folder that is not a whole LoRA adapter in PEFT's form; return its config, whose values are then safe to use.
 
     Raises:
-        RecipeError: with the way to PEFT's form, or to the adapter or model that lies in the folder.
+        RecipeError: another kind of adapter, or PEFT's two files are not there: with the way to PEFT's form, or to the
+            adapter or model that lies in the folder.
+        DataError: files that are broken or do not fit each other.
     """
+    _refuse_no_adapter(folder)
+    config = _read_config(folder / "adapter_config.json")
+    if problems := peft_config.config_problems(config):
+        raise DataError(f"{folder / 'adapter_config.json'}", problems)
+    if problems := peft_config.other_kind(config):
+        raise RecipeError(f"{folder}: not an adapter that can be used", problems)
+    names = read_header(folder / "adapter_model.safetensors").keys() - {"__metadata__"}
+    adapted, sized = ({name.partition(leaf)[0] for name in names if leaf in name} for leaf in (".lora_", _MAGNITUDE))
+    odd = sorted(adapted - sized if config.get("use_dora") else sized)
+    if odd:
+        lack, said = ("no", "") if config.get("use_dora") else ("a", " not")
+        raise DataError(
+            f"{folder}: {odd[0]}: {lack} lora_magnitude_vector, though use_dora is{said} set ({len(odd)} such layers). "
+            "Copy both files again from where the adapter was made."
+        )
+    return config
+
+
+def _refuse_no_adapter(folder: Path) -> None:
     if all((folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
         return
     if (folder / MLX_ADAPTER).is_file():
@@ -140,13 +163,33 @@ def check_adapter_folder(folder: Path) -> None:
     )
 
 
-def noted_base(adapter: Path) -> tuple[str, str] | None:
-    """Return name and weights' fingerprint of the base that `write_base` left in an adapter's folder."""
-    try:
-        tree = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))
-        return str(tree["name"]), str(tree["weights"])
-    except (OSError, ValueError, KeyError, TypeError):
+class NotedBase(NamedTuple):
+    """The base that an adapter was trained on, as written down beside it."""
+
+    name: str
+    revision: str | None
+    """Commit of a hub model; None of any other."""
+    weights: str
+    """Fingerprint."""
+
+
+def noted_base(adapter: Path) -> NotedBase | None:
+    """Return what `write_base` left in an adapter's folder; None where it did not, as in other tools' adapters.
+
+    Raises:
+        DataError: it is there, and broken.
+    """
+    path = adapter / BASE_FILE
+    if not path.is_file():
         return None
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return NotedBase(str(tree["name"]), str(tree.get("revision") or "") or None, str(tree["weights"]))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: broken, so the base that the adapter was trained on is not known. Copy it again from where the adapter "
+            "was made; without the file, any base of the same shapes is taken."
+        ) from error
 
 
 def check_base(model: BaseModel, adapter: Path) -> None:
@@ -154,11 +197,12 @@ def check_base(model: BaseModel, adapter: Path) -> None:
 
     Raises:
         RecipeError: other weights.
+        DataError: a broken note of them.
     """
     note = noted_base(adapter)
-    if note and note[1] != model.weights_fingerprint():
+    if note and note.weights != model.weights_fingerprint():
         raise RecipeError(
-            f"{adapter}: made for another base model, {note[0]}; {model.folder} has other weights. Pass the model it was trained "
+            f"{adapter}: made for another base model, {note.name}; {model.folder} has other weights. Pass the model it was trained "
             f"on; if they are the same weights in other files, delete {BASE_FILE} in the adapter's folder."
         )
 
@@ -198,8 +242,8 @@ def find_model(name: str, revision: str | None = None) -> BaseModel:
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name cannot be a hub id, which is owner/name."""
-    return name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/")
+    """Whether a name cannot be a hub id, which is owner/name; in `runs/` lie runs."""
+    return name.startswith((".", "/", "~", "runs/")) or name.count("/") != 1 or name.endswith("/")
 
 
 def local_folder(name: str) -> Path | None:
@@ -260,7 +304,7 @@ def _point_on(folder: Path, name: str) -> str:
     if models:
         said.append(f"Pass the model in it: {listed(models, 'or')}.")
     if adapters:
-        bases = sorted({note[0] for adapter in adapters if (note := noted_base(adapter))})
+        bases = sorted({note.name for adapter in adapters if (note := noted_base(adapter))})
         base = f" ({', '.join(bases)})" if bases else ""
         said.append(f"Pass the adapter in it as --adapter ({listed(adapters, 'or')}), and its base as --model{base}.")
     if not said and (folder / "recipe.yaml").is_file():

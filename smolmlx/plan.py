@@ -20,14 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from smolmlx import memory
-from smolmlx.backend import Capabilities, Choice
+from smolmlx.backend import Backend, Capabilities, Choice, load
 from smolmlx.data.batches import BatchPlan, padded_tokens, plan_batches
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import NO_TARGET, TOO_LONG, Account, Encoding
 from smolmlx.data.formats import Source, open_source
 from smolmlx.data.pair_batches import PairPlan, plan_pairs
 from smolmlx.data.store import TokenStore, encode_source
-from smolmlx.errors import DataError, RecipeError, nearest
+from smolmlx.errors import BackendError, DataError, RecipeError, nearest
 from smolmlx.held_out import check_held_out, locate
 from smolmlx.layout import choose_packing, choose_sharing
 from smolmlx.models import EMBEDDED, BaseModel, files_root, find_model, llama_shapes
@@ -184,6 +184,7 @@ class Plan:
             "learning_rate_last": float(self.learning_rates[-1]),
             "eval_steps": sorted(self.eval_steps)[:50],
             "memory_bytes": self.memory_bytes,
+            "device_memory_bytes": self.capabilities.memory_bytes,
             "data_hash": self.train.digest(),
             "fingerprint": self.fingerprint(),
             "notes": list(self.notes),
@@ -222,7 +223,7 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
     problems = [
         *_unsupported(recipe, capabilities, choice.backend.name),
         *_missing_loggers(recipe),
-        *choice.backend.check(engine_knobs(recipe, choice.backend.name)),
+        *check_knobs(recipe, choice.backend),
     ]
     if problems:
         raise RecipeError(loaded.source, problems)
@@ -239,13 +240,15 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
         loaded = with_adapter_lora(loaded, adapter)
         recipe = loaded.recipe
     targets = {} if recipe.train.method == "full" else select_targets(model, recipe)
-    tokenizer = open_tokenizer(loaded, model)
+    if adapter is not None:
+        adapter.check(model, targets, recipe.lora.r)
+    tokenizer = open_tokenizer(loaded, model, adapter)
+    if idle := tokenizer.idle_variables(recipe.data.template_args):
+        raise RecipeError(f"data.template_args: {', '.join(idle)}: the chat template does not use this. Leave it out.")
     check_held_out(loaded)
     source, train_store, validation_store = _encode(loaded, tokenizer, on_rows)
     _check_ids(tokenizer, model, train_store)
-    if adapter is not None:
-        adapter.check(model, targets, recipe.lora.r)
-    notes = list(capabilities.notes)
+    notes = [*capabilities.notes, *_skipped_files(source), *_other_template(tokenizer, adapter)]
     pairs = validation_pairs = None
     if recipe.stage == "dpo":
         pairs = choose_sharing(recipe, train_store, model, tokenizer.pad_id, notes)
@@ -259,8 +262,7 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
             validation_store, batch_size=recipe.train.batch_size, pack_to=None, shuffle=False, pad_id=tokenizer.pad_id
         )
     steps = count_steps(recipe.train, train.steps_per_epoch)
-    if recipe.train.warmup > max(1, steps):
-        notes.append(f"train.warmup: {recipe.train.warmup:g} steps, but the run has {steps}: its rate only rises.")
+    notes += _without_effect(loaded, capabilities, steps)
     widest = "float32" if recipe.train.method == "full" else capabilities.dtype  # small updates would vanish in 16 bits
     dtype = widest if recipe.model.dtype == "auto" else recipe.model.dtype
     plan = Plan(
@@ -273,21 +275,8 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
     refused = choice.backend.check_plan(plan)
     if refused:
         raise RecipeError(loaded.source, refused)
-    _check_memory(plan)
-    return plan
-
-
-def _check_memory(plan: Plan) -> None:
-    """Refuse what cannot fit for certain: weights, gradients and moments alone fill the device."""
-    limit = plan.capabilities.memory_bytes
-    needed = memory.weight_bytes(plan)
-    if limit is not None and needed > limit:
-        knobs = ["a smaller model", "train.method: lora"]
-        knobs += ["model.quantize: 4bit"] if memory.can_pack(plan) else []
-        raise RecipeError(
-            f"{plan.loaded.source}: weights, gradients and moments alone take {needed / 1e9:.1f} GB, the device has {limit / 1e9:.1f} GB. "
-            f"Take {', '.join(knobs[:-1])} or {knobs[-1]}."
-        )
+    tight = memory.check(plan)
+    return replace(plan, notes=(*plan.notes, tight)) if tight else plan
 
 
 def _check_blocks(model: BaseModel) -> None:
@@ -321,6 +310,35 @@ def _unsupported(recipe: Recipe, capabilities: Capabilities, backend: str) -> It
         yield f"train.mixed_precision: backend '{backend}' on {capabilities.device} has no bfloat16."
 
 
+def check_knobs(recipe: Recipe, chosen: Backend | None = None) -> Iterator[str]:
+    """Yield what each engine that is installed finds wrong with its own block, whichever runs the recipe."""
+    if chosen is not None:
+        yield from chosen.check(engine_knobs(recipe, chosen.name))
+    for name in ("mlx", "cuda"):
+        if (knobs := engine_knobs(recipe, name)) and (chosen is None or chosen.name != name):
+            try:
+                yield from load(name).check(knobs)
+            except BackendError:  # not installed here
+                continue
+
+
+def _without_effect(loaded: Loaded, capabilities: Capabilities, steps: int) -> Iterator[str]:
+    """Say which settings do nothing in so short a run, or on this engine; another run of the recipe may need them."""
+    recipe = loaded.recipe
+    if recipe.train.warmup > max(1, steps):
+        yield f"train.warmup: {recipe.train.warmup:g} steps, but the run has {steps}: its rate only rises."
+    for key, every, instead in (
+        ("eval.every", recipe.eval.every, "only its end is evaluated"),
+        ("save.every", recipe.save.every, "no checkpoint is written on the way"),
+    ):
+        if isinstance(every, int) and every > steps:
+            yield f"{key}: {every} steps, but the run has {steps}: {instead}."
+    if "samples.max_tokens" in loaded.origins and not recipe.samples.prompts:
+        yield "samples.max_tokens: has no effect without samples.prompts."
+    if "train.compile" in loaded.origins and not capabilities.compiles:
+        yield f"train.compile: has no effect: this engine does not compile its training step on {capabilities.device}."
+
+
 def _missing_loggers(recipe: Recipe) -> Iterator[str]:
     for name in recipe.loggers:
         packages = LOGGER_PACKAGES[name]
@@ -344,16 +362,25 @@ def _model_name(loaded: Loaded) -> str:
     return found if Path(found).is_dir() else name
 
 
-def open_tokenizer(loaded: Loaded, model: BaseModel) -> Tokenizer:
-    """Open the tokenizer a recipe trains with."""
+def open_tokenizer(loaded: Loaded, model: BaseModel, adapter: StartAdapter | None = None) -> Tokenizer:
+    """Open the tokenizer a recipe trains with: the one it names, or else the start adapter's, or the model's own."""
     named = loaded.recipe.model.tokenizer
-    folder = model.folder
+    folder = adapter.folder if adapter and adapter.has_tokenizer else model.folder
     if named:
         folder = Path(locate(named, loaded))
         if not folder.is_dir():
             raise RecipeError(f"model.tokenizer: {named}: no such folder.")
     template = loaded.recipe.model.chat_template
     return Tokenizer(folder, locate(template, loaded) if template else None)
+
+
+def _other_template(tokenizer: Tokenizer, adapter: StartAdapter | None) -> Iterator[str]:
+    """Say where training goes on with another tokenizer or template than the start adapter was trained with."""
+    if adapter and adapter.has_tokenizer and Tokenizer(adapter.folder).fingerprint() != tokenizer.fingerprint():
+        yield (
+            f"model.tokenizer, model.chat_template: not what the adapter in {adapter.folder} was trained with, which is used where"
+            " both are left out."
+        )
 
 
 def select_targets(model: BaseModel, recipe: Recipe) -> dict[str, tuple[int, int]]:
@@ -448,6 +475,16 @@ def _encode(
             f"{data.validation or data.train}: no validation row can be scored (see data.max_length and the share)."
         )
     return source, train, validation
+
+
+def _skipped_files(source: Source) -> Iterator[str]:
+    names = [path.name for path in source.skipped]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        yield (
+            f"data.train: {', '.join(names[:5])}{more} of the folder not taken, by the split that their names say. Name a file "
+            "itself to train on it."
+        )
 
 
 def encoding(recipe: Recipe) -> Encoding:

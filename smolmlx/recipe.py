@@ -55,9 +55,10 @@ class Model(Section):
     """First weights of a model made from `config`. induction: with heads that copy from the context, which training on few
     tokens does not find by itself."""
     tokenizer: Name | None = None
-    """Folder of the tokenizer, when it is not the model's own."""
+    """Folder of the tokenizer, when it is not the model's own (with `adapter`: the one the adapter was trained with)."""
     chat_template: str | None = None
-    """`chatml`, `plain` or a path to a Jinja file, for a tokenizer that has none or has the wrong one."""
+    """`chatml`, `plain` or a path to a Jinja file, for a tokenizer that has none or has the wrong one. With `adapter`
+    it is the adapter's where left out."""
     dtype: Dtype = "auto"
     """Weights' type. auto: bfloat16 on a device that has it, float32 on a CPU and for full-parameter training."""
     quantize: Quantize = "none"
@@ -187,7 +188,7 @@ class Save(Section):
     dtype: Literal["float32", "float16"] = "float32"
     """Type of model/ after full-parameter training."""
     keep_last: int = Field(2, ge=1)
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints kept, those of interruptions among them; older ones are deleted."""
 
 
 class Samples(Section):
@@ -319,8 +320,9 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
         unused = [key for key in _chosen(data) if key in idle]
         for name in [*unused, *(["packing"] if data.packing == "on" else [])]:
             yield f"data.{name}: has no effect with stage pretrain, which joins all text and cuts rows of max_length. Leave it out."
-    if recipe.eval.every != "epoch" and data.validation is None and not data.validation_share:
-        yield "eval.every: needs data.validation or data.validation_share; without them nothing is evaluated while training."
+    if data.validation is None and not data.validation_share:
+        for key in _chosen(recipe.eval):
+            yield f"eval.{key}: needs data.validation or data.validation_share; without them nothing is evaluated while training."
     if recipe.evaluate is not None:
         for key, why in find_idle(recipe.evaluate.suite, _chosen(recipe.evaluate)):
             yield f"evaluate.{key}: {why}. Leave it out."
@@ -328,8 +330,6 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
         yield "data.loss_on: 'completion' has no meaning for stage pretrain, which trains on every token."
     if data.validation is not None and data.validation_share:
         yield "data.validation_share: give a validation file or a share, not both."
-    if recipe.eval.patience and data.validation is None and not data.validation_share:
-        yield "eval.patience: early stopping needs data.validation or data.validation_share."
     if recipe.lora.dora and recipe.lora.dropout > 0:
         yield "lora.dropout: the engines' DoRA formulas differ with dropout; set lora.dropout to 0."
     if model.adapter is not None and train.method == "full":
@@ -461,7 +461,7 @@ def build(
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
-        raise RecipeError(source, [p for item in error.errors() for p in _explain(dict(item))]) from error
+        raise RecipeError(source, list(_explain([dict(item) for item in error.errors()]))) from error
     return Loaded(recipe, source, origins, folder)
 
 
@@ -532,14 +532,34 @@ def _replace(origins: dict[str, str], dotted: str, value: Any, origin: str) -> N
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 
 
-def _explain(error: dict[str, Any]) -> Iterator[str]:
-    """Turn one pydantic error into lines in this project's words."""
-    location = [
-        str(part)
-        for part in error["loc"]
-        if not str(part).startswith(("literal[", "list[", "constrained", "function-"))
-    ]
-    dotted = ".".join(location)
+_EXPECTED = {
+    "string_type": "text", "bool_type": "true or false", "list_type": "a list", "tuple_type": "a list",
+    "int_type": "a whole number", "float_type": "a number", "finite_number": "a finite number",
+    "dict_type": "a section of keys and values", "model_type": "a section of keys and values", "literal_error": "{expected}",
+    "too_short": "at least {min_length} in the list", "too_long": "at most {max_length} in the list",
+    "string_too_short": "text of at least {min_length} character", "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}", "less_than_equal": "at most {le}", "less_than": "less than {lt}",
+}  # fmt: skip
+"""Type of a pydantic error -> what it wants, from the error's context."""
+
+
+def _explain(errors: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Turn pydantic's errors into this project's words, one line for each value that is wrong."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for error in errors:
+        branches = ("literal[", "list[", "constrained", "function-", "bool")  # of a value that may be of several types
+        location = tuple(str(part) for part in error["loc"] if not str(part).startswith(branches))
+        if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+            wanted = {"min_length": error["loc"][-1] + 1}
+            location, error = location[:-1], {**error, "type": "too_short", "ctx": wanted}
+        found.setdefault(location, []).append(error)
+    for location, here in found.items():
+        if not any(other != location and other[: len(location)] == location for other in found):
+            yield from _explain_value(location, here)  # else its parts say more
+
+
+def _explain_value(location: tuple[str, ...], errors: Sequence[dict[str, Any]]) -> Iterator[str]:
+    dotted, error = ".".join(location), errors[0]
     if error["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         yield f"{dotted}: unknown key.{nearest(location[-1], known) or ' Known: ' + ', '.join(known) + '.'}"
@@ -547,12 +567,12 @@ def _explain(error: dict[str, Any]) -> Iterator[str]:
         yield f"{dotted}: missing. Add it to the recipe or pass --set {dotted}=..."
     elif error["type"] == "value_error":
         yield from str(error["ctx"]["error"]).split("\n")
-    elif error["type"] == "bool_type":
-        yield f"{dotted}: expected true or false (got {error['input']!r})."
     else:
-        quoted = error["type"] in ("int_type", "float_type") and _NUMBER.fullmatch(str(error["input"]))
-        hint = " Write the number without quotes." if quoted and isinstance(error["input"], str) else ""
-        yield f"{dotted}: {error['msg'][0].lower()}{error['msg'][1:]} (got {error['input']!r}).{hint}"
+        given = error["input"]
+        wanted = [_EXPECTED.get(e["type"], e["msg"]).format_map(e.get("ctx", {})) for e in errors]
+        quoted = isinstance(given, str) and {"int_type", "float_type"} & {e["type"] for e in errors}
+        hint = " Write the number without quotes." if quoted and _NUMBER.fullmatch(given) else ""
+        yield f"{dotted}: expected {' or '.join(wanted)} (got {'nothing' if given is None else repr(given)}).{hint}"
 
 
 def _known_keys(parents: Sequence[str]) -> list[str]:

@@ -18,14 +18,16 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
 from smolmlx.data.pair_batches import PairBatch, PairPlan, plan_pairs
-from smolmlx.data.store import cache_folder
+from smolmlx.data.store import TokenStore, cache_folder
 from smolmlx.errors import DataError, RunError
 from smolmlx.models import read_header
 from smolmlx.plan import Plan
-from smolmlx.preferences import Pairs
-from smolmlx.rundir import RunDir, usual_mode, writing
+from smolmlx.preferences import Pairs, rounding_room
+from smolmlx.rundir import RunDir, usual_mode, write_text, writing
+from smolmlx.weight_files import weight_files
 
 Floats = npt.NDArray[np.float64]
+_DIGEST_BYTES = 16
 ScoreBatch = Callable[[PairBatch], npt.NDArray[np.float32]]
 """Gives the summed log-probability of each row of a micro-batch's tails, [2B], nats, without dropout."""
 
@@ -56,6 +58,8 @@ class References:
 
     train: Floats | None = None
     validation: Floats | None = None
+    made: bool = False
+    """Those of the train pairs were made by this process, in the shapes of its first epoch."""
 
 
 def of_batch(reference: Floats | None, batch: PairBatch) -> npt.NDArray[np.float32]:
@@ -78,25 +82,35 @@ def compare(plan: PairPlan, reference: Floats | None, scored: Scored) -> Pairs:
 def obtain(plan: Plan, run: RunDir, score: ScoreBatch, note: Callable[[str], None]) -> References:
     """Return the reference's log-probabilities: the run's own, the cache's, or made now with `score`.
 
+    A file that is broken is made again, and `note` told so.
+
     Raises:
         DataError: a file that belongs to another model, adapter, template or rows.
+        RunError: a score is not a number.
     """
     if plan.recipe.dpo.loss == "orpo":
         return References()
-    found = {}
-    for name, pairs in (("train", plan.pairs), ("validation", plan.validation_pairs)):
-        if pairs is not None:
-            found[name] = _obtain(plan, pairs, run.start / f"reference_{name}.safetensors", score, note)
-    return References(**found)
+    assert plan.pairs is not None
+    train, made = _obtain(plan, plan.pairs, run.start / "reference_train.safetensors", score, note)
+    validation = None
+    if plan.validation_pairs is not None:
+        own = run.start / "reference_validation.safetensors"
+        validation, _ = _obtain(plan, plan.validation_pairs, own, score, note)
+    return References(train, validation, made)
 
 
-def _obtain(plan: Plan, pairs: PairPlan, own: Path, score: ScoreBatch, note: Callable[[str], None]) -> Floats:
+def _obtain(
+    plan: Plan, pairs: PairPlan, own: Path, score: ScoreBatch, note: Callable[[str], None]
+) -> tuple[Floats, bool]:
+    """Return log-probabilities, and whether they were made now."""
     content = content_hash(plan, pairs)
+    kept = _read(own, content, len(pairs), note)
+    if kept is not None:
+        return kept, False
     shared = cache_folder() / "references" / f"{_file_hash(plan, content)}.safetensors"
-    if own.is_file():
-        return _read(own, content, len(pairs))
-    if plan.recipe.dpo.cache and shared.is_file():
-        log_probs = _read(shared, content, len(pairs))
+    log_probs = _read(shared, content, len(pairs), note) if plan.recipe.dpo.cache else None
+    made = log_probs is None
+    if log_probs is not None:
         note(f"reference: log-probabilities of {len(pairs)} pairs from {shared}")
     else:
         began = time.perf_counter()
@@ -105,25 +119,58 @@ def _obtain(plan: Plan, pairs: PairPlan, own: Path, score: ScoreBatch, note: Cal
         if plan.recipe.dpo.cache:
             _write(shared, content, log_probs)
     _write(own, content, log_probs)
-    return log_probs
+    return log_probs, made
 
 
 def measure(pairs: PairPlan, score: ScoreBatch) -> Floats:
-    """Score every pair once, in the shapes of the first epoch: [pairs, 2]."""
+    """Score every pair once, in the shapes of the first epoch: [pairs, 2].
+
+    Raises:
+        RunError: a score is not a number.
+    """
     scored = Scored.collect((batch.pairs, score(batch)) for batch in pairs.evaluation())
     found = np.zeros((len(pairs), 2))
     found[scored.pairs] = scored.log_probs
+    bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
+    if len(bad):
+        raise RunError(
+            f"the start weights give the answers of {len(bad)} of {len(pairs)} pairs a log-probability that is not a number "
+            f"(pair {bad[0] + 1}: {found[bad[0]].tolist()}). Set model.dtype: float32; if it stays, the model's or the adapter's "
+            "weights are damaged."
+        )
     return found
 
 
 def content_hash(plan: Plan, pairs: PairPlan) -> str:
-    """Hash of the base model, the start adapter, the template and the rows, in tokens.
+    """Hash of the base model, the start adapter and the rows as tokens, which the template has made.
 
     New LoRA weights change nothing (B is zero), so their seed does not count.
     """
     start = plan.start.content_hash() if plan.start else "base"
-    parts = (plan.model.fingerprint(), start, plan.tokenizer.fingerprint(), pairs.order.store.key)
+    weights = [_weights_hash(path) for path in weight_files(plan.model.folder)]
+    parts = (plan.model.fingerprint(), *weights, start, _rows_hash(pairs.order.store))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _rows_hash(store: TokenStore) -> str:
+    """Hash of what is scored, whatever files and options it came from."""
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for array in (store.offsets, store.ids, store.mask):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _weights_hash(path: Path) -> str:
+    """Hash of a whole file, kept in the cache until the file changes: gigabytes are read once, not in every run."""
+    known = path.stat()
+    name = f"{path.resolve()} {known.st_size} {known.st_mtime_ns} {known.st_ctime_ns}"
+    kept = cache_folder() / "weights" / hashlib.sha256(name.encode()).hexdigest()[:24]
+    if kept.is_file() and len(found := kept.read_text(encoding="utf-8")) == 2 * _DIGEST_BYTES:
+        return found
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)).hexdigest()
+    write_text(kept, found)
+    return found
 
 
 def _file_hash(plan: Plan, content: str) -> str:
@@ -143,23 +190,30 @@ def _write(path: Path, content: str, log_probs: Floats) -> None:
         temporary.replace(path)
 
 
-def _read(path: Path, content: str, pairs: int) -> Floats:
+def _read(path: Path, content: str, pairs: int, note: Callable[[str], None]) -> Floats | None:
+    """Return kept log-probabilities; None where there are none, or none that can be used.
+
+    Raises:
+        DataError: they are whole, and of something else.
+    """
+    if not path.is_file():
+        return None
     try:
         metadata = read_header(path).get("__metadata__", {})
         ((_, info),) = deserialize(path.read_bytes())
         found = np.frombuffer(info["data"], "<f8").reshape(info["shape"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read ({error}). Delete the file; it will be made again.") from error
+    except (OSError, ValueError, KeyError, SafetensorError, DataError):
+        note(f"reference: {path} is broken, and is made again")
+        return None
     if metadata.get("content") != content or found.shape != (pairs, 2):
         raise DataError(
             f"{path}: log-probabilities of another model, adapter, template or rows (content {metadata.get('content')}, this run's is "
             f"{content}). Delete the file; it will be made again."
         )
+    if not np.isfinite(found).all():
+        note(f"reference: {path} holds values that are not numbers, and is made again")
+        return None
     return np.array(found)
-
-
-_SAME, _SAME_ROUNDED = 1e-3, 0.05
-"""Room for rounding, nats for each 10 nats of an answer: in float32, and in 16 bits."""
 
 
 def check_sharing(plan: Plan, score: ScoreBatch) -> None:
@@ -174,12 +228,13 @@ def check_sharing(plan: Plan, score: ScoreBatch) -> None:
     apart = plan_pairs(pairs.order.store, batch_size=pairs.order.batch_size, pad_id=pairs.order.pad_id)
     rows = pairs.order.epoch_order(0)[0][:2]
     advice = "Set dpo.shared_prompt: false."
+    together, alone = pairs.build(rows), apart.build(rows)
     try:
-        one, two = (score(layout.build(rows))[: 2 * len(rows)] for layout in (pairs, apart))
+        one, two = (score(batch)[: 2 * len(rows)] for batch in (together, alone))
     except (AttributeError, TypeError) as error:
         raise RunError(f"this model cannot compute a prompt once for two answers ({error}). {advice}") from error
-    room = (_SAME if plan.dtype == "float32" else _SAME_ROUNDED) * max(1.0, float(np.abs(two).max()) / 10)
-    if not np.abs(one - two).max() <= room:
+    room = rounding_room(two, alone.num_tokens[: 2 * len(rows)], plan.dtype)
+    if not (np.abs(one - two) <= room).all():
         raise RunError(
             f"this model gives other log-probabilities where a prompt is computed once for both answers ({one.tolist()} instead of "
             f"{two.tolist()}). {advice}"

@@ -11,10 +11,12 @@ from smolmlx.errors import RunError
 from smolmlx.rundir import RunDir
 
 _SHOWN = 3
+FINAL_LOSS = "mean of the last 5 % of steps"
+"""What `Report.final_loss` is, in words."""
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, frozen=True)
 
 
 class _Model(_Part):
@@ -35,13 +37,17 @@ class _Env(_Part):
     command: list[str] = []
 
 
-class _Report(_Part):
+class Report(_Part):
+    """What a finished run came to; also report.json."""
+
     steps: int
     num_tokens: int
     num_supervised: int
     seconds: float
     first_loss: float
+    """Of the first step: nats per supervised token, or per pair."""
     final_loss: float
+    """Mean over the supervised tokens of the last twentieth of the steps, in the same unit."""
     best_val_loss: float | None
     best_step: int | None
     stopped_early: bool
@@ -112,21 +118,29 @@ class _Pipeline(_Part):
     stages: list[_Stage]
 
 
-class _SweepRun(_Part):
+class Line(_Part):
+    """One run of a sweep."""
+
     setting: str
     seed: int
     status: str
     error: str
     keys: dict[str, Any]
+    """Dotted recipe key -> value: those that every table shows and those that the sweep varies."""
     figures: dict[str, float]
+    """`train_loss`, `val_loss`, `steps`, `seconds`, ...; `<set>.<metric>` and its `_low` and `_high` from the evaluation."""
     run: str
 
 
-class _Spread(_Part):
+class Spread(_Part):
+    """A figure over the seeds of one setting."""
+
     mean: float
     sd: float | None
+    """Sample standard deviation; None for one seed."""
     low: float
     high: float
+    """Lowest and highest seed."""
     num_seeds: int
 
 
@@ -149,8 +163,8 @@ class _Sweep(_Part):
     description: str
     recipe: str
     seeds: list[int]
-    runs: list[_SweepRun]
-    settings: dict[str, dict[str, _Spread]]
+    runs: list[Line]
+    settings: dict[str, dict[str, Spread]]
     comparisons: list[_Comparison]
     best: list[_Best]
 
@@ -158,7 +172,7 @@ class _Sweep(_Part):
 _SHAPES: dict[str, tuple[type[BaseModel], str]] = {
     "plan.json": (_Plan, ""),
     "env.json": (_Env, ""),
-    "report.json": (_Report, ""),
+    "report.json": (Report, ""),
     "samples.json": (_Samples, ""),
     "results.json": (
         _Results,

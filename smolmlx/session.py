@@ -24,9 +24,9 @@ from safetensors.numpy import save_file
 
 from smolmlx import references
 from smolmlx.data.pair_batches import PairBatch
-from smolmlx.errors import RunError
+from smolmlx.errors import DataError, RunError
 from smolmlx.plan import Plan
-from smolmlx.preferences import NUMPY, Pairs, check_start, metrics, pair_losses
+from smolmlx.preferences import NUMPY, Pairs, check_start, least_gradient, metrics, pair_losses
 from smolmlx.references import References, ScoreBatch, Scored
 from smolmlx.rundir import RunDir, publish, usual_mode, write_text
 
@@ -129,8 +129,8 @@ class Session:
                 raise RunError(
                     f"{checkpoint}: made by another plan (recipe, data, template or model changed). Start a new run instead of --resume."
                 )
-            weights = load_arrays(checkpoint / self.plan.weights_name)
-            engine.load(weights, load_arrays(checkpoint / "optimizer.safetensors"), self.state.step)
+            weights = _load_saved(checkpoint / self.plan.weights_name)
+            engine.load(weights, _load_saved(checkpoint / "optimizer.safetensors"), self.state.step)
             self._saved_step = self.state.step
         self.state.plan = self.plan.fingerprint()
         self._trim_metrics()
@@ -145,7 +145,7 @@ class Session:
         if fresh and self.references.train is not None:
             scored = Scored.collect((batch.pairs, score(batch)) for batch in plan.pairs.step(0))
             exact = plan.dtype if plan.recipe.model.quantize == "none" else plan.recipe.model.quantize
-            check_start(plan.recipe.dpo, self._compare(scored), exact)
+            check_start(plan.recipe.dpo, self._compare(scored), exact, made=self.references.made)
 
     def _compare(self, scored: Scored, *, validation: bool = False) -> Pairs:
         plan, known = self.plan.pairs, self.references.train
@@ -199,9 +199,14 @@ class Session:
             values |= metrics(self.plan.recipe.dpo, self._compare(result.scored))
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
             raise RunError(self._not_finite(f"the loss is {result.loss} with gradient norm {result.grad_norm}"))
-        if result.scored is not None and not self.state.step and not result.grad_norm:
+        if (
+            result.scored is not None
+            and not self.state.step
+            and result.grad_norm <= least_gradient(self.plan.recipe.dpo)
+        ):
             raise RunError(
-                "the gradient of the first step is zero: nothing would be trained. Check lora.targets and dpo."
+                f"the gradient of the first step is nothing but rounding ({result.grad_norm:.2g}): nothing would be trained. "
+                "Check lora.targets and dpo, and whether the two answers of each pair differ."
             )
         self.state.step += 1
         self.state.num_tokens += tokens
@@ -282,7 +287,7 @@ class Session:
         """Return the weights to leave behind: the best evaluated ones, or the last."""
         best = self.run.checkpoints / "best" / self.plan.weights_name
         if self.plan.recipe.eval.keep_best and self.state.best_step is not None and best.is_file():
-            return load_arrays(best)
+            return _load_saved(best)
         return self._finite_weights()
 
     def note(self, text: str) -> None:
@@ -359,7 +364,7 @@ def load_arrays(path: Path) -> Arrays:
     """Read a safetensors file as numpy arrays, half precision (float16, bfloat16) widened to float32.
 
     Raises:
-        RunError: missing or broken.
+        DataError: missing or broken.
     """
     try:
         found = sorted(
@@ -367,8 +372,20 @@ def load_arrays(path: Path) -> Arrays:
         )  # its own order changes from run to run
         return {name: _to_array(info) for name, info in found}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Fetch the file again, or train it again.") from error
+
+
+def _load_saved(path: Path) -> Arrays:
+    """Read a file of a checkpoint; see `load_arrays`.
+
+    Raises:
+        RunError: missing or broken.
+    """
+    try:
+        return load_arrays(path)
+    except DataError as error:
         raise RunError(
-            f"{path}: cannot be read ({error}). Delete this checkpoint folder to go on from the one before."
+            f"{path}: cannot be read ({error.__cause__}). Delete this checkpoint folder to go on from the one before."
         ) from error
 
 

@@ -62,6 +62,13 @@ def find(name: str) -> Path:
     )
 
 
+def name_of(path: Path) -> str:
+    """Return what `find` takes for a recipe's file: its shipped name, or its path."""
+    shipped = folder().resolve()
+    inside = path.resolve().is_relative_to(shipped)
+    return path.resolve().relative_to(shipped).with_suffix("").as_posix() if inside else str(path)
+
+
 def find_sweep(
     source: str,
     out: str | Path | None,

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from smolmlx.models import BaseModel, make_model, open_model, write_base
 from smolmlx.plan import Plan, adapter_config, encoding, initial_adapter, resolve
 from smolmlx.recipe import Loaded
 from smolmlx.recipe import read as read_recipe
+from smolmlx.run_files import Report
 from smolmlx.rundir import RunDir, publish, write_text
 from smolmlx.session import Arrays, Event, Session, load_arrays, read_metrics, save_arrays, write_csv
 
@@ -40,23 +40,6 @@ class Interrupted(Exception):
         kept = f"a checkpoint is in {run.path}" if step else f"before the first step of {run.path}"
         super().__init__(f"interrupted after step {step}; {kept}")
         self.run = run
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a finished run came to; also report.json."""
-
-    steps: int
-    num_tokens: int
-    num_supervised: int
-    seconds: float
-    first_loss: float
-    final_loss: float
-    best_val_loss: float | None
-    best_step: int | None
-    stopped_early: bool
-    peak_bytes: int | None
-    tokens_per_second: float
 
 
 def run_name(recipe: str) -> str:
@@ -183,7 +166,7 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
     if plan.recipe.samples.prompts:
         write_samples(plan, choice.backend, run)
     report = summarise(plan, session)
-    run.write_json("report.json", {name: getattr(report, name) for name in report.__slots__})
+    run.write_json("report.json", report.model_dump())
     if session.interrupted:  # in the last step: the training is whole, and nothing else is wanted now
         raise Interrupted(run, session.state.step)
     return report
@@ -214,8 +197,7 @@ def is_complete(run: RunDir) -> bool:
 
 def read_report(run: RunDir) -> Report:
     """Return the report of a run whose training is finished."""
-    tree = run_files.read(run, "report.json")
-    return Report(**{name: tree[name] for name in Report.__slots__})
+    return Report.model_validate(run_files.read(run, "report.json"))
 
 
 @contextmanager
@@ -289,9 +271,18 @@ def summarise(plan: Plan, session: Session) -> Report:
     final = sum(row["loss"] * count for row, count in zip(tail, counts, strict=True)) / max(1, sum(counts))
     peaks = [row["peak_bytes"] for row in rows if row.get("peak_bytes")]
     return Report(
-        state.step, state.num_tokens, state.num_supervised, state.seconds, rows[0]["loss"], final, state.best_loss, state.best_step,
-        state.stopped, max(peaks) if peaks else None, state.num_tokens / max(state.seconds, 1e-9),
-    )  # fmt: skip
+        steps=state.step,
+        num_tokens=state.num_tokens,
+        num_supervised=state.num_supervised,
+        seconds=state.seconds,
+        first_loss=rows[0]["loss"],
+        final_loss=final,
+        best_val_loss=state.best_loss,
+        best_step=state.best_step,
+        stopped_early=state.stopped,
+        peak_bytes=max(peaks) if peaks else None,
+        tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),
+    )
 
 
 def trained_model(plan: Plan, run: RunDir) -> tuple[BaseModel, Path | None]:

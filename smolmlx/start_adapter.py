@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smolmlx.errors import RecipeError
-from smolmlx.models import BaseModel, read_header
+from smolmlx.errors import RecipeError, SmolError
+from smolmlx.models import BaseModel, check_adapter_folder, check_base, read_header
 from smolmlx.recipe import Loaded
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -34,6 +34,11 @@ class StartAdapter:
     def weights(self) -> Path:
         return self.folder / WEIGHTS
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the tokenizer and template it was trained with lie beside it."""
+        return (self.folder / "tokenizer.json").is_file()
+
     def content_hash(self) -> str:
         """Hash of the weights and of the scale they are used with."""
         digest = hashlib.sha256(self.weights.read_bytes())
@@ -41,7 +46,7 @@ class StartAdapter:
         return digest.hexdigest()[:16]
 
     def check(self, model: BaseModel, targets: Mapping[str, tuple[int, int]], rank: int) -> None:
-        """Hold the stored tensors to the layers of the base.
+        """Hold the stored tensors to the layers of the base, and the base to what was noted when the adapter was trained.
 
         Raises:
             RecipeError: made for another base model.
@@ -61,6 +66,7 @@ class StartAdapter:
                 f"{stored.get(name, 'missing')} in the adapter and {wanted.get(name, 'missing')} in the model ({len(wrong)} such tensors). "
                 "Name the base it was trained on as model.id."
             )
+        check_base(model, self.folder)
 
 
 def find_adapter(named: str, beside: Path) -> StartAdapter:
@@ -68,12 +74,13 @@ def find_adapter(named: str, beside: Path) -> StartAdapter:
 
     Raises:
         RecipeError: nothing there, or an adapter that training cannot go on with.
+        DataError: broken files.
     """
     folder = _locate(named, beside)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"model.adapter: {folder / CONFIG}: not valid JSON ({error}).") from error
+        config = check_adapter_folder(folder)
+    except SmolError as error:
+        raise type(error)(f"model.adapter: {error.head}", error.problems) from error
     problems = list(_unfit(config))
     if problems:
         raise RecipeError(f"model.adapter: {folder}: training cannot go on with this kind of adapter", problems)
@@ -83,7 +90,7 @@ def find_adapter(named: str, beside: Path) -> StartAdapter:
     return StartAdapter(
         folder,
         {
-            "r": int(config["r"]), "alpha": float(config["lora_alpha"]), "targets": sorted(targets),
+            "r": int(config.get("r", 8)), "alpha": float(config.get("lora_alpha", 8)), "targets": sorted(targets),
             "rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora")), "last_layers": None,
         },
     )  # fmt: skip
@@ -111,8 +118,6 @@ def _locate(named: str, beside: Path) -> Path:
 
 
 def _unfit(config: Mapping[str, Any]) -> Iterator[str]:
-    if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
-        yield f"peft_type: {config.get('peft_type')!r}, expected LORA with r and lora_alpha."
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             yield f"{key}: layers of different ranks or scales; merge it into the base (smolmlx adapter merge) and start from that."

@@ -7,10 +7,40 @@ rejected answer, one pair at a time; returned are the loss and its slopes by c a
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
+
+from smolmlx.preferences import Pairs
 from smolmlx.recipe import Dpo
 
 Triple = tuple[float, float, float]
+KINDS: list[dict[str, Any]] = [
+    {}, {"beta": 0.5}, {"label_smoothing": 0.1}, {"length_normalized": True, "beta": 2.0}, {"sft_weight": 0.7},
+    {"loss": "ipo"}, {"loss": "ipo", "length_normalized": True, "sft_weight": 0.3}, {"loss": "hinge"}, {"loss": "hinge", "sft_weight": 1.0},
+    {"loss": "orpo"}, {"loss": "orpo", "beta": 1.5},
+]  # fmt: skip
+
+
+def some_pairs(count: int = 64) -> Pairs:
+    """Pairs whose log-probabilities are apart from the reference's by some nats, both ways."""
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(2, 90, (2, count)).astype(np.float64)
+    refs = -tokens * rng.uniform(0.3, 2.0, (2, count))
+    moved = np.minimum(refs + rng.normal(0, 12, (2, count)), -0.05 * tokens)
+    return Pairs(moved[0], moved[1], refs[0], refs[1], tokens[0], tokens[1])
+
+
+def columns(pairs: Pairs) -> tuple[Any, ...]:
+    """Return the arrays of pairs in the order that `one_pair` takes them."""
+    return (
+        pairs.chosen,
+        pairs.rejected,
+        pairs.ref_chosen,
+        pairs.ref_rejected,
+        pairs.chosen_tokens,
+        pairs.rejected_tokens,
+    )
 
 
 def sigmoid(x: float) -> float:

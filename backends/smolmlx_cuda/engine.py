@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from smolmlx import memory
 from smolmlx.backend import Capabilities, Generator, Loading, Trainer
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, nearest
@@ -71,7 +72,7 @@ class CudaBackend:
             methods=("lora", "full"),
             quantize=("none", "4bit", "8bit") if eight_bit else ("none",),
             optimizers=("adamw", "muon", *(("adamw_fused",) if gpu else ()), *(("adamw_8bit",) if eight_bit else ())),
-            memory_bytes=torch.cuda.get_device_properties(0).total_memory if gpu else None,
+            memory_bytes=torch.cuda.get_device_properties(0).total_memory if gpu else memory.host_bytes(),
             missing={
                 "4bit": why_not, "8bit": why_not, "adamw_8bit": why_not,
                 "adamw_fused": "torch's fused AdamW is for CUDA; use adamw.",

@@ -5,7 +5,6 @@ B batch, T tokens, S supervised positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from smolmlx.data.batches import Batch
-from smolmlx.errors import BackendError, RecipeError
+from smolmlx.errors import BackendError, DataError, RecipeError
 from smolmlx.models import check_adapter_folder, read_header
 from smolmlx.plan import PEFT_PREFIX, Plan
 from smolmlx.session import Arrays
@@ -106,15 +106,17 @@ def load_adapter(model: Any, folder: Path, name: str = "default") -> Any:
 
     Raises:
         RecipeError: not an adapter, or made for another base.
+        DataError: broken files.
     """
     check_adapter_folder(folder)
-    json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), name)
             found = model
         else:
             found = PeftModel.from_pretrained(model, str(folder), name)
+    except SafetensorError as error:
+        raise DataError(f"{folder / 'adapter_model.safetensors'}: cannot be read ({error}). Fetch it again.") from error
     except (RuntimeError, ValueError) as error:
         if ran_out(error):
             raise

@@ -101,6 +101,17 @@ def _with_vjp(forward: Callable[..., mx.array], backward: Callable[..., Any]) ->
     return made
 
 
+class JoinedCache:
+    """A layer's cache whose keys and values are joined from parts, which `attention` joins anew for the gradients."""
+
+    parts: tuple[mx.array, ...]
+    """Parts of the keys, then as many of the values."""
+
+    @staticmethod
+    def join(*parts: mx.array) -> mx.array:
+        raise NotImplementedError
+
+
 def attention(
     queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
 ) -> mx.array:
@@ -108,7 +119,7 @@ def attention(
 
     Args:
         queries: [B, H, T, D]; keys, values: [B, K, U, D]; mask: None, "causal", or a boolean or additive [..., T, U].
-        cache: may say `is_causal`, and `parts` and `join` of the keys and values, to be joined anew for the gradients.
+        cache: may say `is_causal`.
     """
     batch, heads, length, width = queries.shape
     groups, total = keys.shape[1:3]
@@ -119,7 +130,7 @@ def attention(
     edges = [*range(0, max(1, length - _BLOCK // 2), _BLOCK), length] if is_causal else [0, length]
     # Block of queries from start to stop, and the keys that they may see.
     blocks = [(start, stop, total - length + stop if is_causal else total) for start, stop in itertools.pairwise(edges)]
-    parts, join = (cache.parts, cache.join) if hasattr(cache, "parts") else ((keys, values), _alone)
+    parts, join = (cache.parts, cache.join) if isinstance(cache, JoinedCache) else ((keys, values), _alone)
     grouped = (queries * scale).reshape(batch, groups, heads // groups, length, width)
     mixed, _ = _attend(bias, blocks, join)(grouped, *parts)  # [B, T, K, H/K, D], as the next layer reads it
     return mixed.transpose(0, 2, 3, 1, 4).reshape(batch, heads, length, width)

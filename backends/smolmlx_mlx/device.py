@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from smolmlx import memory
 from smolmlx.errors import BackendError
 from smolmlx_mlx import blas
 
@@ -63,11 +64,7 @@ def memory_bytes() -> int | None:
     """Memory that training may use: the recommended working set on Metal, what the system has elsewhere."""
     if is_metal():
         return int(info()["max_recommended_working_set_size"])
-    if sys.platform == "linux":
-        import os
-
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
+    return memory.host_bytes()
 
 
 def can_compile() -> bool:

@@ -47,6 +47,7 @@ class MlxBackend:
             quantize=("none", "4bit", "8bit"),
             optimizers=("adamw", "muon"),
             memory_bytes=devices.memory_bytes(),
+            compiles=devices.can_compile(),
             notes=tuple(notes),
             missing={
                 "adamw_8bit": "MLX has no 8-bit Adam; adapters' moments are small, so use adamw.",

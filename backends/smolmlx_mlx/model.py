@@ -5,7 +5,6 @@ B batch, T tokens, S supervised positions, D width, V vocabulary, R rank.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -113,9 +112,9 @@ def load_adapter(model: nn.Module, folder: Path, base: BaseModel | None = None) 
 
     Raises:
         RecipeError: not a LoRA adapter, or made for another base.
+        DataError: broken files.
     """
-    check_adapter_folder(folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = check_adapter_folder(folder)
     arrays = load_arrays(folder / "adapter_model.safetensors")
     more = any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters"))
     if more or not all(split_name(name)[1] for name in arrays):
@@ -128,7 +127,7 @@ def load_adapter(model: nn.Module, folder: Path, base: BaseModel | None = None) 
         raise RecipeError(
             f"{folder}: made for another base model: it adapts {strangers[0]} (and {len(strangers) - 1} more), which this model lacks."
         )
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    rank, alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     add_lora(model, dict.fromkeys(paths), rank, scale, 0.0, bool(config.get("use_dora")))
     write_weights(model, arrays, folder)

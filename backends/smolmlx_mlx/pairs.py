@@ -21,6 +21,7 @@ import numpy.typing as npt  # noqa: E402
 from smolmlx.data.pair_batches import PairBatch  # noqa: E402
 from smolmlx.preferences import Ops, Pairs, pair_losses  # noqa: E402
 from smolmlx.recipe import Dpo  # noqa: E402
+from smolmlx_mlx.cpu_math import JoinedCache  # noqa: E402
 from smolmlx_mlx.lanes import even_slices  # noqa: E402
 from smolmlx_mlx.losses import Losses  # noqa: E402
 from smolmlx_mlx.step import Inputs  # noqa: E402
@@ -54,7 +55,7 @@ class Prefix:
         return keys, values
 
 
-class Behind:
+class Behind(JoinedCache):
     """Stands where mlx-lm expects a layer's cache while both answers of each prompt are read."""
 
     is_causal = True
@@ -75,7 +76,8 @@ class Behind:
         return self.join(*self.parts[:2]), self.join(*self.parts[2:])
 
     @staticmethod
-    def join(before: mx.array, own: mx.array) -> mx.array:
+    def join(*parts: mx.array) -> mx.array:
+        before, own = parts
         return mx.concatenate([mx.repeat(before, 2, axis=0), own], axis=2)
 
 

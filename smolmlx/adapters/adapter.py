@@ -180,8 +180,8 @@ def recorded_base(adapter: Adapter) -> BaseModel | None:
     found = find_local(adapter.base_name) if adapter.base_name else None
     note = None if found else noted_base(adapter.folder)
     if note:
-        found = find_local(note[0])
-        found = found if found and found.weights_fingerprint() == note[1] else None
+        found = find_local(note.name)
+        found = found if found and found.weights_fingerprint() == note.weights else None
     return found
 
 

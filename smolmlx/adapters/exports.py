@@ -21,7 +21,7 @@ from smolmlx.adapters import adapter as adapters
 from smolmlx.adapters import awq, card, gguf_model, gguf_vocab, hf_config, preflight, verification
 from smolmlx.adapters.adapter import ADAPTER_SIDE_FILES, CONFIG, PEFT_WEIGHTS
 from smolmlx.adapters.convert import convert, copy_side_files
-from smolmlx.adapters.merge import ERASED, Merged, merge, prepare
+from smolmlx.adapters.merge import ERASED, Merged, prepare, write_merged
 from smolmlx.adapters.origin import find_origin
 from smolmlx.adapters.tensors import read_json
 from smolmlx.adapters.verification import Agreement, Sample
@@ -253,9 +253,8 @@ def _quoted(path: Path) -> str:
 
 
 def _merge_into(source: Source, place: Path, how: Settings, done: Export) -> Merged:
-    merged = merge(source.base, source.terms, place, dtype=how.dtype, untie=how.untie)
-    said = hf_config.limits(source.base.config)  # by the export itself, once it has asked
-    done.notes += [note for note in merged.notes if note not in said]
+    merged = write_merged(source.base, source.terms, place, dtype=how.dtype, untie=how.untie)
+    done.notes += merged.notes
     done.notes += _rounded(merged, merged.dtype, "--dtype float32")
     return merged
 

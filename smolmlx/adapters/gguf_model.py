@@ -21,10 +21,11 @@ import numpy as np
 from smolmlx.adapters.gguf_vocab import adds_special, read_vocabulary
 from smolmlx.adapters.hf_config import sliding_window
 from smolmlx.adapters.merge import Prepared
-from smolmlx.adapters.tensors import Floats, is_number, to_floats
+from smolmlx.adapters.tensors import Floats, to_floats
 from smolmlx.base_config import is_size
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, DataError, RecipeError, RunError, nearest
+from smolmlx.peft_config import is_number
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -26,6 +26,7 @@ from smolmlx.adapters.tensors import WIDTHS, Made, Words, from_floats, to_floats
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.models import BaseModel, check_base
+from smolmlx.peft_config import is_number
 from smolmlx.rundir import publish
 from smolmlx.weight_files import INDEX
 
@@ -84,6 +85,15 @@ def merge(
         DataError: broken files.
         RunError: values beyond the range of the dtype; RecipeError where a coefficient brings them there.
     """
+    done = write_merged(base, adapters, out, dtype=dtype, untie=untie)
+    done.notes += limits(base.config)
+    return done
+
+
+def write_merged(
+    base: BaseModel, adapters: Sequence[tuple[Path, float]], out: Path, *, dtype: str, untie: bool
+) -> Merged:
+    """Merge as `merge` does, without its notes on what mlx-lm computes otherwise: an export asks mlx-lm itself."""
     refuse_used(out)
     made = prepare(base, adapters, dtype=dtype, untie=untie)
     ends = _end_ids(made.tokenizer)
@@ -93,9 +103,7 @@ def merge(
         copy_side_files(made.tokenizer, temporary)
         copy_side_files(base.folder, temporary, [GENERATION])  # no more: a template of the base's would win
         _write_generation(temporary, base.folder, ends)
-    done = made.report(out)
-    done.notes += limits(base.config)
-    return done
+    return made.report(out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +132,7 @@ def prepare(
 ) -> Prepared:
     """Plan a merge; see `merge`."""
     for folder, weight in adapters:
-        if not tensors.is_number(weight):
+        if not is_number(weight):
             raise RecipeError(f"--weight {weight} of {folder}: expected a number that float32 holds.")
         check_base(base, folder)
     weights = Weights(base)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from smolmlx.adapters.adapter import Adapter, Module, first_and_count
-from smolmlx.adapters.tensors import FLOATS, TensorFile, is_number
+from smolmlx.adapters.tensors import FLOATS, TensorFile
 from smolmlx.errors import DataError, RecipeError
+from smolmlx.peft_config import is_number
 
 _LEAVES = {"lora_a": "a", "lora_b": "b", "m": "m"}
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)$")

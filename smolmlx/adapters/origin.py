@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolmlx.models import BASE_FILE, EMBEDDED, BaseModel
+from smolmlx.models import EMBEDDED, BaseModel, noted_base
 from smolmlx.plan import FROM_CONFIG
 from smolmlx.rundir import RunDir
 
@@ -42,8 +42,8 @@ def find_origin(base: BaseModel, adapter: Path | None) -> Origin:
     if base.revision:
         return Origin(base.name, True, adapter is not None)
     if adapter is not None:
-        trained = _read(adapter / BASE_FILE)
-        return Origin(str(trained.get("name") or base.name), bool(trained.get("revision")), True)
+        trained = noted_base(adapter)
+        return Origin(trained.name, trained.revision is not None, True) if trained else Origin(base.name, False, True)
     run = RunDir(base.folder.absolute().parent)
     found = _read(run.path / "plan.json").get("model") if run.model == base.folder.absolute() else None
     if not isinstance(found, dict) or "id" not in found:

@@ -17,8 +17,9 @@ import numpy as np
 from smolmlx.adapters.adapter import Adapter, Module, first_and_count
 from smolmlx.adapters.mlx_format import EMBEDDING
 from smolmlx.adapters.names import HEAD, HEAD_WEIGHT
-from smolmlx.adapters.tensors import FLOATS, TensorFile, is_number
+from smolmlx.adapters.tensors import FLOATS, TensorFile
 from smolmlx.errors import DataError, RecipeError
+from smolmlx.peft_config import config_problems, other_kind
 
 PREFIX = "base_model.model."
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
@@ -44,13 +45,14 @@ _REFUSED = {
     "alora_invocation_tokens": "aLoRA switches on after a token, which a merged or converted adapter cannot do",
     "use_qalora": "QALoRA pools its inputs before A",
 }
-_MAX_RANK = 1 << 31
 _OWN_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 
 
 def describe(folder: Path, config: Mapping[str, Any], file: TensorFile) -> tuple[Adapter, list[str]]:
     """Return what can be told of an adapter, and why it is of a kind that is refused; see `adapter.describe`."""
-    if problems := _other_type(config) or _bad_values(config):
+    if problems := config_problems(config):
+        raise DataError(f"{folder / 'adapter_config.json'}", problems)
+    if problems := other_kind(config):
         raise RecipeError(f"{folder}: not an adapter that can be read", problems)
     refusals = _refusals(config)
     grouped, full, copies, problems = _group(file, config)
@@ -105,62 +107,6 @@ def _refusals(config: Mapping[str, Any]) -> list[str]:
         f"{key}: {config[key]!r}: a setting unknown here." for key in config if key not in known and config[key]
     ]
     return problems
-
-
-def _other_type(config: Mapping[str, Any]) -> list[str]:
-    kind = config.get("peft_type")
-    if kind == "LORA":
-        return []
-    return [f"peft_type: {kind!r} is not LORA; only LoRA, rsLoRA and DoRA are known here."]
-
-
-def _bad_values(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if not _is_rank(config.get("r", 8)):
-        problems.append(f"r: expected a positive integer, found {_shown(config['r'])}.")
-    for key in ("lora_alpha", "lora_dropout"):
-        if not is_number(config.get(key, 0)):
-            problems.append(f"{key}: expected a number, found {_shown(config[key])}.")
-    for key, is_good, what in (("rank_pattern", _is_rank, "positive integer"), ("alpha_pattern", is_number, "number")):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(is_good(value) for value in patterns.values()):
-            problems.append(f"{key}: expected a table of pattern: {what}, found {_shown(patterns)}.")
-            continue
-        problems += [
-            f"{key}: {pattern!r} is not a regular expression." for pattern in patterns if not _compiles(pattern)
-        ]
-    for key in ("target_modules", "exclude_modules"):
-        found = config.get(key)
-        if isinstance(found, str) and not _compiles(found):
-            problems.append(f"{key}: {found!r} is not a regular expression.")
-        elif not isinstance(found, (str, list, type(None))) or (
-            isinstance(found, list) and not all(isinstance(item, str) for item in found)
-        ):
-            problems.append(f"{key}: expected names or one regular expression, found {found!r}.")
-    for key, kind in (("target_parameters", str), ("modules_to_save", str), ("layers_to_transform", int)):
-        found = config.get(key) or []
-        found = [found] if key == "layers_to_transform" and type(found) is int else found
-        if not isinstance(found, list) or any(type(item) is not kind for item in found):
-            what = "names" if kind is str else "layer numbers"
-            problems.append(f"{key}: expected a list of {what}, found {found!r}.")
-    return problems
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value < _MAX_RANK
-
-
-def _shown(value: Any) -> str:
-    """Return the start of a value, which may be a number of thousands of digits."""
-    return repr(value)[:200]
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except re.error:
-        return False
-    return True
 
 
 Grouped = dict[str, dict[str, str]]

@@ -33,7 +33,6 @@ FLOATS = ("F32", "F16", "BF16")
 _MAX_CONFIG_BYTES = 8 << 20
 _MAX_DIMENSIONS = 8
 _PIECE = 8 << 20  # bytes
-_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +193,6 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
     if odd:
         raise _broken(path, f"{odd[0]!r} is not a name: half a character")
     return tree
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a number that float32 holds."""
-    return type(value) in (int, float) and abs(value) <= _MAX_FLOAT32
 
 
 def _entry(path: Path, name: str, found: Any) -> Entry:

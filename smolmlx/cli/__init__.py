@@ -29,6 +29,7 @@ VERBS = {
     "data": "Look at, check, prepare and split rows, and make them from documents.",
     "adapter": "Inspect, convert, merge and analyze adapters.",
     "export": "Write a tuned model for transformers, mlx-lm, llama.cpp or vLLM.",
+    "bench": "Measure how fast this machine trains and answers.",
     "recipes": "List, show, copy and check recipes.",
     "doctor": "Check engines, devices and speed of this machine.",
 }

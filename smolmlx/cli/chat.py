@@ -20,7 +20,7 @@ HELP = """\
 /system TEXT     set the system message, and begin anew
 /adapter on|off  answer with the adapter, or with the base alone
 /save FILE       write the conversation as a training row (JSONL)
-/quit            leave (so does Ctrl-D; Ctrl-C ends an answer)"""
+/quit            leave (so does Ctrl-D; Ctrl-C ends an answer, and leaves when pressed twice at the prompt)"""
 
 
 @click.command("chat")
@@ -48,6 +48,8 @@ def command(
     from smolmlx.data.chat import Tokenizer
     from smolmlx.models import find_model
 
+    options.refuse_idle_sampling(decoding["temperature"], "seed", "top_p")
+    how = Decoding(**decoding)
     base = find_model(model)
     if adapter and not Path(adapter).is_dir():
         raise RecipeError(f"--adapter {adapter}: no such folder.")
@@ -59,7 +61,7 @@ def command(
         )
     console.note(f"{model}{f' with {adapter}' if adapter else ''}. /help lists the commands.")
     context = base.context
-    Chat(generator, tokenizer, Decoding(**decoding), adapter, system, context).run()
+    Chat(generator, tokenizer, how, adapter, system, context).run()
 
 
 class Chat:
@@ -87,12 +89,18 @@ class Chat:
         """Read lines until the end of input or /quit."""
         from smolmlx import console
 
+        warned = False
         while True:
             try:
                 line = click.prompt("", prompt_suffix="> ", default="", show_default=False, err=True).strip()
-            except click.Abort:
+            except click.Abort as stop:
                 console.note("")
-                return
+                if warned or not isinstance(stop.__context__, KeyboardInterrupt):
+                    return
+                warned = True
+                console.note("Ctrl-D or /quit leaves, and so does a second Ctrl-C; /save FILE keeps the conversation.")
+                continue
+            warned = False
             if line in ("/quit", "/exit"):
                 return
             try:
@@ -129,6 +137,8 @@ class Chat:
     def _save(self, path: str) -> str:
         if not path:
             return "/save FILE: name a file"
+        if all(message["role"] != "assistant" for message in self.messages):
+            return f"/save {path}: there is no answer yet, and a training row needs one. Ask something first."
         try:
             with Path(path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")

@@ -35,6 +35,7 @@ _SHORT_VIEW = 1500
 _ELSEWHERE = {
     "dedupe": "smolmlx.cli.data_overlap",
     "audit": "smolmlx.cli.data_overlap",
+    "mix": "smolmlx.cli.data_mix",
     "pairs": "smolmlx.cli.pairs",
 }
 """Verbs of this group that have a file of their own."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from smolmlx.cli import options
-from smolmlx.errors import DataError, RecipeError, RunError, nearest
-from smolmlx.tasks import MADE, ON_REQUEST
+from smolmlx.errors import RecipeError
+from smolmlx.tasks import MADE
 
 if TYPE_CHECKING:
     from smolmlx.data.splits import Method
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from smolmlx.synth.jobs import Outline, Workshop
     from smolmlx.synth.runtimes import Runtime
 
-_TASKS = (*MADE, *ON_REQUEST)
 CHUNK_EPILOG = """\b
 Examples:
   smolmlx data chunk papers/ chunks
@@ -36,6 +35,9 @@ Examples:
   smolmlx data augment chunks notes --model M --task notes --layout alpaca
   smolmlx data augment --print-tasks > tasks.yaml
 """
+
+_MANY_TOO_LONG = 0.1
+"""Share of jobs with a prompt too long for the model above which shorter chunks are advised."""
 
 
 @click.command("chunk", epilog=CHUNK_EPILOG)
@@ -102,7 +104,11 @@ def _method(shares: str, seed: int) -> Method:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Task registry in place of the built-in one.",
 )
-@click.option("--print-tasks", is_flag=True, help="Print the built-in task registry, to be copied and changed.")
+@click.option(
+    "--print-tasks",
+    is_flag=True,
+    help="Print the task registry, to be copied and changed.",
+)
 @click.option(
     "--layout", default="messages", show_default=True, type=click.Choice(["messages", "prompt-completion", "alpaca"])
 )
@@ -160,10 +166,12 @@ def augment(source: Path | None, out_dir: Path | None, print_tasks: bool, as_jso
     jobs that failed (time-outs, errors of a server) are asked again.
     """
     from smolmlx import console
-    from smolmlx.tasks.registry import BUILT_IN
+    from smolmlx.tasks.registry import BUILT_IN, read_registry
 
     if print_tasks:
-        console.result(BUILT_IN.read_text(encoding="utf-8").rstrip("\n"))
+        path = given["tasks_file"] or BUILT_IN
+        read_registry(path)  # refuses one that is not whole
+        console.result(path.read_text(encoding="utf-8-sig").rstrip("\n"))
         return
     if source is None or out_dir is None:
         raise click.UsageError(
@@ -234,23 +242,22 @@ class _Augmenting:
         from smolmlx.synth.augment import outline
         from smolmlx.synth.jobs import Order, Workshop
         from smolmlx.synth.store import ChunkStore
-        from smolmlx.tasks.registry import read_registry
+        from smolmlx.tasks.registry import order_tasks, read_registry
 
         self._check()
         registry = read_registry(self.tasks_file)
+        tasks = order_tasks(self.tasks, registry)
         with console.status("reading chunks"):
             store = ChunkStore(self.source)
         with store:
             if self.dry_run:
                 self._check_engine()
-                order = Order(self._tasks(registry.tasks), self.seed, self.layout, self.model or "", "")
+                order = Order(tasks, self.seed, self.layout, self.model or "", "")
                 workshop = Workshop(store, registry, order)
                 self._show_plan(workshop, outline(workshop))
                 return
             runtime = self._runtime()
-            order = Order(
-                self._tasks(registry.tasks), self.seed, self.layout, runtime.model, runtime.name, self.quantize
-            )
+            order = Order(tasks, self.seed, self.layout, runtime.model, runtime.name, self.quantize)
             self._show(self._make(Workshop(store, registry, order), runtime))
 
     def _check(self) -> None:
@@ -258,13 +265,6 @@ class _Augmenting:
             raise RecipeError("data augment: pass --model M for an engine here, or --server URL, or --dry-run.")
         if self.adapter and not Path(self.adapter).is_dir():
             raise RecipeError(f"--adapter {self.adapter}: no such folder.")
-        unknown = [
-            f"--task {task}: unknown.{nearest(task, _TASKS)} Known: {', '.join(_TASKS)}"
-            for task in self.tasks
-            if task not in _TASKS
-        ]
-        if unknown:
-            raise RecipeError("data augment", unknown)
 
     def _check_engine(self) -> None:
         """Refuse what a run would refuse of a model and engine here, short of loading them or asking the hub."""
@@ -278,28 +278,15 @@ class _Augmenting:
         if self.backend != "auto":
             backend.choose(self.backend, self.device)
 
-    def _tasks(self, known: Any) -> tuple[str, ...]:
-        """Tasks asked for, in the registry's own order so that the order of options changes nothing."""
-        return tuple(task for task in _TASKS if task in (self.tasks or {*known} & {*MADE}))
-
     def _runtime(self) -> Runtime:
         if self.server:
             return self._server_runtime(self.server)
         from smolmlx import console
-        from smolmlx.backend import Loading
-        from smolmlx.data.chat import Tokenizer
-        from smolmlx.models import find_model
-        from smolmlx.synth.runtimes import LocalRuntime
+        from smolmlx.synth.runtimes import open_local
 
-        base = find_model(str(self.model))
-        tokenizer = Tokenizer(options.tokenizer_folder(base.folder, [self.adapter] if self.adapter else []))
         choice = options.choose(self.backend, self.device)
         with console.status("loading the model"):
-            adapter = Path(self.adapter) if self.adapter else None
-            generator = choice.backend.generator(base, adapter, tokenizer, Loading(self.device, quantize=self.quantize))
-        name = f"{self.model} + {self.adapter}" if self.adapter else str(self.model)
-        context = base.context
-        return LocalRuntime(generator, tokenizer, name, context=context, batch_size=self.batch_size)
+            return open_local(str(self.model), self.adapter, choice, quantize=self.quantize, batch_size=self.batch_size)
 
     def _server_runtime(self, url: str) -> Runtime:
         from smolmlx import console
@@ -369,25 +356,39 @@ class _Augmenting:
 
     def _show(self, result: Result) -> None:
         from smolmlx import console
+        from smolmlx.synth.augment import refuse_gaps
+        from smolmlx.synth.runtimes import TOO_LONG
 
-        made, totals = result.manifest, result.totals
+        made = result.manifest
         if self.as_json:
             console.print_json({"folder": str(self.out_dir), **made})
         else:
             counts = [(name, f"{entry['rows']:,}", entry["sha256"][:12]) for name, entry in made["files"].items()]
             console.table(counts, ("split", "rows", "sha256"), title=str(self.out_dir))
-            for what in ("rejected", "failed"):
-                for reason, count in made[what].items():
-                    console.note(f"{what}, {reason}: {count:,}", style="yellow")
-            console.result(f"{totals.accepted:,} of {totals.jobs:,} jobs accepted, {totals.rows:,} rows")
-        if totals.failed:
-            raise RunError(
-                f"{self.out_dir}: {totals.failed.total():,} jobs failed and are not in the rows. The same command asks them again."
-            )
-        if not totals.rows:
-            raise DataError(f"{self.out_dir}: no row was accepted. Look at journal.jsonl, and try a larger model.")
+            show_reasons(made)
+            if result.totals.rejected[TOO_LONG] > result.totals.jobs * _MANY_TOO_LONG:
+                console.note(
+                    "The chunks are long for this model. Cut shorter ones, e.g.: "
+                    "smolmlx data chunk DOCUMENTS chunks --words 120 --overlap 20"
+                )
+            console.result(say_jobs(made))
+        refuse_gaps(result)
         if not self.as_json:
             console.result(f"Next: smolmlx data inspect {self.out_dir / next(iter(made['files']))}.jsonl")
+
+
+def say_jobs(made: Mapping[str, Any]) -> str:
+    """Return how many jobs of a manifest were accepted."""
+    return f"{made['jobs']['accepted']:,} of {made['jobs']['planned']:,} jobs accepted, {made['rows']:,} rows"
+
+
+def show_reasons(made: Mapping[str, Any], most: int | None = None) -> None:
+    """Note why jobs of a manifest left no row, the most frequent reasons first."""
+    from smolmlx import console
+
+    for what in ("rejected", "failed"):
+        for reason, count in list(made[what].items())[:most]:
+            console.note(f"{what}, {reason}: {count:,}", style="yellow")
 
 
 def _figures(totals: Totals, seconds: float) -> str:

@@ -201,6 +201,7 @@ def show(evaluation: Evaluation) -> None:
     """Print the figures that decide, per row set and system, with 95 % intervals."""
     from smolmlx import console
     from smolmlx.evals import headlines, research
+    from smolmlx.evals.suites import sum_up
 
     if evaluation.missing_controls:
         console.note(evaluation.missing_controls, style="yellow")
@@ -210,7 +211,8 @@ def show(evaluation: Evaluation) -> None:
         for metric in headlines.NOTES:
             # On two lines, so that five systems fit into 80 columns.
             cells = [
-                f"{i.mean:.3f}\n{i.low:.3f}-{i.high:.3f}" for i in (report.summary[s][metric.key] for s in systems)
+                f"{i.mean:.3f}" + (f"\n{i.low:.3f}-{i.high:.3f}" if i.num_units > 1 else "")
+                for i in (report.summary[s][metric.key] for s in systems)
             ]
             rows.append((metric.label, *cells))
         console.result()
@@ -219,14 +221,13 @@ def show(evaluation: Evaluation) -> None:
             ("mean, 95 % interval", *systems),
             title=f"{name}: {report.num_rows} rows of {evaluation.files[name].path}",
         )
-        for difference in report.differences:
-            if difference.metric in headlines.SUMMED_UP:
-                console.result(f"  {difference.sentence}")
+        for sentence in sum_up([d for d in report.differences if d.metric in headlines.SUMMED_UP]):
+            console.result(f"  {sentence}")
     for name, found in evaluation.research.items():
         head, *body = research.table(found)
         console.table(body, head, title=f"{name}: {len(found.rows)} rows, mean [95 % interval]")
-        for difference in found.differences:
-            console.result(f"  {difference.sentence}")
+        for sentence in sum_up(found.differences):
+            console.result(f"  {sentence}")
         console.result()
     if evaluation.loss:
         lines = [

@@ -111,6 +111,7 @@ def command(
     from smolmlx.backend import Decoding, Loading
     from smolmlx.data.chat import Tokenizer
     from smolmlx.generation.constraint import read_constraint
+    from smolmlx.generation.prompts import check_lengths
     from smolmlx.models import find_model
 
     if (prompt is None) == (source is None):
@@ -119,10 +120,16 @@ def command(
         raise RecipeError(
             "--stream: prints the one answer to --prompt; it has no use with --input, --output or --json."
         )
-    if before_after and (adapter is None or stream):
-        raise RecipeError("--before-after: compares answers with and without --adapter A; it has no use with --stream.")
+    if before_after and adapter is None:
+        raise RecipeError("--before-after: compares answers with and without an adapter. Pass --adapter A.")
+    if before_after and stream:
+        raise RecipeError("--before-after: shows two answers side by side; it has no use with --stream.")
     options.refuse_idle_sampling(decoding["temperature"], "seed", "top_p", "top_k", "min_p")
     how = Decoding(**decoding, schema=read_constraint(schema, regex, choices))
+    if raw and system:
+        raise RecipeError(
+            "--system: has no effect with --raw, which writes no chat. Put the text into the prompt itself."
+        )
     variables = _variables(template_args, raw)
     base = find_model(model)
     if adapter and not Path(adapter).is_dir():
@@ -131,7 +138,7 @@ def command(
     prompts = _read(prompt, source, system)
     tokens = [_encode(tokenizer, messages, raw, variables) for messages in prompts]
     context = base.context
-    _check_lengths(tokens, context, source)
+    check_lengths(tokens, context, source or "--prompt", DataError if source else RecipeError)
     choice = options.choose(backend, device)
     with console.status("loading the model"):
         generator = choice.backend.generator(
@@ -161,17 +168,6 @@ def _answer(generator: Generator, tokens: list[list[int]], how: Decoding, contex
             on_done(len(found))
     console.note(_rate(found, time.perf_counter() - began, context))
     return sorted(found, key=lambda completion: completion.index)
-
-
-def _check_lengths(tokens: list[list[int]], context: int | None, source: str | None) -> None:
-    """Refuse prompts without a token, and those that leave no room for an answer."""
-    wanted = "at least 1" if context is None else f"1 to {context - 1}, as the model's context is {context}"
-    bad = [(n, len(ids)) for n, ids in enumerate(tokens, 1) if not ids or (context is not None and len(ids) >= context)]
-    if bad and source is None:
-        raise RecipeError(f"--prompt: {bad[0][1]} tokens; expected {wanted}.")
-    if bad:
-        problems = [f"row {number}: {length} tokens" for number, length in bad]
-        raise DataError(f"{source}: prompts must have {wanted}", problems)
 
 
 def _rate(found: list[Completion], seconds: float, context: int | None) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import click
 
@@ -100,7 +99,7 @@ def command(outputs: str, judges: tuple[str, ...], resume: bool, out: Path | Non
             with console.Counter(f"{judge.name} judges", len(asked)) as on_done:
                 judging.run(judge, asked, ledger, on_done)
         records = [record for key, record in ledger.records.items() if key in keys]
-        prices = [given["price"] if _is_address(name) else None for name in judges]
+        prices = [given["price"] if is_address(name) else None for name in judges]
         result = _result(records, [judge.name for judge in opened], items, prices)
         write_text(folder / "judge.json", json.dumps(result, indent=2) + "\n")
     if as_json:
@@ -140,15 +139,17 @@ def _check_flags(judges: Sequence[str], given: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: with all of them.
     """
+    from smolmlx.synth.server import has_host
+
     typed = options.typed(*given)
-    problems = [f"--judge {name}: expected an address such as http://127.0.0.1:8000/v1." for name in judges if _is_address(name) and not _has_host(name)]  # fmt: skip
+    problems = [f"--judge {name}: expected an address such as http://127.0.0.1:8000/v1." for name in judges if is_address(name) and not has_host(name)]  # fmt: skip
     if "other_system" in typed and given["pairwise"] is None:
         problems.append("--other-system: there are no other answers. Pass --pairwise OTHER.jsonl, or leave it out.")
-    if not any(map(_is_address, judges)):
+    if not any(map(is_address, judges)):
         problems += [f"{_AT_ADDRESSES[name]}: for a judge at an address, and {', '.join(judges)} is none. Leave it out." for name in typed if name in _AT_ADDRESSES]  # fmt: skip
     elif "key_from" in typed and not os.environ.get(given["key_from"]):
         problems.append(f"--key-from {given['key_from']}: no such environment variable, or empty. Set it, or leave --key-from out.")  # fmt: skip
-    if all(map(_is_address, judges)):
+    if all(map(is_address, judges)):
         problems += [f"{_OF_LOCAL_MODELS[name]}: for a judge that is loaded here, and {', '.join(judges)} is at an address. Leave it out." for name in typed if name in _OF_LOCAL_MODELS]  # fmt: skip
     if problems:
         raise RecipeError("judge", problems)
@@ -156,7 +157,7 @@ def _check_flags(judges: Sequence[str], given: Mapping[str, Any]) -> None:
 
 def _open_judges(judges: Sequence[str], given: Mapping[str, Any]) -> list[Judge]:
     models = _models(judges, given["models"])
-    opened = [_open_judge(name, model, given) for name, model in zip(judges, models, strict=True)]
+    opened = [open_judge(name, model, given) for name, model in zip(judges, models, strict=True)]
     names = [judge.name for judge in opened]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(
@@ -165,33 +166,26 @@ def _open_judges(judges: Sequence[str], given: Mapping[str, Any]) -> list[Judge]
     return opened
 
 
-def _is_address(name: str) -> bool:
+def is_address(name: str) -> bool:
     return name.startswith(("http://", "https://"))
-
-
-def _has_host(address: str) -> bool:
-    try:
-        parts = urlsplit(address)
-        return bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, half an IPv6 address
-        return False
 
 
 def _models(judges: Sequence[str], models: tuple[str, ...]) -> list[str | None]:
     """Return the model to ask each judge for; None for a local one, and where it is left to the server."""
-    addresses = sum(map(_is_address, judges))
+    addresses = sum(map(is_address, judges))
     if len(models) not in (0, 1, addresses):
         raise RecipeError(f"--model: {len(models)} models for {addresses} address{'es' * (addresses != 1)}. Pass it once, or once for each, in their order.")  # fmt: skip
     left = iter(models * addresses if len(models) == 1 else models)
-    return [next(left, None) if _is_address(name) else None for name in judges]
+    return [next(left, None) if is_address(name) else None for name in judges]
 
 
-def _open_judge(name: str, model: str | None, given: Mapping[str, Any]) -> Judge:
+def open_judge(name: str, model: str | None, given: Mapping[str, Any], **more: Any) -> Judge:
+    """Open a judge; `more` goes to one at an address."""
     from smolmlx.evals.judging import EndpointJudge, LocalJudge
 
-    if _is_address(name):
+    if is_address(name):
         key = os.environ.get(given["key_from"]) or "none"  # a server of one's own often wants no key
-        return EndpointJudge(name, model, key=key, concurrency=given["concurrency"], retries=given["retries"], seconds=given["timeout"])  # fmt: skip
+        return EndpointJudge(name, model, key=key, concurrency=given["concurrency"], retries=given["retries"], seconds=given["timeout"], **more)  # fmt: skip
     from smolmlx.backend import Loading
     from smolmlx.data.chat import Tokenizer
     from smolmlx.models import find_model

@@ -89,8 +89,10 @@ def load_recipe(name: str, sets: Sequence[str], max_steps: int | None = None) ->
     if shelf.is_sweep_file(path):
         raise RecipeError(f"{name}: a sweep, not a recipe. Run: smolmlx sweep {name}")
     if pipelines.is_pipeline(recipe.read(path)):
+        stages = pipelines.open_pipeline(path, name, shelf.find).training
+        named = ", ".join(dict.fromkeys(shelf.name_of(Path(stage.source)) for stage in stages))
         raise RecipeError(
-            f"{name}: a pipeline of several recipes; name one of them. Run them all: smolmlx train {name}"
+            f"{name}: a pipeline of several recipes; name one of them ({named}). Run them all: smolmlx train {name}"
         )
     return recipe.load(path, sets, flags)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ Examples:
   smolmlx data pairs train.jsonl validation.jsonl pairs --counts 100,20 --issue fourth-bullet --issue boilerplate
   smolmlx data pairs data/notes pairs --counts 258,42,20 --allow-test --seed 7
   smolmlx data pairs data/notes pairs --model tiny --adapter runs/notes-sft-.../adapter --samples 8
+  smolmlx data pairs data/notes pairs --model tiny --counts 100,20 --judge http://127.0.0.1:8000/v1
 """
 
 
@@ -35,6 +37,8 @@ Examples:
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of the answers drawn.  [default: 0.8]")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer drawn.  [default: 200]")
 @click.option("--about", type=click.Choice(["any", "form"]), help="form: only pairs whose rejected answer breaks the strict rule.  [default: any]")  # fmt: skip
+@click.option("--judge", metavar="URL|MODEL", help="Rank the answers that keep the strict rule by this judge's marks.")
+@click.option("--judge-model", metavar="NAME", help="Model at the judge's address.  [default: the only one it serves]")
 @options.quantize
 @options.engine
 @options.as_json
@@ -59,6 +63,7 @@ def pairs(
     answer is the row's own; the rejected one has one flaw and nearly the same number of words, so that length teaches
     nothing, and each pair is checked by rules of their own. With --model several answers are drawn for each row: the best
     that keeps the strict rule is chosen, one that breaks it (or is clearly further from the row's own answer) is rejected.
+    With --judge, what keeps the rule is ranked by a judge, as `smolmlx judge` asks it; the key is in OPENAI_API_KEY.
     Rows are taken in turn over topics and difficulties. Writes one JSONL file per split, and manifest.json with counts,
     word gaps and hashes.
     """  # fmt: skip
@@ -101,24 +106,51 @@ def _draw(
     backend: str,
     device: str | None,
 ) -> dict[str, Any]:
-    """Load the model, and make pairs of its answers."""
+    """Make pairs of a model's answers."""
     from smolmlx import console
     from smolmlx.backend import Loading
+    from smolmlx.cli.judge import is_address, open_judge
     from smolmlx.data.chat import Tokenizer
+    from smolmlx.evals.judging import EndpointJudge, address
     from smolmlx.models import find_model
-    from smolmlx.synth.on_policy import Sampling, drawing, write_sampled
+    from smolmlx.synth.on_policy import Draw, Mark, Sampling, drawing, judging, write_sampled
+    from smolmlx.synth.server import has_host
 
     base = find_model(model)
     if adapter and not Path(adapter).is_dir():
         raise RecipeError(f"--adapter {adapter}: no such folder.")
-    sampling = Sampling(model, adapter or "", seed=seed, **given)
-    tokenizer = Tokenizer(options.tokenizer_folder(base.folder, [adapter] if adapter else []))
-    choice = options.choose(backend, device)
-    loading = Loading(device or choice.device, quantize=quantize)
-    with console.status("loading the model"):
-        generator = choice.backend.generator(base, Path(adapter) if adapter else None, tokenizer, loading)
-    draw = drawing(generator, tokenizer, sampling, console.Counter)
-    return write_sampled(names, out_dir, counts, sampling, draw)
+    judge, judge_model = given.pop("judge", None), given.pop("judge_model", None)
+    if judge_model and not (judge and is_address(judge)):
+        raise RecipeError("--judge-model: for a judge at an address. Pass --judge URL too, or leave it out.")
+    if judge and is_address(judge) and not has_host(judge):
+        raise RecipeError(f"--judge {judge}: expected an address such as http://127.0.0.1:8000/v1.")
+    named = " ".join(filter(None, (judge_model, address(judge) if judge and is_address(judge) else judge)))
+    sampling = Sampling(model, adapter or "", seed=seed, judge=named, **given)
+
+    @cache
+    def loaded() -> Draw:
+        """Load when the first answers are asked for: counts, rows and folder have been checked then, and now the judge."""
+        if judge:
+            opened()
+        tokenizer = Tokenizer(options.tokenizer_folder(base.folder, [adapter] if adapter else []))
+        choice = options.choose(backend, device)
+        loading = Loading(device or choice.device, quantize=quantize)
+        with console.status("loading the model"):
+            generator = choice.backend.generator(base, Path(adapter) if adapter else None, tokenizer, loading)
+        return drawing(generator, tokenizer, sampling, console.Counter)
+
+    @cache
+    def opened() -> Mark:
+        # As `smolmlx judge` has them.
+        how: dict[str, Any] = {"key_from": "OPENAI_API_KEY", "concurrency": 4, "retries": 5, "timeout": 60.0}
+        how |= {"backend": backend, "device": device}
+        made = open_judge(str(judge), judge_model, how, named=("--judge-model", "OPENAI_API_KEY"))
+        if isinstance(made, EndpointJudge):
+            made.probe()
+        return judging(made, out_dir / "ledger.jsonl", console.Counter)
+
+    mark = (lambda asked: opened()(asked)) if judge else None
+    return write_sampled(names, out_dir, counts, sampling, lambda *asked: loaded()(*asked), mark)
 
 
 def _counts(text: str) -> tuple[int, ...]:

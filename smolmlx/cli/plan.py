@@ -51,7 +51,8 @@ def command(
     _show_values(plan)
     _show_plan(plan)
     _show_row(plan, row)
-    _warn(plan)
+    for text in plan.notes:
+        console.note(text, style="yellow")
     console.result(
         f"\nNext: smolmlx train {recipe or 'quickstart'} --backend {plan.backend}"
         + (f" --device {device}" if device else "")
@@ -176,18 +177,3 @@ def _show_row(plan: Plan, index: int) -> None:
                 (text if len(text) < 1200 else f"{text[:600]} [...] {text[-600:]}", trained) for text, trained in shown
             ]
         console.tokens(shown)
-
-
-def _warn(plan: Plan) -> None:
-    from smolmlx import console, memory
-
-    for text in plan.notes:
-        console.note(text, style="yellow")
-    limit = plan.capabilities.memory_bytes
-    if limit and plan.memory_bytes > limit:
-        smaller = ", or model.quantize: 4bit" if memory.can_pack(plan) else ""
-        console.note(
-            f"needs about {console.format_bytes(plan.memory_bytes)} but the device has {console.format_bytes(limit)}: lower train.batch_size "
-            f"(raise train.accumulation), or set train.gradient_checkpointing: true{smaller}.",
-            style="red",
-        )

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from smolmlx.cli.group import Group
-from smolmlx.errors import BackendError, RecipeError
+from smolmlx.errors import RecipeError
 
 if TYPE_CHECKING:
-    from smolmlx.recipe import Loaded
+    pass
 
 
 @click.group("recipes", cls=Group)
@@ -59,28 +59,12 @@ def cp(name: str, target: str) -> None:
     )
 
 
-def _check_knobs(loaded: Loaded) -> None:
-    """Let each engine that is installed check its block, whichever would run the recipe."""
-    from smolmlx import backend
-    from smolmlx.plan import engine_knobs
-
-    problems: list[str] = []
-    for name in ("mlx", "cuda"):
-        knobs = engine_knobs(loaded.recipe, name)
-        if knobs:
-            try:
-                problems += backend.load(name).check(knobs)
-            except BackendError:  # not installed here
-                continue
-    if problems:
-        raise RecipeError(loaded.source, problems)
-
-
 @command.command("validate")
 @click.argument("names", nargs=-1, required=True)
 def validate(names: tuple[str, ...]) -> None:
     """Check recipes and sweeps (names or paths) without touching data or models."""
     from smolmlx import console, pipelines, recipe, shelf
+    from smolmlx.plan import check_knobs
     from smolmlx.sweeps.definition import open_sweep
 
     problems = []
@@ -92,7 +76,9 @@ def validate(names: tuple[str, ...]) -> None:
             elif pipelines.is_pipeline(recipe.read(path)):
                 pipelines.open_pipeline(path, name, shelf.find)
             else:
-                _check_knobs(recipe.load(path))
+                loaded = recipe.load(path)
+                if wrong := list(check_knobs(loaded.recipe)):
+                    raise RecipeError(loaded.source, wrong)
             console.result(f"{name}: ok")
         except RecipeError as error:
             problems.append(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from pathlib import Path
 
@@ -64,11 +65,11 @@ def command(
     loading = Loading(device or choice.device, quantize=quantize)
     with console.status("loading the model"):
         worker = Worker(lambda: choice.backend.generator(base, None, tokenizer, loading), batch_size, folders)
-    app = make_app(Service(worker, tokenizer, served, base.context))
-    listener.listen(2048)  # uvicorn's own backlog; from here on nobody who was told the address is refused
-    at = f"http://{host}:{listener.getsockname()[1]}"
-    console.note(f"Serving {', '.join(served)} at {at}/v1 (a page to try it: {at}/). Ctrl-C ends it.", style="bold")
+    app = make_app(Service(worker, tokenizer, served, base.context, ending=lambda: server.should_exit))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    listener.listen(2048)  # uvicorn's own backlog; from here on nobody who was told the address is refused
+    at = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    console.note(f"Serving {', '.join(served)} at {at}/v1 (a page to try it: {at}/). Ctrl-C ends it.", style="bold")
     try:
         server.run(sockets=[listener])
     finally:
@@ -82,8 +83,12 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError) as error:  # TypeError: what no name of a host can hold
         listener.close()
+        if not isinstance(error, OSError) or isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise RecipeError(
+                f"--host {host}: not an address of this machine ({error}). Pass 127.0.0.1, or 0.0.0.0 for all of them."
+            ) from error
         raise BackendError(
             f"--port {port}: cannot listen at {host} ({error.strerror}). Choose another --port."
         ) from error

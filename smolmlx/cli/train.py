@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from smolmlx.cli import options
-from smolmlx.errors import RecipeError, RunError
+from smolmlx.errors import RunError, SmolError
 
 if TYPE_CHECKING:
     from smolmlx.backend import Choice
     from smolmlx.evals.run import Evaluation
     from smolmlx.pipelines import Pipeline
     from smolmlx.plan import Plan
+    from smolmlx.run_files import Report
     from smolmlx.rundir import RunDir
-    from smolmlx.stages import Report
 
 EPILOG = """\b
 Examples:
@@ -73,9 +73,9 @@ def command(
             raise click.UsageError(f"--out has no effect with --resume {resume}: a run goes on in its own folder.")
         run = _find_run(recipe, Path(out), resume)
         if (run.path / pipelines.FILE).is_file():
-            if sets or max_steps:
-                raise RecipeError("--resume: a pipeline goes on as it was begun. Leave --set and --max-steps out.")
             pipeline = pipelines.reopen(run.path)
+            if sets or max_steps:
+                pipeline = pipelines.change(pipeline, run.path, dict(map(recipes.parse_override, sets)), max_steps)
             _run_pipeline(pipeline, run.path, _engine_of(_first_run(pipeline, run.path), backend, device), as_json)
             return
         choice = _engine_of(run, backend, device)
@@ -110,6 +110,20 @@ def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
         raise click.exceptions.Exit(130) from stop
 
 
+@contextlib.contextmanager
+def _keeping_what_is_done(pipeline: Pipeline, folder: Path) -> Iterator[None]:
+    """Say on an error how to go on, once a stage is done."""
+    from smolmlx import console, pipelines
+
+    try:
+        yield
+    except SmolError:
+        if any(pipelines.is_done(stage, folder) for stage in pipeline.stages):
+            change = "--set STAGE.KEY=VALUE changes a stage that has not begun"
+            console.note(f"Go on with: smolmlx train --resume {folder}  ({change})", style="yellow")
+        raise
+
+
 def _run_stage(plan: Plan, choice: Choice, run: RunDir, show: bool) -> dict[str, Any]:
     """Train and evaluate what is left of a run; return what `--json` prints."""
     from smolmlx import stages
@@ -125,7 +139,7 @@ def _run_stage(plan: Plan, choice: Choice, run: RunDir, show: bool) -> dict[str,
         _show(plan, run, report, evaluation, _next(plan, run, choice))
     return {
         "run": str(run.path),
-        **{n: getattr(report, n) for n in report.__slots__},
+        **report.model_dump(),
         "evaluation": evaluation.to_json() if evaluation else None,
     }
 
@@ -133,27 +147,35 @@ def _run_stage(plan: Plan, choice: Choice, run: RunDir, show: bool) -> dict[str,
 def _run_pipeline(pipeline: Pipeline, folder: Path, choice: Choice, as_json: bool) -> None:
     """Run the stages that are left, one after the other."""
     from smolmlx import console, pipelines, stages
+    from smolmlx.cli.documents import say_jobs, show_reasons
 
     trees: dict[str, Any] = {}
-    with _saying_how_to_go_on(folder):
+    with _saying_how_to_go_on(folder), _keeping_what_is_done(pipeline, folder):
         for number, stage in enumerate(pipeline.stages, 1):
             title = f"stage {number}/{len(pipeline.stages)}, {stage.name}"
             if pipelines.is_done(stage, folder):
                 console.note(f"{title}: done before", style="bold")
-            elif stage.pairs is not None:
-                made = pipelines.make_pairs(pipeline, stage, folder, choice, console.Counter)
-                counts = ", ".join(f"{file['pairs']:,} for {split}" for split, file in made["files"].items())
+            elif stage.making is not None:
+                made = pipelines.make(pipeline, stage, folder, choice, console.Counter)
+                what = "pairs" if "pairs" in made else "rows"
+                counts = ", ".join(f"{file[what]:,} for {split}" for split, file in made["files"].items())
                 console.note(f"{title}: {counts} in {folder / stage.name}", style="bold")
+                if "jobs" in made:
+                    show_reasons(made, most=3)
+                    console.note(say_jobs(made), style="")
                 trees[stage.name] = made
             else:
                 console.note(title, style="bold")
                 plan = options.resolve(pipelines.load_stage(pipeline, stage, folder), choice)
                 run = stages.begin(plan, folder / stage.name)
                 trees[stage.name] = _run_stage(plan, choice, run, show=not as_json)
+            if stage.making is not None:
+                pipelines.refuse_empty(pipeline, stage, folder)
     if as_json:
         console.print_json({"folder": str(folder), "stages": trees})
     else:
-        console.result(f"Pipeline: {folder}  (one report of all stages: smolmlx report {folder})")
+        several = "one report of all its training stages" if len(pipeline.training) > 1 else "its report"
+        console.result(f"Pipeline: {folder}  ({several}: smolmlx report {folder})")
 
 
 def _first_run(pipeline: Pipeline, folder: Path) -> RunDir:
@@ -292,12 +314,13 @@ def _write_report(run: RunDir) -> None:
 
 
 def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None, following: str) -> None:
-    from smolmlx import console
+    from smolmlx import console, run_files
 
     rows = [
         (
-            "loss, first and last step",
-            f"{report.first_loss:.4f} -> {report.final_loss:.4f} {'per pair' if plan.pairs else 'nats per supervised token'}",
+            "training loss",
+            f"{report.first_loss:.4f} (first step) -> {report.final_loss:.4f} ({run_files.FINAL_LOSS}),"
+            f" {'per pair' if plan.pairs else 'nats per supervised token'}",
         ),
         (
             "time",

@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -220,6 +220,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return str(self.fast.decode(list(ids), skip_special_tokens=skip_special))
 
+    def idle_variables(self, names: Iterable[str]) -> list[str]:
+        """Return the names of variables that the chat template does not mention."""
+        mentioned = set(re.findall(r"\w+", self.template_text or ""))
+        return [name for name in names if name not in mentioned]
+
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False, **variables: Any) -> str:
         """Render messages with the chat template.
 
@@ -315,6 +320,11 @@ def find_spans(
     for turn in turns[-1:] if last_only else turns:
         before = tokenizer.render(messages[:turn], generation_prompt=True, **variables)
         through = tokenizer.render(messages[: turn + 1], **variables)
+        if before.startswith(through.rstrip()) and str(messages[turn].get("content") or "").strip():
+            raise DataError(
+                "the chat template does not render the assistant's answer, so there is nothing to train on. Set "
+                "model.chat_template to chatml, plain, or a template that renders it"
+            )
         if not text.startswith(through) or not through.startswith(before):
             if all(message.get("role") == "system" for message in messages[:turn]):
                 raise BeginsWithAssistant(turn == turns[-1])

@@ -296,7 +296,7 @@ def prepare(
         for raw, example in clean_rows(source, filters, tally):
             if on_rows is not None and tally.kept % 256 == 0:
                 on_rows(tally.rows)
-            file.write(json_line(_lay_out(raw, example, source, layout), example.where))
+            file.write(json_line(lay_out(raw, example, source, layout), example.where))
         if not tally.kept:
             listed = [f"{reason}: {count}, first {tally.first[reason]}" for reason, count in tally.reasons.items()]
             raise DataError(f"{source.files[0]}: no row is left of {tally.rows}", listed)
@@ -318,7 +318,8 @@ def choose_layout(source: Source, to: Layout) -> Layout:
     return own if to == "auto" else to
 
 
-def _lay_out(raw: Raw, example: Example, source: Source, layout: Layout) -> dict[str, Any]:
+def lay_out(raw: Raw, example: Example, source: Source, layout: Layout) -> dict[str, Any]:
+    """Return a row in a layout, with the columns that the layout does not use."""
     sides: dict[str, Turns]
     if example.text is not None:
         body: dict[str, Any] = {"text": example.text}

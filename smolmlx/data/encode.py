@@ -93,8 +93,12 @@ def _encode_one(example: Example, tokenizer: Tokenizer, how: Encoding, account: 
     if len(encoded.ids) <= how.max_length:
         yield encoded
     elif how.overlong == "split":
-        account.note(SPLIT_ROWS, example.where)
-        yield from split_row(encoded, how.max_length)
+        windows = list(split_row(encoded, how.max_length))
+        if not any(encoded.mask[: how.max_length]):
+            account.note(CUT_PROMPT if windows else NO_TARGET, example.where)
+        if len(windows) > 1:
+            account.note(SPLIT_ROWS, example.where)
+        yield from windows
     else:
         shorter = _cut_prompt(example, tokenizer, how, encoded) if how.overlong == "truncate_prompt" else None
         account.note(CUT_PROMPT if shorter else TOO_LONG, example.where)

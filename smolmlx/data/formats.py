@@ -9,14 +9,14 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
-import io
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from smolmlx.errors import DataError, nearest
 
@@ -74,6 +74,13 @@ _SHAREGPT_ROLES: Mapping[str, Role] = {
 }  # fmt: skip
 _BROKEN_JSON = (ValueError, RecursionError)  # the second: nested deeper than Python reads
 _BROKEN_GZIP = (gzip.BadGzipFile, zlib.error, EOFError)
+SPLIT_WORDS: Mapping[str, frozenset[str]] = {
+    "train": frozenset({"train", "training"}),
+    "validation": frozenset({"validation", "valid", "val", "dev"}),
+    "test": frozenset({"test", "testing", "eval", "evaluation"}),
+}
+"""Split -> words for it in the paths of a folder's files; those that the hub's `datasets` knows."""
+_BETWEEN_WORDS = re.compile(r"[^a-z]+")
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".txt", ".md")
 
 
@@ -85,6 +92,8 @@ class Source:
     form: Format
     columns: Mapping[str, str]
     system: str | None = None
+    skipped: tuple[Path, ...] = ()
+    """Data files of the folders named that are not of the split asked for, by their names."""
 
     def idle_columns(self) -> list[str]:
         """Return what is wrong with each part of `columns` that would do nothing: no such field, or in no row."""
@@ -157,28 +166,31 @@ def open_source(
         DataError: missing file, unknown suffix or schema (with the columns seen), or an unknown format name.
     """
     columns = dict(columns or {})
-    files = find_files(paths, split, folders)
+    files, skipped = find_files(paths, split, folders)
     if form != "auto":
         if form not in BY_NAME:
             raise DataError(
                 f"data.format: unknown format '{form}'.{nearest(form, BY_NAME)} Known: {', '.join(BY_NAME)}."
             )
-        return Source(files, BY_NAME[form], columns, system)
+        return Source(files, BY_NAME[form], columns, system, skipped)
     problems: list[str] = []
     first = next(read_rows(files, problems), None)
     if first is None:
         if problems:
             raise DataError(str(files[0]), problems)
         raise DataError(f"{files[0]}: no rows. Check the path.")
-    return Source(files, detect(first[1], columns, str(files[0])), columns, system)
+    return Source(files, detect(first[1], columns, str(files[0])), columns, system, skipped)
 
 
-def find_files(paths: str | Sequence[str], split: str, folders: Sequence[Path] = ()) -> tuple[Path, ...]:
-    """Return the files behind names of files, folders and hub ids; see `open_source`."""
+def find_files(
+    paths: str | Sequence[str], split: str, folders: Sequence[Path] = ()
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Return the files behind names of files, folders and hub ids, and those of the folders left out; see `open_source`."""
     names = [paths] if isinstance(paths, str) else list(paths)
     if not names:
         raise DataError("data.train: an empty list. Name a file, a folder or a hub id.")
-    return tuple(file for name in names for file in _expand(name, split, folders))
+    found = [_expand(name, split, folders) for name in names]
+    return tuple(path for chosen, _ in found for path in chosen), tuple(path for _, left in found for path in left)
 
 
 def detect(raw: Raw, columns: Mapping[str, str], where: str) -> Format:
@@ -198,7 +210,7 @@ def detect(raw: Raw, columns: Mapping[str, str], where: str) -> Format:
     )
 
 
-def _expand(name: str, split: str, folders: Sequence[Path]) -> Iterator[Path]:
+def _expand(name: str, split: str, folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     path = locate(name, folders)
     if path is None:
         looks_like_id = name.count("/") == 1 and not name.endswith(_SUFFIXES) and not name.startswith((".", "/", "~"))
@@ -208,11 +220,10 @@ def _expand(name: str, split: str, folders: Sequence[Path]) -> Iterator[Path]:
             )
         path = _download(name)
     if path.is_dir():
-        yield from _files_of(path, split)
-    elif path.name.lower().endswith(_SUFFIXES):
-        yield path
-    else:
+        return _files_of(path, split)
+    if not path.name.lower().endswith(_SUFFIXES):
         raise DataError(f"{path}: unknown kind of file. Known: {', '.join(_SUFFIXES)}, or a folder of those.")
+    return [path], []
 
 
 def locate(name: str, folders: Sequence[Path]) -> Path | None:
@@ -224,23 +235,20 @@ def locate(name: str, folders: Sequence[Path]) -> Path | None:
     return None
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
-    """Files of a dataset folder that belong to a split, by the naming the hub uses (train-00000-of-1, train/, train.jsonl)."""
+def _files_of(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
+    """Return the data files of a folder that belong to a split, and the others, by words in their paths as the hub has it."""
     found = [
         path
         for path in sorted(folder.rglob("*"))
         if path.name.lower().endswith(_SUFFIXES[:6]) and not _is_metadata(path)
     ]
-    named = [path for path in found if split in path.relative_to(folder).as_posix().lower()]
-    others = [
-        path
-        for path in found
-        if not any(s in path.relative_to(folder).as_posix().lower() for s in ("valid", "test", "dev", "eval"))
-    ]
-    chosen = named or (others if split == "train" else [])
+    words = {path: set(_BETWEEN_WORDS.split(path.relative_to(folder).as_posix().lower())) for path in found}
+    chosen = [path for path in found if words[path] & SPLIT_WORDS[split]]
+    if not chosen and split == "train":
+        chosen = [path for path in found if not any(words[path] & known for known in SPLIT_WORDS.values())]
     if not chosen:
         raise DataError(f"{folder}: no data files for split '{split}' here (looked for {', '.join(_SUFFIXES[:6])}).")
-    return chosen
+    return chosen, [path for path in found if path not in chosen]
 
 
 def _is_metadata(path: Path) -> bool:
@@ -296,38 +304,53 @@ def read_rows(files: Iterable[Path], problems: list[str]) -> Iterator[tuple[str,
         elif name.endswith(".parquet"):
             yield from _read_parquet(path, problems)
         else:
-            yield f"{path}:1", {"text": path.read_text(encoding="utf-8-sig", errors="replace")}
+            yield from _read_document(path, problems)
 
 
-def _open_text(path: Path) -> io.TextIOBase:
-    if path.name.lower().endswith(".gz"):
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+def _read_document(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        problems.append(f"{path}: cannot be read as UTF-8 text: {error}")
+        return
+    yield f"{path}:1", {"text": text}
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _read_jsonl(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
     try:
-        with _open_text(path) as lines:
+        with _open(path) as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
+                except UnicodeDecodeError as error:
+                    problems.append(f"{path}:{number}: cannot be read as UTF-8 text: {error}")
+                    continue
                 except _BROKEN_JSON as error:
-                    problems.append(f"{path}:{number}: not valid JSON: {error}")
+                    problems.append(f"{path}:{number}: not valid JSON: {_what_is_wrong(error)}")
                     continue
                 if isinstance(row, dict):
                     yield f"{path}:{number}", row
                 else:
                     problems.append(f"{path}:{number}: expected an object, got {type(row).__name__}")
-    except (UnicodeDecodeError, *_BROKEN_GZIP) as error:
-        problems.append(f"{path}: cannot be read as UTF-8 text: {error}")
+    except _BROKEN_GZIP as error:
+        problems.append(f"{path}: cannot be unpacked: {error}")
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """Say what one line of JSON lacks, without the line number that the library gives: it counts within that line."""
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _read_json(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
     try:
-        with _open_text(path) as file:
-            tree = json.load(file)
+        with _open(path) as file:
+            tree = json.loads(file.read().decode("utf-8-sig"))
     except (*_BROKEN_JSON, *_BROKEN_GZIP) as error:
         problems.append(f"{path}: not valid JSON: {error}. (One object per line? Then name it .jsonl.)")
         return
@@ -349,7 +372,11 @@ def _read_csv(path: Path, problems: list[str]) -> Iterator[tuple[str, Raw]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for row in (reader := csv.DictReader(file)):
-                yield f"{path}:{reader.line_num}", {key: value for key, value in row.items() if key is not None}
+                where = f"{path}:{reader.line_num}"
+                if None in row:  # where DictReader puts what is behind the last column
+                    problems.append(f"{where}: more fields than the header. Put quotes around text that has commas")
+                else:
+                    yield where, row
     except (UnicodeDecodeError, csv.Error) as error:
         problems.append(f"{path}: cannot be read as CSV in UTF-8: {error}")
 
@@ -380,7 +407,7 @@ def to_example(raw: Raw, form: Format, where: str, columns: Mapping[str, str], s
     missing = [name for name in form.columns if row.get(name) is None]
     if missing:
         raise DataError(
-            f"{where}: missing field {', '.join(repr(m) for m in missing)} of format '{form.name}' (has: {', '.join(map(str, raw))})"
+            f"{where}: missing field {', '.join(repr(m) for m in missing)} of format '{form.name}' (has: {', '.join(str(key) for key, value in raw.items() if value is not None)})"
         )
     if form.kind == "text":
         return Example(where, text=_text(row, "text", where))

@@ -26,16 +26,20 @@ def encode_pairs(
     problems: list[str] = []
     for example in examples:
         account.rows += 1
-        fault = find_fault(example)
+        sides, fault = None, find_fault(example)
+        if fault is None:
+            try:
+                sides = _fit(example, tokenizer, how, account)
+            except DataError as error:
+                raise DataError(f"{example.where}: {error}.") from error
+            if sides is not None and sides[0].ids == sides[1].ids:  # e.g. by spaces that the template trims
+                fault = (
+                    "chosen and rejected are the same answer once the chat template has written them. Delete the row"
+                )
         if fault is not None:
             problems.append(f"{example.where}: {fault}")
-        if problems:  # the run will be refused; the rest is read for its problems alone
-            continue
-        try:
-            sides = _fit(example, tokenizer, how, account)
-        except DataError as error:
-            raise DataError(f"{example.where}: {error}.") from error
-        yield from sides or ()
+        if not problems:  # else the run will be refused; the rest is read for its problems alone
+            yield from sides or ()
     if problems:
         raise DataError("pairs that cannot be compared (`smolmlx data prepare` drops such rows)", problems)
 

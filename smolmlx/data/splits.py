@@ -348,7 +348,7 @@ def _manifest(
         "rows": len(labels),
         "left_out": int((labels == LEFT_OUT).sum()),
         "rows_repeated_across_splits": _count_repeated(np.asarray(index.hashes, np.uint64), labels),
-        "source": {"hash": source.content_hash(), "files": {str(path): _file_hash(path) for path in source.files}},
+        "source": {"hash": source.content_hash(), "files": {str(path): file_hash(path) for path in source.files}},
         "files": files,
     }
     if method.stratify and len(index.values) <= _MAX_LISTED:
@@ -371,7 +371,8 @@ def _count_repeated(hashes: npt.NDArray[np.uint64], labels: IntArray) -> int:
     return int((low != high)[which].sum())
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

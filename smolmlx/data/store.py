@@ -24,7 +24,10 @@ from smolmlx.data.formats import Source
 from smolmlx.data.pairs import encode_pairs
 from smolmlx.errors import DataError, RunError
 
-_VERSION = 3  # raise when the layout or the meaning of a mask changes: old caches are then not read
+_VERSION, _PAIRS_VERSION = (
+    "3",
+    "3.1",
+)  # raise when layout, meaning of a mask or what is refused changes: old caches are then not read
 
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
@@ -98,7 +101,8 @@ def encode_source(
     """
     options = json.dumps({**asdict(how), "template_args": dict(how.template_args)}, sort_keys=True)
     names = ", ".join(path.name for path in source.files)  # the account names them
-    parts = (str(_VERSION), names, source.content_hash(), tokenizer.fingerprint(), options, keep_name, str(limit))
+    version = _PAIRS_VERSION if how.loss_on == "pair" else _VERSION
+    parts = (version, names, source.content_hash(), tokenizer.fingerprint(), options, keep_name, str(limit))
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     folder = cache_folder() / "tokens" / key
     if not (folder / "meta.json").is_file():

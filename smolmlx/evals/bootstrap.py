@@ -36,9 +36,19 @@ class Interval:
     """Groups that were resampled whole; 0 where each row stands for itself."""
 
     @property
+    def num_units(self) -> int:
+        """Groups, or rows where each stands for itself: what was resampled."""
+        return self.num_groups or self.num_rows
+
+    @property
     def shows_difference(self) -> bool:
         """The interval leaves out 0, and there are rows (or groups) enough for that to mean something."""
-        return (self.num_groups or self.num_rows) >= MIN_ROWS and (self.low > 0 or self.high < 0)
+        return self.num_units >= MIN_ROWS and (self.low > 0 or self.high < 0)
+
+    def __str__(self) -> str:
+        """The mean and its interval, e.g. 0.153 [0.101, 0.210]; the mean alone where there was nothing to resample."""
+        spread = f" [{self.low:.3f}, {self.high:.3f}]" if self.num_units > 1 else ""
+        return f"{self.mean:.3f}{spread}"
 
 
 def bootstrap_mean(
@@ -129,10 +139,10 @@ def difference_sentence(difference: Interval, metric: str, first: str, second: s
     """Say what an interval of first - second shows, without a claim where it contains 0 or has under MIN_ROWS rows."""
     spread = f"{difference.level * 100:g} % interval {difference.low:+.3g} to {difference.high:+.3g}"
     evidence = f"{spread}, n={difference.num_rows}" + (
-        f" in {difference.num_groups} groups" if difference.num_groups else ""
+        f" in {count_groups(difference.num_groups)}" if difference.num_groups else ""
     )
     if not difference.shows_difference:
-        few = (difference.num_groups or difference.num_rows) < MIN_ROWS
+        few = difference.num_units < MIN_ROWS
         reason = (
             f"; fewer than {MIN_ROWS} {'groups' if difference.num_groups else 'rows'} cannot show one" if few else ""
         )
@@ -141,6 +151,10 @@ def difference_sentence(difference: Interval, metric: str, first: str, second: s
         )
     direction = "higher" if difference.mean > 0 else "lower"
     return f"{metric}: {first} is {direction} than {second} by {abs(difference.mean):.3g} ({evidence})."
+
+
+def count_groups(count: int) -> str:
+    return f"{count} group{'s' * (count != 1)}"
 
 
 def _resampled_means(

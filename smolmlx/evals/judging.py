@@ -18,14 +18,14 @@ from urllib.parse import urlsplit
 from smolmlx.backend import Decoding, Generator
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import BackendError, RunError
-from smolmlx.evals.judge import Messages, Question, Record, parse_reply
+from smolmlx.evals.judge import Marks, Messages, Question, Record, parse_reply
 from smolmlx.rundir import hold
 from smolmlx.synth.server import BAD_BODY, is_used_up, read_completion
 
 if TYPE_CHECKING:
     import httpx2
 
-_NONSENSE = "nonsense"
+NONSENSE = "nonsense"
 _FIRST_PAUSE = 0.5
 _UNREADABLE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 """What reading a body raises that is not of the form asked for, whatever it is instead."""
@@ -157,7 +157,7 @@ def _ask(judge: Judge, question: Question, ledger: Ledger) -> None:
         record = replace(
             record,
             reply=found,
-            error="" if found else _NONSENSE,
+            error="" if found else NONSENSE,
             raw="" if found else reply.text,
             prompt_tokens=record.prompt_tokens + reply.prompt_tokens,
             completion_tokens=record.completion_tokens + reply.completion_tokens,
@@ -174,7 +174,12 @@ class EndpointJudge:
 
     asks = 3
 
-    def __init__(self, url: str, model: str | None, *, key: str, concurrency: int = 4, retries: int = 5, seconds: float = 60) -> None:  # fmt: skip
+    def __init__(self, url: str, model: str | None, *, key: str, concurrency: int = 4, retries: int = 5, seconds: float = 60, named: tuple[str, str] = ("--model", "--key-from")) -> None:  # fmt: skip
+        """Name a judge by its address; raises BackendError where the model is left to a server that has not exactly one.
+
+        Args:
+            named: where the model and the key are given, for messages.
+        """
         try:
             import openai
         except ImportError as error:
@@ -184,11 +189,11 @@ class EndpointJudge:
         weakref.finalize(self, http.close)  # openai closes only clients that it made itself
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=seconds, http_client=http)
         self._structured = True
-        self._retries = retries
+        self._retries, self._named = retries, named
         self.concurrency = concurrency
         self.url = url
         self._model = model or self._only_model()
-        self.name = f"{self._model} at {_address(url)}"
+        self.name = f"{self._model} at {address(url)}"
 
     def _only_model(self) -> str:
         try:
@@ -197,10 +202,10 @@ class EndpointJudge:
         except self._openai.APIConnectionError as error:
             raise BackendError(f"--judge {self.url}: cannot be reached ({_why(error)}). Is the server running?") from error  # fmt: skip
         except (self._openai.OpenAIError, *_UNREADABLE) as error:
-            raise BackendError(f"--judge {self.url}: cannot be asked for its models ({error}). Is it the address that ends in /v1? Else pass --model.") from error  # fmt: skip
+            raise BackendError(f"--judge {self.url}: cannot be asked for its models ({error}). Is it the address that ends in /v1? Else pass {self._named[0]}.") from error  # fmt: skip
         if len(names) != 1:
             raise BackendError(
-                f"--judge {self.url}: serves {len(names)} models ({', '.join(names[:5])}). Choose with --model."
+                f"--judge {self.url}: serves {len(names)} models ({', '.join(names[:5])}). Choose with {self._named[0]}."
             )
         return names[0]
 
@@ -224,11 +229,22 @@ class EndpointJudge:
                 self._structured = False
                 return reply
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise BackendError(f"--judge {self.url}: refused ({error}). Check --model and --key-from.") from error
+            raise BackendError(f"--judge {self.url}: refused ({error}). Check {' and '.join(self._named)}.") from error
         except openai.OpenAIError as error:
             if isinstance(error, openai.APIStatusError) and is_used_up(error.response):
                 raise BackendError(f"--judge {self.url}: the quota is used up. Go on with --resume once there is more.") from error  # fmt: skip
             raise NoReply(f"{type(error).__name__}: {_why(error)}") from error
+
+    def probe(self) -> None:
+        """Ask one short question, before work is done for a judge that cannot be asked.
+
+        Raises:
+            BackendError: not reachable, or every question would be refused.
+        """
+        try:
+            self.ask(({"role": "user", "content": "Reply with a mark of 1 for each."},), Marks.model_json_schema())
+        except NoReply as error:
+            raise BackendError(f"--judge {self.url}: does not answer ({error}). Is the server running?") from error
 
     def _complete(self, messages: Messages, **extra: Any) -> Reply:
         """Return a reply, asking again for a body that is not a chat completion: the client's own retries take any 200."""
@@ -260,7 +276,7 @@ def _has_usage(tree: Mapping[str, Any]) -> bool:
     return None not in (usage.get("prompt_tokens"), usage.get("completion_tokens"))
 
 
-def _address(url: str) -> str:
+def address(url: str) -> str:
     """Return an address as judges are told apart by it: without what may hold a key."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"

@@ -25,10 +25,11 @@ from smolmlx.evals.headlines import label
 from smolmlx.evals.metrics import rouge_l, set_f1
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.evals.rows import Choice, read_chosen
-from smolmlx.evals.suites import COPY_CONTROL, RANDOM_CONTROL, Difference, csv_text
+from smolmlx.evals.suites import COPY_CONTROL, RANDOM_CONTROL, Difference, csv_text, sum_up
+from smolmlx.held_out import find_lack
 from smolmlx.tasks.registry import Registry
 from smolmlx.tasks.replies import Rejected, read, read_freely, render
-from smolmlx.tasks.schemas import ANSWERS, Text, Value, kept_schema, plain
+from smolmlx.tasks.schemas import ANSWERS, Text, Value, asked_style, kept_schema, plain
 
 METRICS = ("valid", "ended", "index_accuracy", "set_f1", "rouge_l")
 """valid: the answer keeps to its schema, over rows of lists and retrieval.
@@ -38,7 +39,6 @@ set_f1: F1 of the sets of points, pairs or triplets, compared in lower case with
 rouge_l: ROUGE-L F1 of the whole answer as text, over rows of lists and texts."""
 
 _LISTS = ("bullets", "qa", "triplets")
-_FIELDS = ("task", "style", "gold")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,8 @@ def read_rows(path: str, source: Source, choice: Choice) -> list[ResearchRow]:
 
     def make(name: str, where: str, raw: Raw) -> ResearchRow:
         messages = to_example(raw, source.form, where, source.columns, source.system).messages
+        if lack := find_lack("research", raw, messages):
+            raise DataError(f"{where}: {lack}")
         task, style, gold = _task(raw, where)
         asked = tuple(message for message in messages if message["role"] != "assistant")
         return ResearchRow(name, task, style, asked, gold, str(raw.get("document", "")))
@@ -97,9 +99,6 @@ def read_rows(path: str, source: Source, choice: Choice) -> list[ResearchRow]:
 
 def _task(tree: Mapping[str, Any], where: str) -> tuple[str, str, Value]:
     """Return task, style and gold of a row."""
-    missing = [name for name in _FIELDS if name not in tree]
-    if missing:
-        raise DataError(f"{where}: no {', '.join(missing)}")
     task, style = tree["task"], tree["style"]
     if not isinstance(task, str) or task not in ANSWERS or not isinstance(style, str):
         raise DataError(f"{where}: task {task!r} in style {style!r}; known: {', '.join(ANSWERS)}")
@@ -140,7 +139,7 @@ class Asking:
     def request(self, row: ResearchRow) -> tuple[list[int], Decoding]:
         """Return the prompt's tokens, and how the answer is decoded."""
         schema = _schema(row) if self.constrained else None
-        messages = _in_json(self.registry, row) if schema is not None else row.messages
+        messages = _in_style(self.registry, row, asked_style(row.task, row.style, self.constrained))
         most = min(self.how.max_tokens, self.registry.task(row.task).max_tokens)
         prompt = self.tokenizer.encode(self.tokenizer.prompt(messages, **self.template_args))
         return prompt, replace(self.how, max_tokens=most, schema=schema)
@@ -185,10 +184,11 @@ def _schema(row: ResearchRow) -> Constraint | None:
     return kept_schema(row.task, row.num_passages)
 
 
-def _in_json(registry: Registry, row: ResearchRow) -> tuple[Mapping[str, Any], ...]:
-    """Return the row's messages with the hint about its form replaced by the one that asks for JSON."""
-    hints = registry.task(row.task).hints
-    own, wanted = hints.get(row.style, ""), hints.get("json", "")
+def _in_style(registry: Registry, row: ResearchRow, style: str) -> tuple[Mapping[str, Any], ...]:
+    """Return the row's messages with the hint about its style replaced by that of another."""
+    if style == row.style:
+        return row.messages
+    own, wanted = registry.hint(row.task, row.style), registry.hint(row.task, style)
     *before, last = row.messages
     text = str(last["content"])
     if not own:  # the style needs no hint: the one for JSON goes where hints stand, behind the instruction
@@ -341,7 +341,7 @@ def table(report: ResearchReport) -> list[list[str]]:
     for name in METRICS:
         found = [report.summary[system].get(name) for system in systems]
         if found[0] is not None:
-            cells = [f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in found if one is not None]
+            cells = [str(one) for one in found if one is not None]
             lines.append([label(name), str(found[0].num_rows), *cells])
     return lines
 
@@ -350,7 +350,7 @@ def markdown(report: ResearchReport) -> str:
     """Return the table and the differences as sentences."""
     head, *body = ([cell.replace("|", "\\|") for cell in line] for line in table(report))
     lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
-    return "\n".join([*lines, "", *(f"- {difference.sentence}" for difference in report.differences)]) + "\n"
+    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in sum_up(report.differences))]) + "\n"
 
 
 def csv(report: ResearchReport) -> str:

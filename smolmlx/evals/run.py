@@ -47,10 +47,12 @@ from smolmlx.evals.suites import (
     results_csv,
     summarise_loss,
 )
+from smolmlx.held_out import find_lack
 from smolmlx.models import check_adapter_folder, check_base
 from smolmlx.rundir import write_text
 from smolmlx.tasks.registry import read_registry
 from smolmlx.tasks.replies import render
+from smolmlx.tasks.schemas import asked_style
 
 Messages = tuple[Mapping[str, Any], ...]
 Meter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -249,9 +251,10 @@ def read_rows(
     source = open_rows(path, settings)
 
     def make(name: str, where: str, raw: Raw) -> tuple[EvalRow, Messages]:
-        *asked, last = to_example(raw, source.form, where, source.columns, source.system).messages or ({},)
-        if not asked or last["role"] != "assistant" or last.get("content") is None:
-            raise DataError(f"{where}: no question, or no assistant answer to compare with")
+        messages = to_example(raw, source.form, where, source.columns, source.system).messages
+        if lack := find_lack("notes", raw, messages):
+            raise DataError(f"{where}: {lack}")
+        *asked, last = messages
         group = str(raw.get("concept") or raw.get("document") or "")
         scored = source.passage(raw) or str(asked[-1]["content"])
         return EvalRow(name, scored, last["content"], group), tuple(asked)
@@ -383,7 +386,9 @@ def write(evaluation: Evaluation, folder: Path) -> None:
                 "task": row.task,
                 "group": row.document,
                 "input": str(row.messages[-1]["content"]),
-                "reference": render(row.task, row.gold, "json" if evaluation.settings.constrained else row.style),
+                "reference": render(
+                    row.task, row.gold, asked_style(row.task, row.style, evaluation.settings.constrained)
+                ),
                 "answers": {s: made[i] for s, made in evaluation.outputs[name].items()},
             }
             for i, row in enumerate(found.rows)

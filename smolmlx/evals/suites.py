@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from smolmlx.evals.bootstrap import DRAWS, Interval, bootstrap_means, bootstrap_ratio, difference_sentence
+from smolmlx.evals.bootstrap import DRAWS, MIN_ROWS, Interval, bootstrap_means, bootstrap_ratio, difference_sentence
 from smolmlx.evals.controls import nearest_copy, random_reference
 from smolmlx.evals.headlines import label
 from smolmlx.evals.metrics import is_formulaic, perplexity, reference_overlap, token_weighted_mean
@@ -227,6 +227,18 @@ def compare_notes(
     return NotesReport(tuple(row.id for row in rows), scores, summary, differences)
 
 
+def sum_up(differences: Sequence[Difference]) -> list[str]:
+    """Return the sentences of differences, one for all those of too few rows or groups to show any."""
+    few = [found for found in differences if found.interval.num_units < MIN_ROWS]
+    if len(few) < 2:
+        return [found.sentence for found in differences]
+    most = max((found.interval for found in few), key=lambda interval: interval.num_units)
+    what = ", ".join(dict.fromkeys(label(found.metric) for found in few))
+    units = "groups" if most.num_groups else "rows"
+    one = f"{what}: no difference shown; fewer than {MIN_ROWS} {units} (here {most.num_units}) cannot show one."
+    return [*(found.sentence for found in differences if found not in few), one]
+
+
 def notes_dict(report: NotesReport) -> dict[str, object]:
     """Return the whole report as plain dicts, lists, numbers and strings, ready for json.dumps."""
     return {
@@ -292,9 +304,9 @@ def notes_markdown(report: NotesReport) -> str:
     """Return a table of metrics by systems with intervals, and the differences as sentences."""
     systems = list(report.summary)
     head = [f"metric (n={report.num_rows})", *(system.replace("|", "\\|") for system in systems)]
-    body = [[label(metric), *(_spread(report.summary[system][metric]) for system in systems)] for metric in METRICS]
+    body = [[label(metric), *(str(report.summary[system][metric]) for system in systems)] for metric in METRICS]
     table = [_table_line(head), _table_line(["---"] * len(head)), *map(_table_line, body)]
-    sentences = [f"- {difference.sentence}" for difference in report.differences]
+    sentences = [f"- {sentence}" for sentence in sum_up(report.differences)]
     return "\n".join([*table, *([""] if sentences else []), *sentences]) + "\n"
 
 
@@ -365,7 +377,3 @@ def csv_text(lines: Iterable[Sequence[object]]) -> str:
 
 def _table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _spread(interval: Interval) -> str:
-    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

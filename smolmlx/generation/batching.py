@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ GROWTH = 256
 """Columns by which an engine's store of keys grows."""
 PREFILL = 512
 """Most tokens of each prompt in one forward pass."""
+
+_Found = TypeVar("_Found")
 
 Feed = Sequence[Sequence[int]] | Any
 """Tokens for each place (none for one that is free), or what `step` returned: one token for each place."""
@@ -126,7 +128,7 @@ class Batcher:
                 row = owners[place]
                 if row is None or row is not self._rows[place]:
                     continue
-                self._fed[place] = row.take(token)
+                self._fed[place] = _alone(row, row.take, token) or []
                 if row.over:
                     self._free(place)
                     yield row
@@ -139,8 +141,8 @@ class Batcher:
             group: list[Row] = []
             while waiting and len(group) < min(len(free), _TOGETHER):
                 row = waiting.pop(0)
-                fed = row.start()
-                if row.over:  # the grammar left no choice at all
+                fed = _alone(row, row.start) or []
+                if row.over:  # the grammar left no choice at all, or it failed
                     yield row
                     continue
                 place = free[len(group)]
@@ -186,7 +188,7 @@ class Batcher:
 
     def _allowed(self) -> Words | None:
         width = self.steps.num_words
-        masks = [row.allowed(width) if row else None for row in self._rows]
+        masks = [_alone(row, row.allowed, width) if row else None for row in self._rows]
         if all(mask is None for mask in masks):
             return None
         found = np.zeros((len(masks), width), np.uint32)
@@ -202,6 +204,16 @@ class Batcher:
             return None
         width = self.steps.num_words
         return np.stack([pack(row.ids if row else (), 32 * width) for row in self._rows])
+
+
+def _alone(row: Row, act: Callable[..., _Found], *arguments: Any) -> _Found | None:
+    """Do what concerns one row; what goes wrong there ends that row, and not its neighbours."""
+    if row.error is None:
+        try:
+            return act(*arguments)
+        except Exception as error:  # raised again where the row's answer is asked for
+            row.error = error
+    return None
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> Sequence[int]:

@@ -32,11 +32,18 @@ def read_constraint(schema: str | None, regex: str | None, choices: Sequence[str
         return None
     found: Constraint
     if schema is not None:
-        found = _read_file(Path(schema)) if Path(schema).is_file() else _import(schema)
+        found = _read_file(Path(schema)) if _is_file(schema) else _import(schema)
     else:
         found = Regex(regex) if regex is not None else OneOf(tuple(choices))
     check(found)
     return found
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 def _read_file(path: Path) -> Constraint:
@@ -50,6 +57,10 @@ def _read_file(path: Path) -> Constraint:
 
 
 def _import(name: str) -> Constraint:
+    if name.lstrip().startswith("{"):
+        raise RecipeError(
+            "--schema: got JSON, expected a file or module:Class. Write the schema to a file and name that."
+        )
     module, _, kind = name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), kind)):
         raise RecipeError(f"--schema {name}: no such file, and not a Pydantic model's module:Class.")

@@ -35,14 +35,23 @@ _CHARACTERS = (
     *"0aA1ntf",
     *sorted(set(string.ascii_letters + string.digits) - set("0aA1ntf")),
     *sorted(set(string.punctuation) - set("[{")),
-    "Ġ",
-    *"[{",
+    *" [{",
 )
-"""Fillers first, what opens a structure last; Ġ is how byte-level vocabularies write a space."""
+"""Fillers first, what opens a structure last."""
 _LONGEST_WAY = 4096
 """Tokens within which an answer of every grammar must fit."""
 _SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _SCHEMAS = frozenset({"items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf"})
+_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
+_IDLE: Mapping[str, Sequence[Any]] = {
+    "uniqueItems": (False,),
+    "unevaluatedItems": (True, {}),
+    "unevaluatedProperties": (True, {}),
+    "propertyNames": (True, {}),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+}
+"""Keywords that are refused, except where their value says nothing."""
 _FEW = 40
 """Characters allowed, below which a place lies between values rather than inside a text."""
 _MOST_KNOWN = 256
@@ -57,7 +66,8 @@ class Walk:
 
     def allowed(self) -> Words:
         """Return the tokens that may come next, [(V + 31) // 32] words; those that end an answer are among them where it is whole."""
-        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        # llguidance returns a word more than there are tokens for where the vocabulary is a multiple of 32.
+        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(self.grammar.ends)]
 
     def take(self, token: int) -> None:
         """Go on by a token that `allowed` names."""
@@ -160,10 +170,9 @@ class Grammars:
         self.tokenizer, self.num_tokens = tokenizer, tokenizer.vocab_size
         self._tokenizer = _load(tokenizer, tuple(ends), self.num_tokens)
         self._ends = pack([end for end in ends if end < self.num_tokens], self.num_tokens)
-        self._closers, self._characters = (
-            [token for text in texts if (token := tokenizer.token_id(text)) is not None]
-            for texts in (_CLOSERS, _CHARACTERS)
-        )
+        # Asked of llguidance, which knows how a vocabulary writes a space, and which characters it only has as bytes.
+        written = ([self._tokenizer.greedy_tokenize(text) for text in texts] for texts in (_CLOSERS, _CHARACTERS))
+        self._closers, self._characters = ([ids[0] for ids in texts if len(ids) == 1] for texts in written)
         self._known: dict[str, Grammar] = {}
 
     def compile(self, constraint: Constraint, max_tokens: int) -> Grammar:
@@ -240,8 +249,12 @@ def _tighten(schema: Any) -> Any:
         raise RecipeError(f"schema: required: got {required!r}, expected a list of names in the object they belong to.")
     if isinstance(fewest, int) and fewest > max(1, len(required)):
         raise RecipeError(_fault({}, "it uses ['minProperties'] beyond what is required"))
-    found = dict(schema)
-    for key, value in schema.items():
+    kinds = schema.get("type", [])
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind not in _TYPES:
+            raise RecipeError(f"schema: type: {kind!r} is no type of JSON schema. Types: {', '.join(_TYPES)}.")
+    found = {key: value for key, value in schema.items() if value not in _IDLE.get(key, ())}
+    for key, value in list(found.items()):
         if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
             found[key] = {name: _tighten(inner) for name, inner in value.items()}
         elif key in _SCHEMAS:

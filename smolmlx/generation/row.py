@@ -34,6 +34,8 @@ class Row:
         self.draws = Draws(how.seed, index)
         self.finished = self._cancelled = False
         """The answer ended by itself."""
+        self.error: Exception | None = None
+        """What went wrong with this row alone."""
         self._tokenizer, self._on_text = tokenizer, on_text
         self._stops = frozenset(how.stop_ids or tokenizer.eos_ids)
         self._walk = grammar.start() if grammar else None
@@ -45,7 +47,7 @@ class Row:
 
     @property
     def over(self) -> bool:
-        return self.finished or self._cancelled or len(self.ids) >= self.how.max_tokens
+        return self.finished or self._cancelled or self.error is not None or len(self.ids) >= self.how.max_tokens
 
     def cancel(self) -> None:
         """End the answer at its next token: nobody waits for it any more."""
@@ -173,7 +175,9 @@ class Row:
         self._decoded = len(self.ids)
 
     def completion(self) -> Completion:
-        """Return the finished answer."""
+        """Return the finished answer, or raise what went wrong with it."""
+        if self.error is not None:
+            raise self.error
         ended_by_text = self.finished and self.how.stop
         text = self._text if ended_by_text else self._tokenizer.decode(self.ids)
         return Completion(

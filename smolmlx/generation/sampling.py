@@ -19,6 +19,8 @@ from smolmlx.generation.grammar import Words, unpack
 
 _LARGEST = np.float32(1 - 2**-24)
 """Below 1 in float32, so that a draw never lies behind the last token."""
+_GREEDY = 1e-5
+"""Temperature below which a row is greedy, see `Decoding`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,12 @@ def gather(
     def column(name: str) -> FloatArray:
         return np.array([getattr(how, name) for how in hows], np.float32)
 
+    heat = column("temperature")
     return Picks(
-        temperature=column("temperature"),
-        top_k=np.array([how.top_k for how in hows], np.int32),
-        top_p=column("top_p"),
+        temperature=np.where(heat < _GREEDY, np.float32(0), heat),
+        top_k=np.array([min(how.top_k, np.iinfo(np.int32).max) for how in hows], np.int32),
+        # A share that is 0 in float32 would leave out the likeliest token too.
+        top_p=np.maximum(column("top_p"), np.finfo(np.float32).tiny),
         min_p=column("min_p"),
         penalty=column("repetition_penalty"),
         uniform=np.array(uniform, np.float32),

@@ -11,6 +11,7 @@ from smolmlx.evals.headlines import SUMMED_UP, Metric, label
 from smolmlx.recipe import flatten_tree
 from smolmlx.reports.boards import Board, Comparison, Entrant
 from smolmlx.reports.folders import RunView, Tree
+from smolmlx.run_files import FINAL_LOSS
 
 FEW_ROWS = 30
 """Below this many rows the report says that intervals are wide."""
@@ -96,9 +97,11 @@ def tiles(view: RunView, boards: Sequence[Board]) -> list[Tile]:
         found += _score_tiles(boards[0])
     report = view.report
     if view.steps:
-        last = report.get("final_loss", view.steps[-1]["loss"])
-        first = number(view.steps[0]["loss"])
-        found.append(Tile("last step's loss", number(last), f"first step's {first}; {loss_unit(view)}"))
+        last = number(report.get("final_loss", view.steps[-1]["loss"]))
+        which = FINAL_LOSS if report else "last step's"
+        found.append(
+            Tile("training loss", last, f"{which}; first step's {number(view.steps[0]['loss'])}; {loss_unit(view)}")
+        )
     best = min(view.evals, key=lambda row: row["val_loss"], default=None)
     if best is not None:
         middle = {"perplexity": "val_perplexity", "margin": "val_margin"}
@@ -246,7 +249,7 @@ def run_table(views: Sequence[RunView], labels: Mapping[str, str]) -> tuple[list
     """Return the header and one line per run: what sets it apart, and how it trained."""
     keys = differing_keys(views)
     mixed = len({loss_unit(view) for view in views if view.is_run}) > 1
-    head = ["run", *keys, "steps", "last step's loss", "best validation loss", "tokens/s", "time"]
+    head = ["run", *keys, "steps", "training loss", "best validation loss", "tokens/s", "time"]
     lines = []
     for view in views:
         if view.is_run:

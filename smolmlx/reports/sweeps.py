@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolmlx import run_files
+from smolmlx.evals.headlines import BY_KEY, RESEARCH
+from smolmlx.reports.figures import PER_TOKEN
 from smolmlx.reports.folders import Tree
 from smolmlx.rundir import RunDir
 
@@ -27,21 +29,23 @@ class Figure:
     """Its name in comparisons and on boards."""
 
 
+def _score(board: str, key: str) -> Figure:
+    metric = BY_KEY[key]
+    label, meaning = metric.label, f"held-out rows; {metric.meaning}"
+    if board == "ood":
+        label, meaning = f"{label}, other subjects", "the same on out-of-distribution rows"
+    style = ".1%" if metric.yes_or_no else ".3f"
+    return Figure(f"{board}.{key}", label, meaning, metric.higher_is_better, style, board, key)
+
+
 FIGURES = (
-    Figure("test.compliance", "strict compliance", "answers to held-out rows that keep to the template, by the strict rule", True, ".1%", "test", "compliance"),
-    Figure("test.content_alignment", "content alignment", "0.60 F1 + 0.25 key-term recall + 0.15 supported terms, held-out rows", True, ".3f", "test", "content_alignment"),
-    Figure("ood.compliance", "strict compliance, other subjects", "the same on out-of-distribution rows", True, ".1%", "ood", "compliance"),
-    Figure("ood.content_alignment", "content alignment, other subjects", "the same on out-of-distribution rows", True, ".3f", "ood", "content_alignment"),
-    Figure("test.valid", "valid", "answers to held-out rows that keep to their schema", True, ".1%", "test", "valid"),
-    Figure("test.ended", "texts ended", "answers to held-out rows of texts that ended by themselves", True, ".1%", "test", "ended"),
-    Figure("test.index_accuracy", "index accuracy", "the passage that answers, held-out retrieval rows", True, ".1%", "test", "index_accuracy"),
-    Figure("test.set_f1", "set F1", "items in common with the reference, held-out rows of lists", True, ".3f", "test", "set_f1"),
-    Figure("test.rouge_l", "ROUGE-L", "F1 of the longest common subsequence, held-out rows", True, ".3f", "test", "rouge_l"),
-    Figure("eval.loss", "held-out loss", "nats per supervised token", False, ".4f"),
+    *(_score(board, key) for board in ("test", "ood") for key in ("compliance", "content_alignment")),
+    *(_score("test", metric.key) for metric in RESEARCH),
+    Figure("eval.loss", "held-out loss", PER_TOKEN, False, ".4f"),
     Figure("eval.perplexity", "perplexity", "exp of the held-out loss", False, ".2f"),
-    Figure("val_loss", "validation loss", "best during training, nats per supervised token", False, ".4f", "", "val_loss"),
-    Figure("train_loss", "last step's loss", "in training, nats per supervised token", None, ".4f"),
-)  # fmt: skip
+    Figure("val_loss", "validation loss", f"best during training, {PER_TOKEN}", False, ".4f", "", "val_loss"),
+    Figure("train_loss", "training loss", f"{run_files.FINAL_LOSS}, {PER_TOKEN}", None, ".4f"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,12 @@ _SHORTEST_PASSAGE = 16
 """Tokens below which a passage says nothing; a question that leaves less room is refused."""
 
 
+_GO_ON = frozenset({"continuation"})
+"""Tasks that go on from a text's end: of what is too long the end is kept."""
+
+
 class PassageCut(UserWarning):
-    """A passage was too long for the model, and its end was left out."""
+    """A passage was too long for the model, and its end was left out; of a text to go on with, its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +86,22 @@ class Budget:
     def _shorten(self, task: str, asked: Asked, style: str, fill: Fill, room: int) -> str:
         lengths = [self.count(passage) for passage in asked.passages]
         limit = self.context or 0
+        cut, side = (self.cut_start, "last") if task in _GO_ON else (self.cut, "first")
         while True:
             parts = share_out(lengths, room)
-            passages = tuple(self.cut(text, part) for text, part in zip(asked.passages, parts, strict=True))
+            passages = tuple(cut(text, part) for text, part in zip(asked.passages, parts, strict=True))
             text = self.registry.prompt(task, fill(Asked(asked.fixed, passages)), style).text
             excess = self._length(text) - (limit - self.answer_tokens(task))
             if excess <= 0:
                 break
             room -= excess  # tokens at the seams come out a little differently than counted apart
         kept = [self.count(passage) for passage in passages]
-        cut = [f"passage {i + 1}: {kept[i]} of {lengths[i]} tokens" for i in range(len(parts)) if kept[i] < lengths[i]]
-        warnings.warn(f"{task}: cut to fit the model's context of {limit}: {', '.join(cut)}", PassageCut, stacklevel=5)
+        said = ", ".join(
+            f"passage {i + 1}: the {side} {kept[i]} of {lengths[i]} tokens kept"
+            for i in range(len(parts))
+            if kept[i] < lengths[i]
+        )
+        warnings.warn(f"{task}: cut to fit the model's context of {limit}: {said}", PassageCut, stacklevel=5)
         return text
 
     def count(self, text: str) -> int:
@@ -113,6 +122,21 @@ class Budget:
             return text[: ends[-1]].rstrip()
         words = text[:stop].rsplit(maxsplit=1)
         return words[0] if len(words) > 1 else text[:stop]
+
+    def cut_start(self, text: str, num_tokens: int) -> str:
+        """Return the end of a text, of at most so many tokens: from the start of a sentence where one lies in its first half."""
+        offsets = self.tokenizer.fast.encode(text, add_special_tokens=False).offsets
+        if len(offsets) <= num_tokens:
+            return text
+        start = int(offsets[-num_tokens][0]) if num_tokens > 0 else len(text)
+        middle = (start + len(text)) // 2
+        begin = next((match.end() for match in _SENTENCE_END.finditer(text, start) if match.end() <= middle), None)
+        words = text[start:].split(maxsplit=1)
+        kept = text[begin:].lstrip() if begin is not None else words[1] if len(words) > 1 else text[start:]
+        # A word at the beginning of a text may take more tokens than behind a space.
+        while self.count(kept) > num_tokens and len(words := kept.split(maxsplit=1)) > 1:
+            kept = words[1]
+        return kept
 
     def _length(self, prompt: str) -> int:
         return len(self.tokenizer.encode(self.tokenizer.prompt([{"role": "user", "content": prompt}])))

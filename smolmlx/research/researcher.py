@@ -11,16 +11,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from smolmlx.backend import Decoding
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import DataError
+from smolmlx.errors import DataError, RecipeError
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.research.budget import Asked, Budget, Fill, fill_numbered, fill_pair, fill_single
 from smolmlx.tasks.registry import Registry, read_registry
 from smolmlx.tasks.replies import Rejected, read, read_freely
-from smolmlx.tasks.schemas import ANSWERS, Text, Value, kept_schema
+from smolmlx.tasks.schemas import ANSWERS, Text, Value, asked_style, kept_schema
 
 if TYPE_CHECKING:
     from smolmlx.api import Model, Run
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _MOST_PASSAGES = 20
 
 
+@runtime_checkable
 class Answering(Protocol):
     """What a researcher needs of a model; `smolmlx.load` returns one."""
 
@@ -68,6 +69,7 @@ class BatchResearcher:
 
     def answer(self, asked: Sequence[tuple[str, str]]) -> list[str]:
         """Answer each (question, passage) from its passage."""
+        _refuse_other_pairs("answer", asked, "(question, passage)")
         return self._texts("answer", [Asked({"question": question}, (passage,)) for question, passage in asked])
 
     def rephrase(self, passages: Sequence[str]) -> list[str]:
@@ -88,10 +90,12 @@ class BatchResearcher:
 
     def compare(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
         """Say what the two passages of each pair share and where they differ."""
-        return self._texts("comparison", [Asked({}, pair) for pair in pairs], fill_pair)
+        _refuse_other_pairs("compare", pairs, "(passage, passage)")
+        return self._texts("comparison", [Asked({}, (one, other)) for one, other in pairs], fill_pair)
 
     def find_relevant(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[RetrievalResult]:
         """Find which of its passages answers each question: its index from 0, or None, and why."""
+        _refuse_other_pairs("find_relevant", asked, "(question, passages)")
         for question, passages in asked:
             _refuse_one_text(passages)
             if not 1 <= len(passages) <= _MOST_PASSAGES:
@@ -118,8 +122,8 @@ class BatchResearcher:
     def _style(self, task: str) -> str:
         """Ask for JSON where it will be enforced, else for the form that small models keep best."""
         styles = self.registry.task(task).styles
-        wanted = ("json", "tail20", "text") if self.constrained else ("markdown", "tail20", "text")
-        return next((style for style in wanted if style in styles), next(iter(styles)))
+        own = next((style for style in ("markdown", "tail20", "text") if style in styles), next(iter(styles)))
+        return asked_style(task, own, self.constrained)
 
     def _groups(self, task: str, asked: Sequence[Asked]) -> list[tuple[Any, list[int]]]:
         """Return each schema with its rows; one without a schema where the answer is free text."""
@@ -166,16 +170,18 @@ class PaperResearcher:
             registry: task registry, or its YAML file, for a model trained on other prompts.
             constrained: keep answers to their schema while they are written. Without it they are read tolerantly.
             context: most tokens of prompt and answer; None takes the model's own.
-            sampling: how answers are drawn; greedy unless said otherwise. Their length is the registry's.
+            sampling: how answers are drawn; greedy unless said otherwise. Its max_tokens and schema are left out: answers
+                are as long as the registry lets them be, and keep to the task's own schema.
 
         Raises:
-            RecipeError: no such model, or a registry that is not whole.
+            RecipeError: no such model, a registry that is not whole, or arguments that cannot be honoured.
         """
+        _check_arguments(context, sampling)
         loaded, own_context = _open(model, backend, device)
         self.batch = BatchResearcher(
             loaded,
             registry if isinstance(registry, Registry) else read_registry(Path(registry) if registry else None),
-            context=context or own_context,
+            context=own_context if context is None else context,
             constrained=constrained,
             sampling=sampling,
         )
@@ -221,6 +227,22 @@ class PaperResearcher:
         return self.batch.find_relevant([(question, passages)])[0]
 
 
+def _check_arguments(context: Any, sampling: Decoding) -> None:
+    problems = []
+    if context is not None and (type(context) is not int or context < 1):
+        problems.append(f"context: got {context!r}, expected a number of tokens, or None for the model's own.")
+    if not isinstance(sampling, Decoding):
+        problems.append(f"sampling: got {sampling!r}, expected a Decoding, e.g. Decoding(temperature=0.7).")
+    elif sampling.max_tokens != Decoding().max_tokens:
+        problems.append(
+            "sampling.max_tokens: has no effect, as each task's is in the registry (`max_tokens`). Leave it out."
+        )
+    if isinstance(sampling, Decoding) and sampling.schema is not None:
+        problems.append("sampling.schema: has no effect, as each task has its own. Leave it out.")
+    if problems:
+        raise RecipeError("PaperResearcher", problems)
+
+
 def _open(model: Any, backend: str, device: str | None) -> tuple[Answering, int | None]:
     from smolmlx.api import Model, Run, load
 
@@ -230,7 +252,12 @@ def _open(model: Any, backend: str, device: str | None) -> tuple[Answering, int 
         warnings.warn("backend and device have no effect on a model that is loaded already", stacklevel=3)
     if isinstance(model, Model):
         return cast(Answering, model), model.base.context
-    return cast(Answering, model), None
+    if not isinstance(model, Answering):
+        raise RecipeError(
+            f"PaperResearcher: got {model!r}; expected a run, a model's folder or hub id, a (model, adapter) pair, or what"
+            " smolmlx.load returns."
+        )
+    return model, None
 
 
 def _each(passages: Sequence[str]) -> list[Asked]:
@@ -242,6 +269,17 @@ def _refuse_one_text(passages: Sequence[str]) -> None:
     """Refuse a text where a list belongs: its letters would be taken for passages."""
     if isinstance(passages, str):
         raise DataError("expected a list of passages, got one text: write [text], or ask about a single passage.")
+
+
+def _refuse_other_pairs(method: str, asked: Sequence[Any], wanted: str) -> None:
+    """Refuse rows that are no pairs; a text of two letters would be taken for one."""
+    problems = [
+        f"row {number}: got {type(row).__name__}{f' of {len(row)}' if isinstance(row, tuple | list) else ''}"
+        for number, row in enumerate(asked)
+        if not isinstance(row, tuple | list) or len(row) != 2
+    ]
+    if problems:
+        raise DataError(f"{method}: each row is a pair {wanted}", problems)
 
 
 def _refuse_blank(task: str, asked: Sequence[Asked]) -> None:

@@ -6,16 +6,18 @@ starlette routes and streams, uvicorn speaks HTTP; both come with the extra `ser
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -39,6 +41,8 @@ class Service:
     """Name -> adapter; the first is the default."""
     context: int | None = None
     """Most tokens of prompt and answer together."""
+    ending: Callable[[], bool] = lambda: False
+    """Whether the server shuts down: answers under way are then given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,18 @@ def make_app(service: Service) -> Starlette:
         return await _answer(service, request, TextAsk)
 
     async def models(request: Request) -> Response:
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "smolmlx"} for name in service.models]
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse({"object": "list", "data": [_card(name) for name in service.models]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        return JSONResponse(_card(name)) if name in service.models else _not_served(service, name)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        there = "there are /v1/chat/completions and /v1/completions (POST), /v1/models (GET)"
+        response = _error(error.status_code, f"{request.method} {request.url.path}: {error.detail.lower()}; {there}.")
+        response.headers.update(error.headers or {})
+        return response
 
     async def page(request: Request) -> Response:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
@@ -83,9 +97,11 @@ def make_app(service: Service) -> Starlette:
             Route("/", page),
             Route("/health", health),
             Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),  # a model's name may be a folder
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", text, methods=["POST"]),
-        ]
+        ],
+        exception_handlers={HTTPException: failed},
     )
 
 
@@ -95,14 +111,17 @@ async def _answer(service: Service, request: Request, kind: type[Ask]) -> Respon
     except ValidationError as error:
         return _error(400, explain(error))
     if ask.model not in (None, "default", *service.models):
-        return _error(404, f"model '{ask.model}' is not served here. Served: {', '.join(service.models)}.")
+        return _not_served(service, str(ask.model))
     try:
         call = _begin(service, ask)
     except SmolError as error:
         return _error(400, str(error))
     # The first event says whether the request can be honoured at all, while the status can still be chosen.
-    first = await call.events.get()
-    events = _until_done(call, first, request)
+    first = await _next(service, call, request)
+    if first is None:
+        call.cancel()
+        return Response(status_code=499)  # nobody reads it
+    events = _until_done(service, call, first, request)
     if ask.stream and not isinstance(first[1], Failure):
         usage = ask.stream_options is not None and ask.stream_options.include_usage
         return StreamingResponse(_stream(call, events, usage), media_type="text/event-stream")
@@ -133,7 +152,8 @@ def _begin(service: Service, ask: Ask) -> _Call:
     loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
 
     def tell(index: int, event: Event) -> None:
-        loop.call_soon_threadsafe(events.put_nowait, (index, event))
+        with contextlib.suppress(RuntimeError):  # the server is down, its loop closed: nobody waits any more
+            loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
     jobs: list[Job] = []
     for prompt in prompts:
@@ -150,30 +170,33 @@ def _begin(service: Service, ask: Ask) -> _Call:
 
 
 async def _until_done(
-    call: _Call, first: tuple[int, Event], request: Request
+    service: Service, call: _Call, first: tuple[int, Event], request: Request
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """Yield events until every job is done; a client that goes away ends its jobs."""
     left = len(call.jobs)
-    event = first
+    event: tuple[int, Event] | None = first
     try:
-        while True:
+        while event is not None:
             yield event
             left -= not isinstance(event[1], str)
-            if not left:
-                return
-            event = await _next(call, request)
+            event = await _next(service, call, request) if left else None
     finally:
         if left:
             call.cancel()
 
 
-async def _next(call: _Call, request: Request) -> tuple[int, Event]:
-    while True:
+async def _next(service: Service, call: _Call, request: Request) -> tuple[int, Event] | None:
+    """Return what comes next, a failure once the server shuts down, or None once the client has left."""
+    while not service.ending():
         try:
             return await asyncio.wait_for(call.events.get(), timeout=1.0)
         except TimeoutError:
             if await request.is_disconnected():
-                raise asyncio.CancelledError from None
+                return None
+        except asyncio.CancelledError:  # a second Ctrl-C does not wait for the answers
+            if not service.ending():
+                raise
+    return 0, Failure(503, "the server is shutting down.")
 
 
 async def _stream(call: _Call, events: AsyncIterator[tuple[int, Event]], usage: bool) -> AsyncIterator[str]:
@@ -221,6 +244,14 @@ def _usage(done: Sequence[Completion]) -> dict[str, int]:
 
 def _line(tree: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(tree, ensure_ascii=False)}\n\n"
+
+
+def _card(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "smolmlx"}
+
+
+def _not_served(service: Service, name: str) -> Response:
+    return _error(404, f"model '{name}' is not served here. Served: {', '.join(service.models)}.")
 
 
 def _error(status: int, message: str) -> Response:

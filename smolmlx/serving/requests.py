@@ -15,28 +15,37 @@ _DEFAULT_TOKENS = 512
 _BOOKKEEPING = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 # Fields of OpenAI's API that are honoured at the value that switches them off.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "logit_bias": ({}, None),
-    "logprobs": (False, None),
-    "top_logprobs": (0, None),
-    "tools": ([], None),
-    "tool_choice": ("none", None),
-    "parallel_tool_calls": (True, False, None),
-    "modalities": (["text"], None),
-    "best_of": (1, None),
-    "echo": (False, None),
-    "suffix": (None, ""),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
 }
 
 
-class _Part(BaseModel):
+class _Body(BaseModel):
+    """What a client sends; null stands for a field's default, as OpenAI's clients write what was not set."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set(cls, tree: Any) -> Any:
+        return {name: value for name, value in tree.items() if value is not None} if isinstance(tree, dict) else tree
+
+
+class _Part(_Body):
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(_Body):
     """One turn; its content may come in parts of text."""
 
     model_config = ConfigDict(extra="forbid")
@@ -49,7 +58,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class _Schema(BaseModel):
+class _Schema(_Body):
     model_config = ConfigDict(extra="forbid")
     name: str = ""
     description: str | None = None
@@ -57,18 +66,18 @@ class _Schema(BaseModel):
     tree: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-class _Format(BaseModel):
+class _Format(_Body):
     model_config = ConfigDict(extra="forbid")
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _Schema | None = None
 
 
-class _StreamOptions(BaseModel):
+class _StreamOptions(_Body):
     model_config = ConfigDict(extra="ignore")
     include_usage: bool = False
 
 
-class Ask(BaseModel):
+class Ask(_Body):
     """What chat and plain completions share."""
 
     model_config = ConfigDict(extra="allow")

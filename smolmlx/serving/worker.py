@@ -165,7 +165,11 @@ class Worker:
 
         for row in batcher.run(list(begin(first)), more):
             job = jobs.pop(id(row))
-            job.tell(job.index, row.completion())
+            if row.error is not None:
+                _report(row.error)
+                job.fail(row.error)
+            else:
+                job.tell(job.index, row.completion())
 
 
 def _report(error: BaseException) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from smolmlx import recipe as recipes
 from smolmlx import run_files
 from smolmlx.evals import headlines
+from smolmlx.run_files import Line, Spread
 from smolmlx.rundir import RunDir, write_text
 from smolmlx.sweeps.definition import SEED, Cell, Sweep
 from smolmlx.sweeps.findings import Best, Comparison, compare_with_first, find_best
@@ -29,34 +30,6 @@ SHOWN = (
     "eval.perplexity",
 )
 """Figures of the Markdown table and the terminal; csv and json hold all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One run."""
-
-    setting: str
-    seed: int
-    status: str
-    error: str
-    keys: Mapping[str, Any]
-    """Dotted recipe key -> value: those of ALWAYS and those that the sweep varies."""
-    figures: Mapping[str, float]
-    """`train_loss`, `val_loss`, `steps`, `seconds`, ...; `<set>.<metric>` and its `_low` and `_high` from the evaluation."""
-    run: str
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A figure over the seeds of one setting."""
-
-    mean: float
-    sd: float | None
-    """Sample standard deviation; None for one seed."""
-    low: float
-    high: float
-    """Lowest and highest seed."""
-    num_seeds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +113,9 @@ def _spreads(lines: Sequence[Line]) -> dict[str, Spread]:
     for name in names:
         values = [line.figures[name] for line in lines if name in line.figures]
         sd = statistics.stdev(values) if len(values) > 1 else None
-        found[name] = Spread(statistics.fmean(values), sd, min(values), max(values), len(values))
+        found[name] = Spread(
+            mean=statistics.fmean(values), sd=sd, low=min(values), high=max(values), num_seeds=len(values)
+        )
     return found
 
 
@@ -181,8 +156,10 @@ def to_json(table: Table) -> dict[str, Any]:
         "description": sweep.description,
         "recipe": sweep.recipe,
         "seeds": list(sweep.seeds),
-        "runs": [asdict(line) for line in table.lines],
-        "settings": {name: {key: asdict(s) for key, s in found.items()} for name, found in table.settings.items()},
+        "runs": [line.model_dump() for line in table.lines],
+        "settings": {
+            name: {key: spread.model_dump() for key, spread in found.items()} for name, found in table.settings.items()
+        },
         "comparisons": [asdict(found) for found in table.comparisons],
         "best": [asdict(found) for found in table.best],
         "findings": table.findings,
@@ -224,7 +201,7 @@ def setting_rows(table: Table) -> tuple[list[str], list[list[str]]]:
 
 
 def _label(name: str) -> str:
-    named = {"train_loss": "last step's loss", "val_loss": "validation loss"}
+    named = {"train_loss": "training loss", "val_loss": "validation loss"}
     return named.get(name) or headlines.label(name.removeprefix("test.")).replace("eval.", "held-out ")
 
 

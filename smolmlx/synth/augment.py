@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from smolmlx.data.clean import json_line, replacing
 from smolmlx.data.splits import SPLITS
-from smolmlx.errors import RecipeError, RunError
+from smolmlx.errors import DataError, RecipeError, RunError
 from smolmlx.rundir import write_text
 from smolmlx.synth.jobs import Job, Outline, Workshop
 from smolmlx.synth.journal import ACCEPTED, FAILED, REJECTED, Journal, Record
@@ -119,6 +119,24 @@ def augment(
         asyncio.run(_Run(workshop, runtime, journal, totals, attempts, on_progress).all())
         manifest = publish(out_dir, journal, settings, (workshop, planned, totals))
     return Result(out_dir, totals, manifest)
+
+
+def refuse_gaps(made: Result) -> None:
+    """Refuse a generation with jobs that failed, or without rows.
+
+    Raises:
+        RunError: jobs failed; the same call asks them again.
+        DataError: no answer was accepted.
+    """
+    if made.totals.failed:
+        raise RunError(
+            f"{made.folder}: {made.totals.failed.total():,} jobs failed and are not in the rows. The same command asks them again."
+        )
+    if not made.totals.rows:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in made.totals.rejected.most_common(3))
+        raise DataError(
+            f"{made.folder}: no row was accepted ({reasons}). Look at journal.jsonl, and try a larger model."
+        )
 
 
 class _Run:

@@ -70,24 +70,32 @@ def cut_text(text: str, cut: Cut) -> Iterator[tuple[int, int, str]]:
 
 
 def write_chunks(
-    names: Sequence[str], out_dir: Path, cut: Cut, method: Method, on_documents: Callable[[int], None] | None = None
+    names: Sequence[str],
+    out_dir: Path,
+    cut: Cut,
+    method: Method,
+    on_documents: Callable[[int], None] | None = None,
+    *,
+    fewer_splits: str = "--shares 1,0",
 ) -> dict[str, Any]:
     """Write train.jsonl, validation.jsonl and test.jsonl of chunks and, last, manifest.json; return the manifest.
 
-    Documents go to splits whole, so that shares of chunks come out as asked or as near as whole documents allow.
+    Documents go to splits whole, so that shares of chunks come out as asked or as near as whole documents allow; every
+    split with a share above 0 gets one at least.
 
     Args:
         on_documents: called with the number of documents read so far.
+        fewer_splits: what is to be typed for train alone, for messages.
 
     Raises:
-        DataError: nothing to read, or too few documents for the splits.
-        RecipeError: sizes that contradict each other, or a folder that holds something else.
+        DataError: nothing to read, or fewer documents than splits.
+        RecipeError: sizes that contradict each other, or a folder that holds something else or is one of `names`.
         RunError: `out_dir` cannot be written.
     """
     method = replace(method, group="document")
     cut.check()
-    check_method(method)
-    _check_folder(out_dir)
+    check_shares(method)
+    _check_folder(out_dir, names)
     left_out = LeftOut()
     with writing(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -95,7 +103,7 @@ def write_chunks(
             documents, labels = _draft(names, cut, draft, left_out, on_documents)
             if not documents:
                 raise _nothing(names, left_out)
-            splits = _splits(labels, method, len(documents))
+            splits = _splits(labels, method, fewer_splits)
             manifest = _write_splits(draft, out_dir, documents, splits)
     described = {"seed": method.seed, "shares" if method.counts is None else "counts": method.counts or method.shares}
     tree = {"made_by": MADE_BY, **asdict(cut), **described, **manifest, "left_out": _count_left_out(left_out)}
@@ -106,7 +114,21 @@ def write_chunks(
     return tree
 
 
-def _check_folder(out_dir: Path) -> None:
+def check_shares(method: Method) -> None:
+    """Refuse shares that are none.
+
+    Raises:
+        RecipeError
+    """
+    try:
+        check_method(method)
+    except RecipeError as error:
+        raise RecipeError("data chunk", error.problems) from error
+
+
+def _check_folder(out_dir: Path, names: Sequence[str]) -> None:
+    if any(Path(name).expanduser().resolve() == out_dir.resolve() for name in names):
+        raise RecipeError(f"{out_dir}: chunks would stand among the documents. Choose another folder.")
     present = [name for name in (*(f"{split}.jsonl" for split in SPLITS), "manifest.json") if (out_dir / name).exists()]
     if present and read_made_by(out_dir) != MADE_BY:
         raise RecipeError(f"{out_dir}: holds {', '.join(present)}, not written by `{MADE_BY}`. Choose another folder.")
@@ -143,16 +165,36 @@ def _nothing(names: Sequence[str], left_out: LeftOut) -> DataError:
     return DataError(f"{', '.join(names)}: no document that can be used", found)
 
 
-def _splits(labels: array[int], method: Method, num_documents: int) -> list[int]:
+def _splits(labels: array[int], method: Method, fewer_splits: str) -> list[int]:
     """Return the split of each document."""
     groups = np.asarray(labels, np.int64)
+    chunks = np.bincount(groups)
+    wanted = [split for split, share in enumerate(method.shares) if share]
+    if len(chunks) < len(wanted):
+        shares = ",".join(f"{share:g}" for share in method.shares)
+        raise DataError(
+            f"{len(chunks)} document(s) cannot fill the splits, of shares {shares}: each goes to one split whole, so"
+            f" {len(wanted)} are needed. Give more documents, or leave splits out, e.g. {fewer_splits} for train alone."
+        )
     try:
         by_chunk = assign(groups, method)
-    except DataError as error:
-        hint = "Give more documents, or leave splits out, e.g. --shares 1,0 for train alone."
-        raise DataError(f"{num_documents} document(s) cannot fill the splits: {error} {hint}") from error
+    except DataError:  # too few for the shares, and enough for one in each split
+        return _one_each(chunks.tolist(), wanted, method)
     first = np.unique(groups, return_index=True)[1]
     return [int(split) for split in by_chunk[first]]
+
+
+def _one_each(chunks: Sequence[int], wanted: Sequence[int], method: Method) -> list[int]:
+    """Return the split of each document: the largest first, to a split without one, else to the one that lacks most."""
+    order = np.random.default_rng(method.seed).permutation(len(chunks)).tolist()
+    room = {split: method.shares[split] * sum(chunks) for split in wanted}
+    splits = [LEFT_OUT] * len(chunks)
+    for document in sorted(order, key=lambda document: -chunks[document]):
+        empty = [split for split in wanted if split not in splits]
+        split = max(empty or wanted, key=room.__getitem__)
+        splits[document] = split
+        room[split] -= chunks[document]
+    return splits
 
 
 def _write_splits(

@@ -26,8 +26,18 @@ NO_TEXT = "no text"
 DUPLICATE = "same text as another document"
 UNREADABLE = "cannot be read"
 CHUNKS = f"chunks, made by `{MADE_BY}`"
-_INPUT = re.compile(r"(?<!\\)\\(?:input|include|subfile)\s*\{([^}]+)\}")
-_COMMENT = re.compile(r"(?<!\\)%.*")
+_LATEX = re.compile(
+    r"""
+      \\(?:url|path|nolinkurl|href\s*(?:\[[^\]\n]*\])?)\s*\{(?P<address>[^{}\n]*(?:\{[^{}\n]*\}[^{}\n]*)*)\}
+    | \\begin\{(?P<code>verbatim\*?|Verbatim|lstlisting|minted|comment)\}[\s\S]*?(?:\\end\{(?P=code)\}|\Z)
+    | \\verb\*?(?P<mark>[^\sA-Za-z*])[^\n]*?(?P=mark)
+    | \\(?:input|include|subfile)\s*\{(?P<input>[^}]+)\}
+    | \\[\s\S]  # an escaped sign, so that the one behind it is read for itself
+    | (?P<comment>%[^\n]*(?:\n(?![ \t\r]*(?:\n|\Z))[ \t]*)?)  # with the line's end, unless a paragraph ends there
+    """,
+    re.VERBOSE,
+)
+"""What decides in LaTeX whether a % begins a comment, and whether a file is taken in."""
 _CHARSET = re.compile(rb"<meta[^>]+charset=[\"']?([\w-]+)", re.IGNORECASE)
 _DEEPEST_INPUT = 20
 
@@ -74,7 +84,7 @@ def read_documents(names: Sequence[str], left_out: LeftOut) -> Iterator[Document
     Raises:
         DataError: a name that is no file or folder, a kind of file that is not known, or a missing library.
     """
-    files = _find(names)
+    files = find_files(names)
     parts = _included([file for file in files if suffix_of(file.path) == ".tex"])
     seen: dict[str, str] = {}
     for file in files:
@@ -105,7 +115,12 @@ def read_made_by(folder: Path) -> str | None:
     return str(tree.get("made_by")) if isinstance(tree, dict) else None
 
 
-def _find(names: Sequence[str]) -> list[_Source]:
+def find_files(names: Sequence[str]) -> list[_Source]:
+    """Return the files that are read, each once.
+
+    Raises:
+        DataError: a name that is no file or folder, a folder without documents, or a kind of file that is not known.
+    """
     problems: list[str] = []
     found: dict[Path, _Source] = {}
     for name in names:
@@ -212,27 +227,36 @@ def _inputs(file: _Source) -> set[Path]:
 
 def _targets(path: Path, file: _Source) -> list[Path]:
     try:
-        source = _COMMENT.sub("", path.read_text(encoding="utf-8", errors="replace"))
+        source = path.read_text(encoding="utf-8", errors="replace")
     except OSError:  # said where its text is read
         return []
-    found = [_input_path(match[1].strip(), file, path.parent) for match in _INPUT.finditer(source)]
+    names = [match["input"].strip() for match in _LATEX.finditer(source) if match["input"]]
+    found = [_input_path(name, file, path.parent) for name in names]
     return [target for target in found if target is not None]
 
 
 def _with_inputs(source: str, file: _Source, chain: tuple[Path, ...]) -> str:
     """Put the text of included files in their place; one that is missing, or takes itself in, is left out.
 
+    Comments and listings go too, and the % of addresses, none of which is shown: pylatexenc would take it for a comment.
+
     Args:
         chain: the files that led here, the one whose text this is last.
     """
 
     def insert(match: re.Match[str]) -> str:
-        target = _input_path(match[1].strip(), file, chain[-1].parent)
+        if match["address"]:
+            return match[0].replace("%", "")
+        if match["code"] or match["comment"]:
+            return ""
+        if not match["input"]:
+            return match[0]
+        target = _input_path(match["input"].strip(), file, chain[-1].parent)
         if target is None or target in chain or len(chain) > _DEEPEST_INPUT:
             return ""
         return _with_inputs(decode(target.read_bytes()), file, (*chain, target))
 
-    return _INPUT.sub(insert, _COMMENT.sub("", source))
+    return _LATEX.sub(insert, source)
 
 
 def _input_path(name: str, file: _Source, folder: Path) -> Path | None:

@@ -27,6 +27,7 @@ _BLOCKS = frozenset(
         "dt",
         "figcaption",
         "figure",
+        "header",
         "h1",
         "h2",
         "h3",
@@ -56,7 +57,6 @@ _DROPPED = frozenset(
         "footer",
         "form",
         "head",
-        "header",
         "iframe",
         "nav",
         "noscript",
@@ -153,11 +153,21 @@ def html_text(source: str) -> str:
 
     page = LexborHTMLParser(source)
     articles = page.css("article")
+    for header in page.css("header"):  # of the page; that of an article holds its title
+        if not _within(header, ("article", "main")):
+            header.decompose()
     root = page.css_first("main") or (articles[0] if len(articles) == 1 else None) or page.body
     try:
         return tidy("".join(_pieces(root))) if root is not None else ""
     except RecursionError as error:
         raise DataError("cannot be read as HTML: elements are nested too deeply") from error
+
+
+def _within(node: LexborNode, tags: Sequence[str]) -> bool:
+    above = node.parent
+    while above is not None and above.tag not in tags:
+        above = above.parent
+    return above is not None
 
 
 def _pieces(node: LexborNode, verbatim: bool = False) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smolmlx.data.clean import json_line, replacing
-from smolmlx.data.formats import locate
+from smolmlx.data.formats import locate, read_rows
 from smolmlx.data.notes import OOD_SPLIT, SPLITS, validate_notes
 from smolmlx.errors import DataError, RecipeError
 from smolmlx.evals.notes import strict_compliance
@@ -138,13 +138,20 @@ def row_files(names: Sequence[str], splits: Iterable[str]) -> Iterator[Path]:
             yield path
 
 
-def read_notes_rows(files: Sequence[Path], allow_test: bool = False) -> list[NotesRow]:
+def read_notes_rows(
+    files: Sequence[Path], allow_test: bool = False, advice: str = "Leave the file out, or pass --allow-test."
+) -> list[NotesRow]:
     """Read rows of the notes task from all files, validated together.
+
+    Args:
+        advice: what to do about held-out rows.
 
     Raises:
         DataError: listing rows that are no notes or whose answers break the strict rules, or held-out rows.
     """
     label = ", ".join(map(str, files))
+    for path in files:
+        _refuse_augmented(path)
     found = validate_notes(files, lambda answer: strict_compliance(answer).problems)
     _refuse(label, [str(problem) for problem in found])
     # Not splitlines(): JSON strings may hold U+2028 unescaped.
@@ -158,11 +165,22 @@ def read_notes_rows(files: Sequence[Path], allow_test: bool = False) -> list[Not
     if held_out and not allow_test:
         raise DataError(
             f"{label}: {len(held_out)} rows are held out (first {held_out[0]}): what is trained on them cannot be "
-            "measured by them. Leave the file out, or pass --allow-test."
+            f"measured by them. {advice}"
         )
     rows = [_row(raw) for _, raw in lines]
     _refuse(label, [f"{where}: the answer is not laid out as the task's notes are: each header and each text on a line of its own" for (where, _), row in zip(lines, rows, strict=True) if row is None])  # fmt: skip
     return [row for row in rows if row is not None]
+
+
+def _refuse_augmented(path: Path) -> None:
+    """Say of rows of `data augment` what they are, where the fields that they lack would fill the screen."""
+    rows = read_rows([path], []) if path.is_file() else iter(())
+    _, first = next(rows, ("", {}))
+    if {"task", "chunk", "prompt_version"} <= set(first):
+        raise DataError(
+            f"{path}: rows of `smolmlx data augment`, not notes rows. Pairs take rows with the fields of data/notes, "
+            "such as concept, topic and difficulty."
+        )
 
 
 def _refuse(label: str, problems: Sequence[str]) -> None:

@@ -9,11 +9,13 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from smolmlx.backend import Decoding, Generator
+from smolmlx.backend import Choice, Decoding, Generator, Loading
 from smolmlx.data.chat import Tokenizer
+from smolmlx.models import find_model
 from smolmlx.tasks.schemas import Answer
 
 if TYPE_CHECKING:
@@ -146,6 +148,23 @@ class LocalRuntime:
                 if not answered.done():
                     answered.set_exception(error)
                     answered.exception()  # asyncio would warn of one that nobody was left to see
+
+
+def open_local(
+    model: str, adapter: str | None, choice: Choice, *, quantize: str = "none", batch_size: int = 32
+) -> LocalRuntime:
+    """Load a model, with the tokenizer that its adapter brings where there is one.
+
+    Args:
+        model: hub id, folder or `tiny`.
+        adapter: its folder.
+    """
+    base, folder = find_model(model), Path(adapter) if adapter else None
+    has_own = folder is not None and (folder / "tokenizer.json").is_file()
+    tokenizer = Tokenizer(folder if has_own and folder else base.folder)
+    generator = choice.backend.generator(base, folder, tokenizer, Loading(choice.device, quantize=quantize))
+    name = f"{model} + {adapter}" if adapter else model
+    return LocalRuntime(generator, tokenizer, name, context=base.context, batch_size=batch_size)
 
 
 def _user(request: Request) -> dict[str, str]:

@@ -7,6 +7,7 @@ server says that it is asked too often. Replies are asked for in the request's J
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import random
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from smolmlx.errors import BackendError, RecipeError
 from smolmlx.synth.runtimes import Reply, Request
@@ -95,7 +97,7 @@ class ServerRuntime:
         Raises:
             RecipeError: not an http address.
         """
-        if not re.match(r"https?://[^/]", url):
+        if not has_host(url):
             raise RecipeError(f"--server {url}: expected an address such as http://127.0.0.1:8080/v1.")
         self.url, self.model, self.limits, self.on_note = url.rstrip("/"), model or "", limits or Limits(), on_note
         self.concurrency = self.limits.concurrency
@@ -131,9 +133,10 @@ class ServerRuntime:
     def find_model(self) -> str:
         """Ask the server which models it has, and settle on one.
 
+        A name that it does not list is tried with one short question: servers answer to more names than they list.
+
         Raises:
-            BackendError: not reachable, closed to this key, or no model was named and it has not exactly one. A name that it
-                does not list is kept: services answer to more names than they list.
+            BackendError: not reachable, closed to this key, it refuses the name, or none was given and it has not exactly one.
         """
         return asyncio.run(self._find_model())
 
@@ -149,15 +152,31 @@ class ServerRuntime:
                     f"--server {self.url}: cannot be reached ({error or 'time-out'}). Start one, e.g.: "
                     "mlx_lm.server --model MODEL --port 8080, and pass --server http://127.0.0.1:8080/v1."
                 ) from error
-        if found.status_code in (401, 402, 403):
-            raise self._closed(found.status_code)
-        names = _model_names(found)
+            if found.status_code in (401, 402, 403):
+                raise self._closed(found)
+            names = _model_names(found)
+            if self.model and self.model not in names:
+                await self._try_name()
         if not self.model:
             if len(names) != 1:
                 listed = ", ".join(names[:20]) or "none"
                 raise BackendError(f"--server {self.url}: which model? Pass --model. It has: {listed}.")
             self.model = names[0]
         return self.model
+
+    async def _try_name(self) -> None:
+        """Ask one short question, so that a wrong name is refused before anything is written under it."""
+        import httpx2
+
+        assert self._client is not None
+        body = {"model": self.model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 8}
+        with contextlib.suppress(
+            TimeoutError, httpx2.HTTPError
+        ):  # it may be loading the model, or be busy: not refused
+            posting = self._client.post(f"{self.url}/chat/completions", json=body)
+            response = await asyncio.wait_for(posting, self.limits.timeout)
+            if response.status_code in _CLOSED:
+                raise self._closed(response)
 
     async def ask(self, requests: Sequence[Request]) -> list[Reply]:
         return list(await asyncio.gather(*(self._ask(request) for request in requests)))
@@ -221,7 +240,7 @@ class ServerRuntime:
                 f"--server {self.url}: the quota is used up. The same command goes on once there is more."
             )
         if status in _CLOSED:
-            raise self._closed(status)
+            raise self._closed(response)
         if status in AGAIN:
             return _Outcome(reason=f"http {status}", pause=_asked_pause(response), counts=status != 429)
         return _Outcome(reason=f"http {status}", again=False)
@@ -239,12 +258,23 @@ class ServerRuntime:
             dropped = self._formats.pop(0)
             self.on_note(f"{self.url}: does not take response_format {dropped}; asking for {self._formats[0]}")
 
-    def _closed(self, status: int) -> BackendError:
-        what = f"http {status}, {_CLOSED[status]}"
+    def _closed(self, response: httpx2.Response) -> BackendError:
+        status = response.status_code
+        said = _error_text(response)
+        what = f"http {status}, {_CLOSED[status]}" + (f" ({said})" if said else "")
         hint = (
             "Check the address and --model." if status == 404 else "Put the key into the variable --key-variable names."
         )
         return BackendError(f"--server {self.url}, model {self.model}: {what}. {hint}")
+
+
+def has_host(address: str) -> bool:
+    """Whether a text is an http address that can be asked: with a host, and a port that there can be."""
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, half an IPv6 address
+        return False
 
 
 def _read(response: httpx2.Response) -> _Outcome:
@@ -253,6 +283,16 @@ def _read(response: httpx2.Response) -> _Outcome:
     except ValueError:
         reply = None
     return _Outcome(reason=BAD_BODY) if reply is None else _Outcome(reply)
+
+
+def _error_text(response: httpx2.Response) -> str:
+    """Return what a server says of an error, on one line; nothing where it says it in another form than the API's."""
+    try:
+        error = response.json()["error"]
+        said = error["message"] if isinstance(error, dict) else error
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return " ".join(str(said).split())[:300].rstrip(".")
 
 
 def _model_names(response: httpx2.Response) -> list[str]:

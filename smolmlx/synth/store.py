@@ -14,6 +14,8 @@ import numpy as np
 from smolmlx.data.splits import SPLITS
 from smolmlx.errors import DataError
 from smolmlx.synth.chunks import Chunk
+from smolmlx.synth.documents import ROWS, SUFFIXES
+from smolmlx.synth.markup import suffix_of
 
 
 class ChunkStore:
@@ -134,6 +136,10 @@ class ChunkStore:
 
 
 def _find(source: Path) -> list[Path]:
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder. Make chunks with: smolmlx data chunk DOCUMENTS {source}")
+    if source.is_file() and (suffix := suffix_of(source)) in SUFFIXES and suffix not in ROWS:
+        raise DataError(f"{source}: a document, not chunks. Cut it first: smolmlx data chunk {source} chunks")
     if source.is_file():
         return [source]
     found = [path for name in SPLITS if (path := source / f"{name}.jsonl").is_file()]

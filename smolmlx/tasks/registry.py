@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from smolmlx.errors import RecipeError, nearest
 from smolmlx.recipe import parse_yaml
+from smolmlx.tasks import MADE, ON_REQUEST
 
 BUILT_IN = Path(__file__).with_name("tasks.yaml")
 FIELDS: Mapping[str, frozenset[str]] = {
@@ -136,10 +137,14 @@ class Registry(_Entry):
             )
         return self.tasks[name]
 
+    def hint(self, name: str, style: str) -> str:
+        """Return the sentence that asks for a style, behind the instruction; empty where the file has none for it."""
+        return self.task(name).hints.get(style, "")
+
     def prompt(self, name: str, fields: Mapping[str, str], style: str | None = None, paraphrase: int = 0) -> Prompt:
         """Lay out a request; `style` defaults to the task's first, `paraphrase` 0 is the wording the API uses."""
         spec = self.task(name)
-        hint = spec.hints.get(style or next(iter(spec.styles)), "")
+        hint = self.hint(name, style or next(iter(spec.styles)))
         return Prompt(f"{spec.instructions[paraphrase]} {hint}".rstrip(), spec.body.format(**fields))
 
     def maker_prompt(self, name: str, fields: Mapping[str, str], paraphrase: int) -> Prompt:
@@ -180,9 +185,12 @@ def _faults(name: str, spec: TaskSpec) -> list[str]:
 
 def _body_faults(place: str, body: str, fields: frozenset[str]) -> list[str]:
     try:
-        found = {name for _, name, _, _ in Formatter().parse(body) if name is not None}
+        parsed = [part for part in Formatter().parse(body) if part[1] is not None]
     except ValueError as error:
         return [f"{place}: braces do not match ({error}); a literal brace is written twice"]
+    if any(spec or conversion for _, _, spec, conversion in parsed):
+        return [f"{place}: a field is its name in braces alone, without ! or : behind it"]
+    found = {str(name) for _, name, _, _ in parsed}
     if found == fields:
         return []
     named = ", ".join(f"{{{name}}}" for name in sorted(found)) or "nothing"
@@ -213,10 +221,35 @@ def read_registry(path: Path | None = None) -> Registry:
         raise RecipeError(str(path), _problems(error)) from error
 
 
+def order_tasks(asked: Collection[str], registry: Registry) -> tuple[str, ...]:
+    """Return the tasks to make from chunks: those asked for, else all that need not be named.
+
+    They come in an order of their own, so that the order in which they are named changes nothing.
+
+    Raises:
+        RecipeError: tasks that are not made from chunks, all of them listed.
+    """
+    known = (*MADE, *ON_REQUEST)
+    unknown = [
+        f"task {task}: unknown.{nearest(task, known)} Known: {', '.join(known)}" for task in asked if task not in known
+    ]
+    if unknown:
+        raise RecipeError("data augment", unknown)
+    return tuple(task for task in known if task in (asked or {*registry.tasks} & {*MADE}))
+
+
+_SECTIONS: Mapping[int, type[BaseModel]] = {1: Registry, 3: TaskSpec, 4: Maker}
+"""Parts of a key's dotted name, as in tasks.qa.maker.hint, -> what it is a key of."""
+
+
 def _problems(error: ValidationError) -> list[str]:
     found = []
     for entry in error.errors(include_url=False):
         place = ".".join(map(str, entry["loc"]))
         message = entry["msg"].removeprefix("Value error, ")
+        if entry["type"] == "extra_forbidden":
+            fields = _SECTIONS[len(entry["loc"])].model_fields.items()
+            known = [field.alias or name for name, field in fields]
+            message = f"unknown key.{nearest(str(entry['loc'][-1]), known) or ' Known: ' + ', '.join(known) + '.'}"
         found += [f"{place}: {message}"] if place else message.split("\n")
     return found

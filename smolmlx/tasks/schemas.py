@@ -163,6 +163,11 @@ def kept_schema(task: str, num_passages: int) -> dict[str, Any]:
     return found
 
 
+def asked_style(task: str, own: str, constrained: bool) -> str:
+    """Return the style in which a task is asked for: JSON where the answer is kept to its schema, else `own`."""
+    return "json" if constrained and ANSWERS[task] is not Text else own
+
+
 def _without_blanks(tree: Any) -> Any:
     if isinstance(tree, list):
         return [_without_blanks(inner) for inner in tree]

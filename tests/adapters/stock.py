@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import lab as labs
 from smolmlx.adapters.hf_config import readable
 
+LINEAR = ["q_proj", "k_proj", "down_proj"]
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 IDS = [3, 17, 42, 5, 60, 9, 1, 33, 2, 50]
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -192,3 +195,17 @@ def files(folder: Path) -> dict[str, bytes]:
 
 Logits = Callable[[Path, Path | None], np.ndarray[Any, Any]]
 LOGITS: Mapping[str, Logits] = {"peft": peft_logits, "mlx": mlx_logits}
+
+
+def with_tokenizer(folder: Path, tokenizer: Path) -> Path:
+    for name in TOKENIZER:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of config.json; None takes one out."""
+    path = folder / "config.json"
+    tree = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("smolmlx_mlx.blas", reason="the MLX engine is not installed").ensure()
-mx = pytest.importorskip("mlx.core")
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
 from smolmlx_mlx import cpu_math  # noqa: E402
 from smolmlx_mlx.model import PackedMask  # noqa: E402

@@ -84,3 +84,23 @@ def test_a_cancelled_row_leaves_the_others(
     assert len(found[1].ids) < 15 and not found[1].finished
     wanted = alone(generator, long)
     assert [found[i].ids for i in (0, 2, 3)] == [wanted[i] for i in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("method", ["start", "take", "allowed"])
+def test_a_row_that_fails_leaves_the_others(
+    generator: backend.Generator,
+    asked: list[tuple[list[int], Decoding]],
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ValueError("broken")
+
+    batcher = generator.batcher(8)
+    rows = [batcher.make_row(index, prompt, how) for index, (prompt, how) in enumerate(asked[:4])]
+    monkeypatch.setattr(rows[1], method, fail)
+    found = {row.index: row for row in batcher.run(rows)}
+    with pytest.raises(ValueError, match="broken"):
+        found[1].completion()
+    wanted = alone(generator, asked[:4])
+    assert [found[i].completion().ids for i in (0, 2, 3)] == [wanted[i] for i in (0, 2, 3)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,6 +162,30 @@ class TestOptions:
                 assert choose(generator.logits(ids)[-1:], picks)[0] == token
                 ids.append(token)
 
+    @pytest.mark.parametrize(
+        ("extreme", "plain"),
+        [
+            ({"temperature": 1e-45}, {}),
+            ({"temperature": 1.0, "top_p": 1e-300}, {}),
+            ({"temperature": 1.0, "top_k": 2**40}, {"temperature": 1.0, "top_k": 320}),
+            ({"temperature": 1.0, "min_p": 1e-300}, {"temperature": 1.0}),
+            ({"no_repeat_ngram": 2**40}, {}),
+        ],
+        ids=str,
+    )
+    def test_extremes_mean_what_they_come_near_to(
+        self, generator: backend.Generator, prompts: list[list[int]], extreme: Any, plain: Any
+    ) -> None:
+        found, wanted = (run(generator, prompts[:3], **how, max_tokens=6, stop_ids=NEVER) for how in (extreme, plain))
+        assert found == wanted
+        run(generator, prompts[:1], temperature=1.0, seed=2**200)
+
+    @pytest.mark.parametrize("value", [math.inf, math.nan, 1e39])
+    @pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "top_p", "min_p"])
+    def test_no_bound_lets_infinity_pass(self, name: str, value: float) -> None:
+        with pytest.raises(RecipeError, match=name):
+            Decoding(**{name: value})  # type: ignore[arg-type]
+
     def test_no_ngram_comes_twice(self, generator: backend.Generator, prompts: list[list[int]]) -> None:
         free = run(generator, prompts, max_tokens=60, stop_ids=NEVER)
         held = run(generator, prompts, max_tokens=60, stop_ids=NEVER, no_repeat_ngram=2)
@@ -206,6 +232,12 @@ class TestOptions:
         with pytest.raises(RecipeError) as caught:
             Decoding(max_tokens=0, top_p=0, min_p=2, stop=("",))
         assert len(caught.value.problems) == 4
+        with pytest.raises(RecipeError) as caught:
+            Decoding(max_tokens="9", temperature="hot", seed=0.5, top_k=True, stop=(1,))  # type: ignore[arg-type]
+        assert len(caught.value.problems) == 5
+        for wrong in ("xy", (1,)):
+            with pytest.raises(RecipeError, match="expected a list of texts"):
+                OneOf(wrong)  # type: ignore[arg-type]
 
     def test_a_stop_text_would_cut_what_must_be_whole(self) -> None:
         with pytest.raises(RecipeError, match="stop: would cut an answer"):

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lab import Lab, column, make_lab, numbers, stop_at, toy_installed
+from lab import Lab, column, make_lab, make_tiny, numbers, sentence, stop_at, toy_installed, why_missing
 from smolmlx import rundir, stages
+from smolmlx.backend import choose
+from smolmlx.data.chat import Encoded
+from smolmlx.data.pairs import encode_pairs
 from smolmlx.errors import DataError, RunError
 from smolmlx.plan import Plan
 from smolmlx.references import content_hash
@@ -198,6 +201,77 @@ class TestReference:
         assert ["made in" in text for text in said] == [True, False, True] and "24 pairs from" in said[1]
         assert len(list((tmp_path / "cache" / "references").iterdir())) == 1
 
+    @pytest.mark.parametrize("kind", [{"beta": 1.0}, {"loss": "ipo"}, {"loss": "hinge"}], ids=str)
+    def test_of_long_answers_is_taken_from_another_engine_and_batch(
+        self, lab: Lab, adapter: Path, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Answers of about 400 tokens and 4000 nats, whose sums differ by more than 1e-5 of the loss."""
+        monkeypatch.setenv("SMOLMLX_CACHE", str(tmp_path / "cache"))
+        rows = tmp_path / "long.jsonl"
+        words = [" ".join(sentence(i + k) for k in range(30)) for i in range(16)]
+        pairs = [{"prompt": sentence(i), "chosen": words[i], "rejected": words[i + 8]} for i in range(8)]
+        rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        changes: dict[str, Any] = {"model__adapter": str(adapter), "train__max_steps": 1, "dpo": kind}
+        changes["data"] = {"train": str(rows), "max_length": 512}
+        others = [name for name in ("mlx", "cuda") if why_missing(name) is None]
+        for name in others:
+            made = Lab(choose(name, "cpu"), lab.tree, lab.out)
+            made.train(made.plan(**changes))
+        lab.train(lab.plan(**changes, train__batch_size=2))
+        assert len(list((tmp_path / "cache" / "references").iterdir())) == 1
+
+    def test_is_known_by_its_tokens_and_by_all_weights(
+        self, lab: Lab, tiny_model: Path, pair_rows: Path, tmp_path: Path
+    ) -> None:
+        """Names of files and limits that cut nothing are no other rows; a change far inside a file is another model."""
+
+        def key(**changes: Any) -> str:
+            plan = lab.plan(**changes)
+            assert plan.pairs is not None
+            return content_hash(plan, plan.pairs)
+
+        renamed = tmp_path / "renamed.jsonl"
+        renamed.write_bytes(pair_rows.read_bytes())
+        assert key() == key(data__train=str(renamed), data__max_length=500) != key(data__limit=20)
+        large, other = (make_tiny(tmp_path / name, hidden_size=256, intermediate_size=1024) for name in ("large", "other"))  # fmt: skip
+        assert key(model__id=str(large)) == key(model__id=str(other))
+        weights = bytearray((other / "model.safetensors").read_bytes())
+        assert len(weights) > 3 << 20, "the middle is in neither the first nor the last megabyte"
+        weights[len(weights) // 2] ^= 1
+        (other / "model.safetensors").write_bytes(weights)
+        assert key(model__id=str(large)) != key(model__id=str(other))
+
+    @pytest.mark.parametrize("how", ["cut", "not a number"])
+    def test_a_broken_file_is_made_again(
+        self, lab: Lab, how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("SMOLMLX_CACHE", str(tmp_path / "cache"))
+        plan = lab.plan(train__max_steps=1)
+        assert plan.pairs is not None
+        lab.train(plan)
+        (kept,) = (tmp_path / "cache" / "references").iterdir()
+        good = kept.read_bytes()
+        if how == "cut":
+            kept.write_bytes(good[:-100])
+        else:
+            save_file({"log_probs": np.full((24, 2), np.nan)}, kept, {"content": content_hash(plan, plan.pairs)})
+        said: list[str] = []
+        lab.train(plan, on_event=lambda event: said.append(str(event.values.get("text"))))
+        assert any(f"{kept} " in text and "made again" in text for text in said) and kept.read_bytes() == good
+
+    def test_scores_that_are_not_numbers_are_not_kept(
+        self, lab: Lab, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("SMOLMLX_CACHE", str(tmp_path / "cache"))
+        arrays = load_arrays(adapter / "adapter_model.safetensors")
+        arrays[min(arrays)][0, 0] = np.nan
+        save_file(arrays, adapter / "adapter_model.safetensors")
+        plan = lab.plan(model__adapter=str(adapter), train__max_steps=1, dpo={"shared_prompt": False})
+        run = lab.start(plan)
+        with pytest.raises(RunError, match="not a number"):
+            lab.train(plan, run)
+        assert not (tmp_path / "cache" / "references").exists() and not list(run.start.glob("reference*"))
+
     def test_cached_and_fresh_give_one_curve(
         self, lab: Lab, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
@@ -232,6 +306,20 @@ class TestReference:
         with pytest.raises(RunError, match="not those of the start weights"):
             lab.train(plan, run)
         assert not numbers(run)
+
+
+def test_a_first_gradient_of_rounding_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each chosen answer as both: what a fault behind the reading of rows might leave."""
+
+    def chosen_twice(*given: Any) -> Iterator[Encoded]:
+        for number, row in enumerate(encode_pairs(*given)):
+            if number % 2 == 0:
+                yield from (row, row)
+
+    monkeypatch.setenv("SMOLMLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("smolmlx.data.store.encode_pairs", chosen_twice)
+    with pytest.raises(RunError, match="nothing but rounding"):
+        lab.train(lab.plan(train__max_steps=1))
 
 
 KINDS: dict[str, dict[str, Any]] = {

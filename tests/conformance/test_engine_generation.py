@@ -12,7 +12,7 @@ from lab import TINY, Lab, make_tiny, sentence
 from smolmlx import backend, models
 from smolmlx.backend import Decoding
 from smolmlx.data.batches import plan_batches
-from smolmlx.errors import RecipeError
+from smolmlx.errors import DataError, RecipeError
 from smolmlx.session import Arrays, load_arrays
 
 NEVER = (319,)
@@ -201,6 +201,16 @@ class TestAdapters:
             lab.choice.backend.generator(other, run.adapter, plan.tokenizer, backend.Loading(lab.choice.device))
         (run.adapter / models.BASE_FILE).unlink()
         lab.choice.backend.generator(other, run.adapter, plan.tokenizer, backend.Loading(lab.choice.device))
+
+    def test_broken_adapter_is_refused(self, lab: Lab) -> None:
+        """A cut file ended as a bug of this program, or told to delete a checkpoint."""
+        plan = lab.plan(train__max_steps=1)
+        weights = lab.train(plan).adapter / "adapter_model.safetensors"
+        whole = weights.read_bytes()
+        for broken in (whole[:-50], whole + b"more"):
+            weights.write_bytes(broken)
+            with pytest.raises(DataError, match=r"adapter_model.safetensors: .* Fetch"):
+                lab.generator(plan, weights.parent)
 
     def test_adapter_of_another_base_is_refused(self, lab: Lab, tmp_path: Path) -> None:
         plan = lab.plan(train__max_steps=1)

@@ -208,7 +208,7 @@ class TestAuto:
 
 def test_a_model_whose_package_is_missing_is_an_error(tmp_path: Path) -> None:
     """mlx-lm's olmo ends the process where ai2-olmo is not installed."""
-    pytest.importorskip("smolmlx_mlx.blas").ensure()
+    pytest.importorskip("smolmlx_mlx.blas", reason="the MLX engine is not installed").ensure()
     from smolmlx_mlx.model import load_base
 
     folder = make_tiny(tmp_path / "olmo")

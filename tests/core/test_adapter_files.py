@@ -124,13 +124,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "half a character in a name": (header({"a\ud800": ENTRY}, bytes(8)), "half a character"),
     "config too deep": (text("adapter_config.json", b"[" * 100_000), "not valid JSON"),
     "config too long": (text("adapter_config.json", b" " * (9 << 20)), "at most"),
-}  # fmt: skip
-REFUSED: dict[str, tuple[Change, str]] = {
-    "both weight files": (text("adapters.safetensors", b"x"), "holds both"),
-    "not LoRA": (config(peft_type="IA3"), "peft_type"),
-    "unknown setting": (config(use_magic={"a": 1}), "use_magic"),
-    "aLoRA": (config(alora_invocation_tokens=[1]), "aLoRA"),
-    "corda": (config(init_lora_weights="corda"), "init_lora_weights"),
+    "config empty": (text("adapter_config.json", b"{}"), "peft_type: expected the kind of adapter"),
     "rank as text": (config(r="8"), "positive integer"),
     "alpha as text": (config(lora_alpha="8"), "expected a number"),
     "alpha not finite": (config(lora_alpha=float("inf")), "expected a number"),
@@ -149,6 +143,13 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "layers as text": (config(layers_to_transform="01"), "layers_to_transform: expected a list of layer numbers"),
     "parameters a number": (config(target_parameters=5), "target_parameters: expected a list of names"),
     "whole modules a number": (config(modules_to_save=5), "modules_to_save: expected a list of names"),
+}  # fmt: skip
+REFUSED: dict[str, tuple[Change, str]] = {
+    "both weight files": (text("adapters.safetensors", b"x"), "holds both"),
+    "not LoRA": (config(peft_type="IA3"), "peft_type"),
+    "unknown setting": (config(use_magic={"a": 1}), "use_magic"),
+    "aLoRA": (config(alora_invocation_tokens=[1]), "aLoRA"),
+    "corda": (config(init_lora_weights="corda"), "init_lora_weights"),
 }
 
 

@@ -7,7 +7,6 @@ import email.utils
 import functools
 import json
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -16,44 +15,30 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
-import lab as labs
+from augment_work import always, prose, published
 from openai_server import Behaviour, serving
 from smolmlx import cli
-from smolmlx.backend import Loading, choose
-from smolmlx.data.chat import Tokenizer
 from smolmlx.data.notes import INSTRUCTION
 from smolmlx.data.splits import Method
-from smolmlx.errors import BackendError, DataError, RecipeError, RunError
+from smolmlx.errors import BackendError, RecipeError, RunError
 from smolmlx.evals.notes import strict_compliance
 from smolmlx.evals.parsers import parse_retrieval
 from smolmlx.evals.run import Settings
 from smolmlx.evals.run import read_rows as read_scored
-from smolmlx.models import open_model
-from smolmlx.synth.augment import Totals, augment, outline
+from smolmlx.synth.augment import augment, outline
 from smolmlx.synth.chunks import Cut, write_chunks
-from smolmlx.synth.jobs import GAP, Order, Workshop, chance, excerpt, take_out
-from smolmlx.synth.journal import Journal, Record
-from smolmlx.synth.notes import Dice
-from smolmlx.synth.runtimes import TOO_LONG, LocalRuntime, Reply, Request
+from smolmlx.synth.jobs import Order, Workshop, chance
+from smolmlx.synth.runtimes import TOO_LONG, Reply, Request
 from smolmlx.synth.server import Limits, ServerRuntime
 from smolmlx.synth.store import ChunkStore
 from smolmlx.tasks import MADE
-from smolmlx.tasks.registry import Registry, read_registry
+from smolmlx.tasks.registry import read_registry
 from smolmlx.tasks.schemas import Bullets, Quest
 
 FAST = Limits(concurrency=8, timeout=30, retries=12)
-
-
-def prose(document: int, sentences: int) -> str:
-    """Return sentences that no other document has."""
-    parts = [
-        f"Document {document} says in sentence {i} that {labs.sentence(document * 97 + i)}." for i in range(sentences)
-    ]
-    return "\n\n".join(" ".join(parts[i : i + 5]) for i in range(0, len(parts), 5))
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +57,6 @@ def store(chunks: Path) -> Iterator[ChunkStore]:
         yield opened
 
 
-def always(registry: Registry, probability: float = 1.0) -> Registry:
-    """Return a registry in which every chunk gets every task."""
-    tree = registry.model_dump(by_alias=True)
-    for name in MADE:
-        tree["tasks"][name]["probability"] = probability
-    return Registry.model_validate(tree)
-
-
 def workshop(store: ChunkStore, probability: float = 1.0, **order: Any) -> Workshop:
     return Workshop(
         store, always(read_registry(), probability), Order(**{"model": "rule", "runtime": "server", **order})
@@ -89,11 +66,6 @@ def workshop(store: ChunkStore, probability: float = 1.0, **order: Any) -> Works
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     files = [folder / f"{split}.jsonl" for split in ("train", "validation", "test")]
     return [json.loads(line) for file in files if file.is_file() for line in file.read_text().splitlines()]
-
-
-def published(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of everything but the journal, whose order is that of the answers."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "journal.jsonl"}
 
 
 class Canned:
@@ -177,20 +149,6 @@ def test_comparison_takes_two_chunks(store: ChunkStore) -> None:
         assert request is not None and '{"text": "..."}' in request.prompt and request.temperature == 0.5
         first, second = row["messages"][0]["content"].partition("First passage:\n")[2].split("\n\nSecond passage:\n")
         assert first != second and first in request.prompt and second in request.prompt
-
-
-def test_excerpts_and_gaps() -> None:
-    text = prose(3, 40)
-    for i in range(50):
-        part = excerpt(text, 60, Dice(i))
-        assert part in text and 40 <= len(part.split()) <= 60 and part.endswith(".")
-        for style, portion in (("tail10", 0.1), ("tail20", 0.2), ("infill", 0.1)):
-            rest, taken = take_out(text, style, Dice(i))
-            assert len(taken.split()) == round(portion * len(text.split()))
-            whole = rest.replace(GAP, taken) if style == "infill" else f"{rest} {taken}"
-            assert whole.split() == text.split()
-    assert excerpt("short text", 60, Dice(0)) == "short text"
-    assert len(excerpt("word " * 200, 60, Dice(0)).split()) == 60
 
 
 @pytest.mark.parametrize("layout", ["messages", "prompt-completion", "alpaca"])
@@ -422,83 +380,6 @@ def test_interrupted_calls_of_any_size_leave_the_same_rows(store: ChunkStore, tm
     assert published(tmp_path / "out") == published(tmp_path / "whole")
 
 
-def test_an_engine_in_this_process(tiny_model: Path, tmp_path: Path) -> None:
-    """The numpy engine on random weights: nothing it writes is of use, and all of it is asked, read and counted."""
-    rows = [{"text": prose(i, 1 + i % 2), "document": str(i)} for i in range(6)]
-    (tmp_path / "chunks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree = always(read_registry()).model_dump(by_alias=True)
-    for spec in tree["tasks"].values():
-        spec |= {"max_tokens": 24, "min_words": 5}
-    tokenizer, base = Tokenizer(tiny_model), open_model(tiny_model)
-    with labs.toy_installed(), ChunkStore(tmp_path / "chunks.jsonl") as store:
-        generator = choose("toy", "cpu").backend.generator(base, None, tokenizer, Loading("cpu"))
-        made = Workshop(
-            store, Registry.model_validate(tree), Order(("bullets", "rephrase"), model="tiny", runtime="local")
-        )
-        results = [
-            augment(made, LocalRuntime(generator, tokenizer, "tiny", batch_size=size), tmp_path / f"out{i}")
-            for i, size in enumerate((4, 3))
-        ]
-        seen: list[int] = []
-
-        def stop_early(totals: Totals) -> None:
-            seen.append(totals.done)
-            if totals.done == 5:
-                raise RunError("stopped")
-
-        with pytest.raises(RunError, match="stopped"):
-            local = LocalRuntime(generator, tokenizer, "tiny", batch_size=4)
-            augment(made, local, tmp_path / "out2", on_progress=stop_early)
-        journal = tmp_path / "out2" / "journal.jsonl"
-        assert seen == [0, 1, 2, 3, 4, 5] and len(journal.read_text().splitlines()) == 5  # each kept as it ended
-        augment(made, LocalRuntime(generator, tokenizer, "tiny", batch_size=4), tmp_path / "out2")
-        broken = LocalRuntime(generator, tokenizer, "tiny", batch_size=4)
-        with (
-            pytest.raises(BackendError, match="no memory"),
-            mock.patch.object(generator.batcher(1).__class__, "run", side_effect=BackendError("no memory")),
-        ):
-            augment(made, broken, tmp_path / "broken")
-        short = LocalRuntime(generator, tokenizer, "tiny", context=40)
-        too_long = augment(made, short, tmp_path / "short")
-    assert published(tmp_path / "out0") == published(tmp_path / "out1") == published(tmp_path / "out2")
-    totals = results[0].totals
-    assert totals.done == totals.jobs == 12 and totals.prompt_tokens > 500 and totals.completion_tokens > 12
-    assert totals.attempts_refused["cut off"] > 0
-    assert dict(too_long.totals.rejected) == {TOO_LONG: 12}
-
-
-def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "augment.py"
-    monkeypatch.setattr(sys, "argv", [path.name, "--rows", "50"])
-    runpy.run_path(str(path), run_name="__main__")
-    assert "rows/s" in capsys.readouterr().out
-
-
-def test_journal(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    with Journal(path, 3) as journal:
-        journal.append(Record(1, "b", "failed", reasons=["time-out"]))
-        journal.append(Record(1, "b", "accepted", [{"x": "é"}], ["empty"], 3, 4))
-        journal.append(Record(0, "a", "rejected", reasons=["empty", "cut off"]))
-        with pytest.raises(RunError, match="another process is writing here"):
-            Journal(path, 3)
-    with path.open("ab") as file:
-        file.write(b'{"job": 2, "key": "c", "sta')
-    with Journal(path, 3) as journal:
-        assert [journal.is_done(n) for n in range(3)] == [True, True, False]
-        assert [(r.number, r.state, list(r.rows)) for r in journal.records()] == [
-            (0, "rejected", []),
-            (1, "accepted", [{"x": "é"}]),
-        ]
-        journal.append(Record(2, "c", "accepted"))
-    assert path.read_bytes().count(b"\n") == 4
-    with pytest.raises(RunError, match="names job 2 of 2"):
-        Journal(path, 2)
-    path.write_bytes(b"oops\n")
-    with pytest.raises(RunError, match="a line is broken"):
-        Journal(path, 2)
-
-
 def test_folders_of_other_settings_are_refused(store: ChunkStore, tmp_path: Path) -> None:
     runtime = Canned(lambda r: Reply("- a"))
     augment(workshop(store, 0.2, tasks=("bullets",)), runtime, tmp_path / "out")
@@ -512,36 +393,6 @@ def test_folders_of_other_settings_are_refused(store: ChunkStore, tmp_path: Path
         augment(workshop(store, 0.2), runtime, tmp_path / "mine")
     with pytest.raises(RecipeError, match="no job in"):
         augment(workshop(store, 0.0), runtime, tmp_path / "none")
-
-
-def test_store_refuses_what_is_no_chunk(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"text": "one two"}\n\n{"text": "three", "split": "test"}\n')
-    with ChunkStore(tmp_path / "rows.jsonl") as store:
-        assert [(c.document, c.split, c.words) for c in map(store.__getitem__, range(2))] == [
-            ("rows.jsonl:1", "train", 2),
-            ("rows.jsonl:3", "test", 1),
-        ]
-    for text, says in [
-        ("{}\n", "has a field `text`"),
-        ("{", "not valid JSON"),
-        ("", "no chunks"),
-        ('{"text":"a","split":"x"}', "unknown split"),
-        ('{"text":"a"}\n{"text":"a","start":"abc"}', r"rows.jsonl:2: start 'abc': expected a number of words"),
-        ('{"text":"a","words":-1}', r"rows.jsonl:1: words -1: expected"),
-        (
-            '{"text":"a","id":"x"}\n{"text":"b"}\n{"text":"c","id":"x"}',
-            r"jsonl:3: chunk id 'x' is that of .*jsonl:1 too",
-        ),
-        (
-            '{"text":"a","document":"d","split":"train"}\n{"text":"b","document":"d","split":"test"}',
-            r"jsonl:2: document 'd' is in split 'test' here and in 'train' at .*jsonl:1",
-        ),
-    ]:
-        (tmp_path / "rows.jsonl").write_text(text)
-        with pytest.raises(DataError, match=says):
-            ChunkStore(tmp_path / "rows.jsonl")
-    with pytest.raises(DataError, match="no chunks here"):
-        ChunkStore(tmp_path / "none")
 
 
 COMMAND = [sys.executable, "-c", "from smolmlx.cli import main; main()", "data", "augment"]
@@ -653,6 +504,14 @@ def test_command(
     with serving(models=("a", "b")) as server:
         code, _, err = data(monkeypatch, capsys, chunks, "other", "--server", server.url)
         assert code == 3 and "It has: a, b" in err
+    with serving(Behaviour(status=404)) as server:
+        code, _, err = data(monkeypatch, capsys, chunks, "named", "--server", server.url, "--model", "rul")
+        assert code == 3 and "model rul: http 404, not found (told to)" in err and "--model" in err
+        assert not Path("named").exists(), "a wrong name binds no folder"
+    with serving() as server:
+        options = (chunks, "named", "--server", server.url, "--model", "unlisted", "--task", "rephrase")
+        code, _, _ = data(monkeypatch, capsys, *options)
+        assert code == 0 and {body["model"] for body in server.seen.bodies} == {"unlisted"}, "it may serve more"
     with serving(Behaviour(status=503)) as server:
         code, _, err = data(
             monkeypatch, capsys, chunks, "dead", "--server", server.url, "--retries", 0, "--task", "bullets"
@@ -660,13 +519,30 @@ def test_command(
         assert code == 1 and "http 503" in err
 
 
+def test_chunks_too_long_for_the_model_say_what_to_do(
+    chunks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def ask(runtime: ServerRuntime, requests: list[Request]) -> list[Reply]:
+        return [Reply(rejected=TOO_LONG) for _ in requests]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ServerRuntime, "ask", ask)
+    with serving() as server:
+        code, _, err = data(monkeypatch, capsys, chunks, "rows", "--server", server.url)
+    assert code == 0 and "prompt too long for the model" in err and "--words 120 --overlap 20" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (("none", "out", "--model", "tiny"), 4, "no chunks here"),
+        (("none", "out", "--model", "tiny"), 4, "none: no such file or folder"),
+        ((".", "out", "--model", "tiny"), 4, "no chunks here"),
+        (("one.md", "out", "--dry-run"), 4, "one.md: a document, not chunks. Cut it first: smolmlx data chunk one.md"),
         (("chunks", "out"), 2, "pass --model M"),
         (("chunks",), 2, "Missing argument"),
         (("chunks", "out", "--server", "localhost:80"), 2, "expected an address such as"),
+        (("chunks", "out", "--server", "http://127.0.0.1:99999/v1"), 2, "expected an address such as"),
+        (("--print-tasks", "--tasks-file", "no.yaml"), 2, "no.yaml: cannot be read"),
         (("chunks", "out", "--server", "http://x/v1", "--adapter", "a"), 2, "no effect with --server"),
         (
             ("chunks", "out", "--server", "http://x/v1", "--batch-size", "4"),
@@ -692,11 +568,6 @@ def test_command_refuses(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("chunks").symlink_to(chunks)
+    Path("one.md").write_text("# One\n\nparagraph")
     found, out, err = data(monkeypatch, capsys, *arguments)
     assert found == code and says in err and "Traceback" not in err and not out
-
-
-def test_print_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = data(monkeypatch, capsys, "--print-tasks")
-    (tmp_path / "mine.yaml").write_text(out)
-    assert code == 0 and read_registry(tmp_path / "mine.yaml").prompt_version == read_registry().prompt_version

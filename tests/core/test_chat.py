@@ -205,6 +205,13 @@ class TestTemplates:
         with pytest.raises(DataError, match="no end-of-turn token"):
             find_spans(with_template(template), TALK[:2])
 
+    @pytest.mark.parametrize("prompt", ["", "{% if add_generation_prompt %}A: {% endif %}"])
+    def test_answers_that_are_not_rendered(self, with_template: Make, prompt: str) -> None:
+        """The rows were said to have no answer."""
+        own = "{% for m in messages %}{% if m.role == 'user' %}U: {{ m.content }}\n{% endif %}{% endfor %}"
+        with pytest.raises(DataError, match="does not render the assistant's answer"):
+            encode(with_template(own + prompt), TALK)
+
     def test_missing_tokenizer(self, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=r"no tokenizer\.json"):
             Tokenizer(tmp_path)

@@ -97,6 +97,13 @@ def test_html() -> None:
     )
     assert markup.html_text(page) == "Head\n\nOne two & three\nfour\n\n- a\n- b\n\nx\n  y"
     assert markup.html_text("<p>no main") == "no main"
+    header = "<header><nav>menu</nav><h1>{}</h1>by</header><p>text</p>"
+    for part in ("article", "main"):
+        page = f"<body>{header.format('Site')}<{part}>{header.format('Title')}</{part}></body>"
+        assert markup.html_text(page) == "Title\n\nby\n\ntext"
+    article = f"<article>{header.format('Title')}</article>"
+    text = markup.html_text(f"<body>{header.format('Site')}{article * 2}</body>")
+    assert text.count("Title") == 2 and "Site" not in text
     assert markup.html_text("") == ""
     assert decode("<meta charset='latin-1'>\xe9".encode("latin-1"), html=True).endswith("é")
 
@@ -112,6 +119,24 @@ def test_latex() -> None:
     assert text.startswith("Head\n\nText with stress, code and $a_{1} \\le 2$.")
     assert "What it shows." in text and "1 & 2" not in text and "behind" not in text and "note" not in text
     assert "one" in text and "two" in text
+
+
+def test_latex_comments_end_where_latex_ends_them(tmp_path: Path) -> None:
+    """A % in an address, in code or behind a backslash is no comment, and \\input in code or a comment takes nothing in."""
+    (tmp_path / "main.tex").write_text(
+        "% \\begin{document} \\input{part}\n\\begin{document}\nSee \\url{http://x.org/a%20b} and \\href{http://x.org/c%20d}{here}, 5\\% "
+        "left,\\\\% a note\nmore.\n\\begin{verbatim}\n50% \\input{part}\n\\end{verbatim}\nOne % a note\n% a note\nline \\verb|%|. % a note\n\n"
+        "%\nLast.\n\\end{document}\n"
+    )
+    (tmp_path / "part.tex").write_text("Own part.\n")
+    found = {document.id: document.text for document in read_documents([str(tmp_path)], LeftOut())}
+    assert set(found) == {"main.tex", "part.tex"}, "a file that is taken in nowhere is a document of its own"
+    text = found["main.tex"]
+    main = tmp_path / "main.tex"
+    main.write_bytes(main.read_bytes().replace(b"\n", b"\r\n"))
+    assert next(read_documents([str(main)], LeftOut())).text == text
+    assert "and here, 5% left," in text and "note" not in text and "Own part" not in text and "50" not in text
+    assert "One line." in " ".join(text.split()) and text.endswith("\n\nLast.")
 
 
 def test_latex_inputs_are_one_document(tmp_path: Path) -> None:
@@ -233,15 +258,27 @@ def test_splits_are_by_document_and_repeatable(tmp_path: Path) -> None:
     assert set(other["files"]) == {"train"} and not (tmp_path / "a" / "test.jsonl").exists()
 
 
+@pytest.mark.parametrize("sizes", [(10, 10, 10), (30, 20, 10, 10, 10), (900, 20, 20), (500, 500, 500, 20)])
+def test_few_documents_fill_every_split(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i}.txt").write_text(words(size, f"d{i}w"))
+    made = write_chunks([str(tmp_path)], tmp_path / "out", Cut(50, 10), Method(seed=1))
+    assert set(made["files"]) == {"train", "validation", "test"}
+    homes = {row["document"]: row["split"] for row in rows_of(tmp_path / "out")}
+    assert len(homes) == len(sizes) == sum(entry["documents"] for entry in made["files"].values())
+    assert len(rows_of(tmp_path / "out")) == made["chunks"] == sum(entry["chunks"] for entry in made["document_list"])
+    assert made["files"]["train"]["rows"] == max(entry["rows"] for entry in made["files"].values())
+
+
 def test_chunks_are_no_documents(tmp_path: Path) -> None:
     """Read a second time with the documents they were cut from, they would come into other splits."""
     source = library(tmp_path / "in")
-    made = [write_chunks([str(source)], source, Cut(50, 10), Method()) for _ in range(2)]
+    made = [write_chunks([str(source)], source / "cut", Cut(50, 10), Method()) for _ in range(2)]
     assert made[0]["files"] == made[1]["files"] and made[1]["documents"] == 20
     assert [entry["document"] for entry in made[1]["left_out"][CHUNKS]] == [
-        "test.jsonl",
-        "train.jsonl",
-        "validation.jsonl",
+        "cut/test.jsonl",
+        "cut/train.jsonl",
+        "cut/validation.jsonl",
     ]
     below = write_chunks([str(source)], source / "part0" / "chunks", Cut(50, 10), Method())
     again = write_chunks([str(tmp_path)], tmp_path / "out", Cut(50, 10), Method())
@@ -277,9 +314,14 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     (tmp_path / "one.md").write_text("# One\n\nparagraph")
     assert data(monkeypatch, "chunk", "one.md", "alone") == 4
     assert "1 document(s) cannot fill the splits" in (said := capsys.readouterr().err) and "--shares 1,0" in said
+    assert "counts" not in said, "chunks have no counts"
     assert data(monkeypatch, "chunk", "one.md", "alone", "--shares", "1,0") == 0
     assert data(monkeypatch, "chunk", "one.md", "alone", "--shares", "a") == 2
     assert data(monkeypatch, "chunk", "one.md", "alone", "--shares", "nan,1") == 2
+    assert capsys.readouterr().err and data(monkeypatch, "chunk", "one.md", "alone", "--shares", "1") == 2
+    assert "data chunk: 1 problem" in capsys.readouterr().err
+    assert data(monkeypatch, "chunk", f"{source}/", source) == 2
+    assert "among the documents" in capsys.readouterr().err and not (source / "train.jsonl").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train.jsonl").write_text("{}")
     assert data(monkeypatch, "chunk", source, "mine") == 2

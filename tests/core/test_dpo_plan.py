@@ -17,6 +17,7 @@ from test_plan import CAPABLE, Paper, load
 
 from smolmlx.backend import Capabilities, Choice
 from smolmlx.errors import DataError, RecipeError
+from smolmlx.models import open_model, write_base
 from smolmlx.plan import Plan, adapter_config, initial_adapter, resolve
 from smolmlx.recipe import DPO_LEARNING_RATE, build
 
@@ -165,6 +166,20 @@ class TestStartAdapter:
         wide = make_tiny(tmp_path / "wide", hidden_size=64)
         adapter = write_adapter({**tree, "model": {"id": str(wide)}}, tmp_path / "a")
         with pytest.raises(RecipeError, match="made for another base model"):
+            self.started(tree, adapter)
+
+    def test_a_base_of_the_same_shapes_is_refused(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        from lab import make_tiny
+
+        adapter = write_adapter(tree, tmp_path / "a")
+        write_base(open_model(make_tiny(tmp_path / "other", seed=2)), adapter)
+        with pytest.raises(RecipeError, match="made for another base model"):
+            self.started(tree, adapter)
+
+    def test_a_broken_config(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        adapter = write_adapter(tree, tmp_path / "a")
+        (adapter / "adapter_config.json").write_text("[]")
+        with pytest.raises(DataError, match=r"model.adapter: .*adapter_config.json: expected a JSON table"):
             self.started(tree, adapter)
 
     def test_kinds_that_cannot_go_on(self, tree: dict[str, Any], tmp_path: Path) -> None:

@@ -102,11 +102,18 @@ class TestOverlong:
     def test_split_supervises_every_token_once(self, tokenizer: Tokenizer, limit: int) -> None:
         (whole,), _ = run(tokenizer, [LONG])
         found, account = run(tokenizer, [LONG], max_length=limit, overlong="split")
-        assert account.reasons == {encoding.SPLIT_ROWS: 1} and account.lost == 0
+        assert account.reasons == {encoding.SPLIT_ROWS: 1, encoding.CUT_PROMPT: 1} and account.lost == 0
         assert max(len(row.ids) for row in found) <= limit
         assert learned(tokenizer, found) == learned(tokenizer, [whole]) == LONG.messages[1]["content"] + END
         # Nothing predicts the first token of a row, so it must not be one that is to be learned.
         assert not any(row.mask[0] for row in found)
+
+    def test_split_says_what_was_cut(self, tokenizer: Tokenizer) -> None:
+        """A row that lost the start of its prompt was counted as an answer that goes on in another row."""
+        found, account = run(tokenizer, [chat("word " * 40, "a")], max_length=64, overlong="split")
+        assert len(found) == 1 and account.reasons == {encoding.CUT_PROMPT: 1}
+        found, account = run(tokenizer, [chat("q", "word " * 40)], max_length=64, overlong="split")
+        assert len(found) > 1 and account.reasons == {encoding.SPLIT_ROWS: 1}
 
     def test_row_of_just_the_right_length_is_kept(self, tokenizer: Tokenizer) -> None:
         size = len(run(tokenizer, [LONG])[0][0].ids)

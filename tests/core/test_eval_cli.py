@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import lab as labs
 import smolmlx
@@ -51,8 +53,8 @@ def test_adapters_are_checked_before_anything_is_answered(
     weights: str, words: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     """The base answered every row first."""
-    for name in ("adapter_config.json", weights):
-        (tmp_path / name).touch()
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"base_model.model.q.lora_A.weight": np.ones((8, 2), np.float32)}, tmp_path / weights)
     (tmp_path / BASE_FILE).write_text(json.dumps({"name": "other", "weights": "0"}))
     nobody = cast(Any, None)
     with pytest.raises(RecipeError, match=words):
@@ -91,8 +93,29 @@ def test_python_refuses_what_the_command_line_refuses() -> None:
     with pytest.raises(RecipeError, match=r"no suite 'lsos'\. Did you mean 'loss'"):
         smolmlx.evaluate(model, "rows.jsonl", "lsos")
     with pytest.raises(RecipeError) as caught:
-        smolmlx.evaluate(model, "rows.jsonl", ood="ood.jsonl", max_tokens=9)
-    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["ood", "max_tokens"]
+        smolmlx.evaluate(model, "rows.jsonl", ood="ood.jsonl", max_tokens=9, constrained=False)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["ood", "constrained", "max_tokens"]
+
+
+def test_python_refuses_prompts_that_the_command_line_refuses(tiny_model: Path) -> None:
+    with labs.toy_installed():
+        model = smolmlx.load(tiny_model, backend="toy", device="cpu")
+    with pytest.raises(DataError, match=r"expected a list of prompts, got one text: write \[text\]"):
+        model.generate("red")
+    with pytest.raises(DataError, match="expected a list of prompts, got None"):
+        model.generate(cast(Any, None))
+    with pytest.raises(DataError, match="prompt 1: got 1, expected a text or a list of messages"):
+        model.generate(cast(Any, ["red", 1]))
+    for source in (None, 1, ("tiny",)):
+        with pytest.raises(RecipeError, match=r"load: got .*; expected a run"):
+            smolmlx.load(cast(Any, source))
+    with pytest.raises(RecipeError, match=r"set: got .*expected a dict"):
+        smolmlx.train(set=cast(Any, "a.b=c"))
+    with pytest.raises(
+        DataError, match=r"prompts must have 1 to 511, as the model's context is 512: 1 problem\n  row 2: \d+"
+    ):
+        model.generate(["red", "word " * 600], max_tokens=1)
+    assert len(model.generate(["red"], max_tokens=1)) == 1
 
 
 def test_rows_by_id_and_limit() -> None:

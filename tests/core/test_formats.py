@@ -150,6 +150,17 @@ class TestFiles:
         assert [e.text for e in read(str(tmp_path), split="validation")] == ["v"]
         assert "split 'test'" in str(refusal(str(tmp_path), split="test"))
 
+    def test_words_of_a_split_are_whole_words(self, tmp_path: Path) -> None:
+        """latest.jsonl and device.jsonl were taken for test and dev, and left out without a word."""
+        for name in ("latest", "device", "x_test", "test-2", "dev", "sub/eval/a"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name}])
+        source = open_source(str(tmp_path))
+        assert [path.stem for path in source.files] == ["device", "latest"]
+        assert [path.stem for path in source.skipped] == ["dev", "a", "test-2", "x_test"]
+        assert [e.text for e in read(str(tmp_path), split="validation")] == ["dev"]
+        assert [e.text for e in read(str(tmp_path), split="test")] == ["sub/eval/a", "test-2", "x_test"]
+
     def test_relative_paths_are_tried_beside_the_recipe(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "rows.jsonl", [{"text": "x"}])
         assert len(read("rows.jsonl", folders=(tmp_path,))) == 1
@@ -225,6 +236,27 @@ class TestRefusals:
         assert [line.removeprefix(f"{path}:")[:1] for line in found.problems] == ["2", "3", "4", "6"]
         assert "not valid JSON" in found.problems[0] and "expected an object, got list" in found.problems[1]
         assert "missing field 'text'" in found.problems[2] and "should be text, got list" in found.problems[3]
+
+    def test_commas_without_quotes(self, tmp_path: Path) -> None:
+        """What stood behind the second comma was dropped, and the rest trained as a whole answer."""
+        path = tmp_path / "r.csv"
+        path.write_text("prompt,completion\nhi,Yes\nhi,Yes, it is, indeed\nhi\n")
+        found = refusal(str(path))
+        assert found.problems[0].startswith(f"{path}:3: more fields than the header")
+        assert found.problems[1].endswith("missing field 'completion' of format 'prompt-completion' (has: prompt)")
+
+    @pytest.mark.parametrize("name", ["r.txt", "r.md"])
+    def test_documents_that_are_not_utf8(self, name: str, tmp_path: Path) -> None:
+        """Bytes that are none were trained as replacement characters."""
+        (tmp_path / name).write_bytes("Übung".encode("latin-1"))
+        assert "cannot be read as UTF-8 text" in str(refusal(str(tmp_path / name)))
+
+    def test_a_line_is_named_with_one_number(self, tmp_path: Path) -> None:
+        path = tmp_path / "r.jsonl"
+        path.write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n{"text": \n{"text": "ok"}\n')
+        bad, cut = refusal(str(path)).problems
+        assert bad.startswith(f"{path}:2: cannot be read as UTF-8 text")
+        assert cut == f"{path}:3: not valid JSON: Expecting value, column 9"
 
     def test_many_problems_are_counted(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "r.jsonl", [{"text": "ok"}, *([{"x": 1}] * 30)])

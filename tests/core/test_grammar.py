@@ -18,11 +18,13 @@ from smolmlx import backend
 from smolmlx.backend import Decoding, Generator, Loading, OneOf, Regex
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError
+from smolmlx.generation.batching import Batcher, run_all
 from smolmlx.generation.constraint import read_constraint
 from smolmlx.generation.grammar import Grammars, check, pack, unpack
-from smolmlx.models import open_model
+from smolmlx.models import embedded_folder, open_model
 from smolmlx.tasks.replies import REPEATED, Rejected, read
 from smolmlx.tasks.schemas import ANSWERS, Question, Text, kept_schema, retrieval_schema
+from toy_engine.generator import ToySteps
 
 SUPPORTED: dict[str, Any] = {
     "enum": {"enum": ["a", 1, None, True, {"b": [1]}]},
@@ -79,6 +81,15 @@ SUPPORTED: dict[str, Any] = {
         }},
         "$ref": "#/$defs/node",
     },
+    "keywords that say nothing": {
+        "type": "array",
+        "items": {"type": "object", "additionalProperties": False, "propertyNames": {}, "unevaluatedProperties": True,
+                  "dependentRequired": {}, "dependentSchemas": {}, "minProperties": 0, "patternProperties": {}, "required": []},
+        "uniqueItems": False,
+        "unevaluatedItems": True,
+        "minItems": 0,
+        "maxItems": 2,
+    },
     "annotations": {"title": "T", "description": "D", "examples": [1], "default": 1, "type": "integer", "deprecated": True},
     "anything": {},
 }  # fmt: skip
@@ -131,6 +142,28 @@ def grammars(tiny_model: Path) -> Grammars:
     return Grammars(tokenizer, tokenizer.eos_ids)
 
 
+class _Noise:
+    """A model of any vocabulary that prefers nothing; takes the place of the numpy engine's."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._rows = np.random.default_rng(0).normal(size=(16, num_tokens)).astype(np.float32)
+
+    def logits(self, last: Any) -> tuple[Any]:
+        return (self._rows[last % len(self._rows)],)
+
+
+@pytest.fixture(scope="module", params=["embedded", "stories260k", "smollm2-135m-base"])
+def shipped(request: pytest.FixtureRequest) -> tuple[Batcher, Tokenizer]:
+    """What draws with a tokenizer as it is shipped, whose vocabulary is a multiple of 32."""
+    if request.param == "embedded":
+        folder = embedded_folder()
+    else:
+        (folder,) = [path for path in request.getfixturevalue("assets").glob("*/*") if path.name == request.param]
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.vocab_size % 32 == 0
+    return Batcher(ToySteps(_Noise(tokenizer.vocab_size)), tokenizer, 8), tokenizer  # type: ignore[arg-type]
+
+
 def draws(generator: Generator, schema: Any, count: int, max_tokens: int = 60) -> list[str]:
     prompts = [[10 + i % 290] for i in range(count)]
     how = Decoding(max_tokens=max_tokens, temperature=1.5, schema=schema, batch_size=64)
@@ -178,6 +211,33 @@ def test_features_that_are_kept_to(generator: Generator, feature: str) -> None:
         validator.validate(json.loads(text))
 
 
+@pytest.mark.parametrize("feature", SUPPORTED)
+def test_features_are_kept_to_in_vocabularies_as_shipped(shipped: tuple[Batcher, Tokenizer], feature: str) -> None:
+    validator = jsonschema.Draft202012Validator(SUPPORTED[feature], format_checker=FORMATS)
+    how = Decoding(max_tokens=48, temperature=1.0, schema=SUPPORTED[feature])
+    for found in run_all(shipped[0], [[n] for n in range(4)], how, None):
+        validator.validate(json.loads(found.text))
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [(OneOf(("yes", "yes please")), "yes( please)?"), (OneOf(("no",)), "no"), (Regex("[a-c]+ ?x?"), "[a-c]+ ?x?")],
+)
+def test_texts_that_may_end_or_go_on(shipped: tuple[Batcher, Tokenizer], constraint: Any, pattern: str) -> None:
+    for found in run_all(shipped[0], [[n] for n in range(6)], Decoding(32, 1.0, schema=constraint), None):
+        assert re.fullmatch(pattern, found.text), found
+
+
+def test_a_way_out_is_short_in_vocabularies_as_shipped(shipped: tuple[Batcher, Tokenizer]) -> None:
+    """Some write a brace as a byte only."""
+    tokenizer = shipped[1]
+    properties = {"a": {"type": "number"}, "b": {"type": "array", "items": {"type": "string"}}}
+    for names in (["a"], ["a", "b"]):
+        tree = {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+        way = Grammars(tokenizer, tokenizer.eos_ids).compile(tree, 24).start().way_out(24)
+        assert way is not None and list(json.loads(tokenizer.decode(way))) == names
+
+
 @pytest.mark.parametrize("pattern", [r"cost: [0-9]{2}\$", r"^[ab]{3}\\$", r"^x[0-9]$"])
 def test_only_anchors_are_taken_off_a_pattern(generator: Generator, pattern: str) -> None:
     for text in draws(generator, Regex(pattern), 4):
@@ -199,6 +259,14 @@ def test_features_that_are_refused_by_name(feature: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(feature)) as caught:
         check(REFUSED[feature])
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "strin"}, {"type": ["null", "strin"]}, {"type": "array", "items": {"type": "strin"}}]
+)
+def test_a_type_that_is_none_is_named(schema: Any) -> None:
+    with pytest.raises(RecipeError, match=r"'strin' is no type of JSON schema\. Types: string, number,"):
+        check(schema)
 
 
 @pytest.mark.parametrize("schema", BROKEN)

@@ -20,6 +20,7 @@ LAYERS = {
     "recipe": 0,  # what the user wrote: needs errors alone
     "first_weights": 0,  # numbers from a config: needs errors alone
     "base_config": 0,  # what a base's config must say: needs nothing
+    "peft_config": 0,  # what an adapter's config must say: needs nothing
     "weight_files": 0,  # which files hold weights, and their headers: needs errors alone
     "models": 1,  # what a model folder says, read from headers: facts for the plan, like data
     "memory": 1,  # what to say when memory runs out; plan and backend are named there for type checkers only
@@ -41,13 +42,14 @@ LAYERS = {
     "adapters": 3,
     "reports": 3,
     "sweeps": 3,
-    "bench": 3,
     "loggers": 3,  # reports metrics to services by name
     "tasks": 3,  # wording, schemas and reading of the research tasks: shared by synth, evals and research
     "stages": 4,
+    "data_stages": 4,  # stages of a pipeline that make data: composes synth and tasks for pipelines
     "pipelines": 4,  # several stages, and the data made between them: composes recipe, stages and synth for the verbs
     "shelf": 4,  # which recipes there are and which runs a name means: composes recipe, models and rundir for the verbs
     "doctor": 4,  # looks at every engine and the files: composes what lies below for one verb
+    "bench": 4,  # times what stages run: composes stages and the seam for one verb
     "serving": 4,  # a generator over HTTP: composes generation and the seam for one verb
     "research": 5,  # typed tasks over a loaded model: stands on the API's `load`
     "api": 5,  # the verbs for Python; __init__ hands them out lazily

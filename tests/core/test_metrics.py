@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,7 @@ from smolmlx.evals.suites import (
     notes_rows_csv,
     notes_summary_csv,
     score_notes,
+    sum_up,
     summarise_loss,
 )
 from smolmlx.evals.text import (
@@ -491,6 +493,17 @@ def test_compare_notes_takes_further_pairs_and_refuses_unknown_names() -> None:
         compare_notes(ROWS, {"sft": [NOTE] * 8}, also=[("sft", "absent")])
     with pytest.raises(ValueError, match="no rows"):
         compare_notes([], {"sft": []})
+
+
+def test_too_few_groups_are_said_once() -> None:
+    rows = [replace(row, group="one") for row in ROWS]
+    report = compare_notes(rows, {"base": [""] * 8, "sft": [NOTE] * 8}, draws=50)
+    (sentence,) = sum_up(report.differences)
+    assert "fewer than 6 groups (here 1) cannot show one" in sentence and "strict compliance, " in sentence
+    assert "n=8 in 1 group;" in report.differences[0].sentence
+    assert sentence in notes_markdown(report) and "| strict compliance | 0.000 | 1.000 |" in notes_markdown(report)
+    enough = compare_notes(ROWS, {"base": [""] * 8, "sft": [NOTE] * 8}, draws=50).differences
+    assert sum_up(enough) == [difference.sentence for difference in enough]
 
 
 def test_notes_report_is_the_same_each_time_in_json_csv_and_markdown() -> None:

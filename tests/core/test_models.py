@@ -154,9 +154,10 @@ class TestRefusals:
         with pytest.raises(RecipeError, match="GGUF"):
             models.find_model(str(tmp_path))
 
-    def test_missing_folder(self) -> None:
+    @pytest.mark.parametrize("name", ["./nowhere", "runs/nope", "a/b/c"])
+    def test_missing_folder(self, name: str) -> None:
         with pytest.raises(RecipeError, match="no such model folder"):
-            models.find_model("./nowhere")
+            models.find_model(name)
 
     def test_missing_hub_id_while_offline(self) -> None:
         pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
@@ -285,3 +286,50 @@ def test_many_folders_are_counted() -> None:
     folders = [Path(name) for name in "abcde"]
     assert [listed(folders[:count]) for count in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
     assert listed(folders, "or") == "a, b, c or 2 more"
+
+
+GOOD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+
+
+def make_adapter(folder: Path, config: str) -> Path:
+    """An adapter of one layer whose config is `config`."""
+    folder.mkdir(exist_ok=True)
+    factors = {f"base_model.model.q.lora_{side}.weight": np.ones((2, 2), np.float32) for side in "AB"}
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(config)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "said"),
+    [
+        ("{", DataError, "not valid JSON"),
+        ("[1]", DataError, "expected a JSON table"),
+        ("{}", DataError, "peft_type: expected"),
+        (json.dumps({**GOOD, "r": "x"}), DataError, "r: expected a positive integer"),
+        (json.dumps({**GOOD, "use_dora": True}), DataError, "no lora_magnitude_vector, though use_dora is set"),
+        (json.dumps({**GOOD, "peft_type": "IA3"}), RecipeError, "'IA3' is not LORA"),
+    ],
+)
+def test_adapters_that_are_refused(config: str, kind: type[Exception], said: str, tmp_path: Path) -> None:
+    """They ended as a bug of this program, or, of another kind, answered as if they were LoRA."""
+    with pytest.raises(kind, match=said):
+        models.check_adapter_folder(make_adapter(tmp_path, config))
+
+
+def test_an_adapter_that_is_cut(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path, json.dumps(GOOD))
+    assert models.check_adapter_folder(folder) == GOOD
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(DataError, match="truncated"):
+        models.check_adapter_folder(folder)
+
+
+@pytest.mark.parametrize("note", ["{", "[]", '{"name": "tiny"}'])
+def test_a_broken_note_of_the_base(note: str, tmp_path: Path) -> None:
+    """It switched the check of the base off."""
+    assert models.noted_base(tmp_path) is None
+    (tmp_path / models.BASE_FILE).write_text(note)
+    with pytest.raises(DataError, match="broken, so the base"):
+        models.noted_base(tmp_path)

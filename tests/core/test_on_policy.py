@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from smolmlx.errors import DataError, RecipeError
+from judge_server import serve
+from smolmlx.api import _silent as silent
+from smolmlx.errors import DataError, RecipeError, RunError
+from smolmlx.evals.judge import DIMENSIONS
+from smolmlx.evals.judging import EndpointJudge
 from smolmlx.evals.notes import strict_compliance
 from smolmlx.synth.flaws import NotesRow
 from smolmlx.synth.on_policy import (
     LEFT_OUT_ALIKE,
     LEFT_OUT_NONE_BROKEN,
     LEFT_OUT_NONE_KEPT,
+    LEFT_OUT_UNMARKED,
     ROUND,
     Draw,
     Sampling,
     choose,
+    judging,
     write_sampled,
 )  # fmt: skip
 from smolmlx.synth.pairs import read_notes_rows
@@ -76,6 +83,38 @@ def test_the_broken_answer_of_nearest_length_is_taken(rows: list[NotesRow]) -> N
     assert choose(row, [row.answer, endless, fourth_bullet(row.answer)])[1] == fourth_bullet(row.answer)
 
 
+def test_a_judge_ranks_what_keeps_the_rule(rows: list[NotesRow]) -> None:
+    row = rows[0]
+    whole, other, broken = row.answer, off_topic(row.answer), fourth_bullet(row.answer)
+    marks = {(row.id, whole): 2.0, (row.id, other): 4.5}
+    assert choose(row, [whole, other], marks=marks) == (other, whole, ["content"])
+    assert choose(row, [whole, other, broken], marks=marks)[0] == other, (
+        "a broken answer is rejected, whatever marks say"
+    )
+    assert choose(row, [whole, other], marks={**marks, (row.id, whole): 4.25}) == LEFT_OUT_ALIKE
+    assert choose(row, [whole, other], marks={}) == LEFT_OUT_UNMARKED
+    assert choose(row, [whole, broken], marks={})[0] == whole, "nothing to ask a judge"
+
+
+def test_marks_come_from_a_judge_and_are_asked_for_once(rows: list[NotesRow], tmp_path: Path) -> None:
+    """A judge that likes what is off the topic, at an address on this machine."""
+
+    def reply(prompt: str, times: int) -> str:
+        mark = 5 if "Rain fell there." in prompt.partition("ANSWER\n")[2] else 1
+        return json.dumps(dict.fromkeys(DIMENSIONS, mark))
+
+    sampling = Sampling("tiny", "", samples=2, judge="a judge")
+    with serve(reply) as (url, server):
+        for out in ("pairs", "pairs"):
+            mark = judging(EndpointJudge(url, None, key="none"), tmp_path / "ledger.jsonl", silent)
+            made = write_sampled([str(NOTES)], tmp_path / out, (4, 2), sampling, drawer(off_topic), mark)
+        assert max(server.asked.values()) == 1 and made["sampling"]["judge"] == "a judge"
+    found = [json.loads(line) for line in (tmp_path / "pairs" / "train.jsonl").read_text().splitlines()]
+    assert len(found) == 4 and all("Rain fell there." in pair["chosen"] for pair in found)
+    with serve(lambda prompt, times: 500) as (url, _), pytest.raises(RunError, match="got no marks"):
+        judging(EndpointJudge(url, None, key="none", retries=0), tmp_path / "other.jsonl", silent)([(rows[0], "x")])
+
+
 def drawer(flaw: Callable[[str], str]) -> Draw:
     """A model that answers each prompt once as its row does, and else with a flaw."""
     answers = {row.prompt: row.answer for row in read_notes_rows([NOTES / "train.jsonl", NOTES / "validation.jsonl"])}
@@ -124,8 +163,52 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 def test_options_of_the_other_kind_are_refused(call: Callable[..., tuple[int, str, str]]) -> None:
-    for extra in (["--samples", "4"], ["--adapter", "x"], ["--backend", "mlx"]):
+    for extra in (["--samples", "4"], ["--judge", "http://x/v1"], ["--adapter", "x"], ["--backend", "mlx"]):
         code, _, err = call("data", "pairs", NOTES, "out", *extra)
         assert code == 2 and "has no effect without --model" in err
     code, _, err = call("data", "pairs", NOTES, "out", "--model", "tiny", "--issue", "boilerplate")
     assert code == 2 and "pairs by rule" in err
+
+
+def test_counts_and_rows_are_checked_before_the_model_is_loaded(call: Callable[..., tuple[int, str, str]]) -> None:
+    """`no-such` is found out when the model is loaded."""
+    late = ("--model", "tiny", "--backend", "no-such")
+    assert "no-such" in call("data", "pairs", NOTES, "out", *late)[2]
+    code, _, err = call("data", "pairs", NOTES, "out", "--counts", "1,2,3", *late)
+    assert code == 2 and "--counts 1,2,3" in err and "no-such" not in err
+    code, _, err = call("data", "pairs", NOTES / "test.jsonl", "out", *late)
+    assert code == 4 and "are held out" in err and "--allow-test" not in err and "no-such" not in err
+    for extra in (["--judge-model", "x"], ["--judge", "http://:0"]):
+        code, _, err = call("data", "pairs", NOTES, "out", *late, *extra)
+        assert code == 2 and extra[0] in err and "no-such" not in err
+
+
+def test_a_judge_from_the_command_line(
+    call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load(*given: object) -> None:
+        """Stand for an engine's generator; `drawing` is replaced too."""
+
+    monkeypatch.setattr("smolmlx.cli.options.choose", lambda *given: SimpleNamespace(backend=SimpleNamespace(generator=load), device="cpu"))  # fmt: skip
+    monkeypatch.setattr("smolmlx.synth.on_policy.drawing", lambda *given: drawer(off_topic))
+    good = json.dumps(dict.fromkeys(DIMENSIONS, 4))
+    with serve(lambda prompt, times: good) as (url, _):
+        code, _, err = call("data", "pairs", NOTES, "out", "--model", "tiny", "--counts", "4,2", "--judge", url)
+    assert code == 4 and LEFT_OUT_ALIKE in err, "all marks are equal"
+    assert (tmp_path / "out" / "ledger.jsonl").is_file()
+
+
+def test_a_judge_is_asked_before_answers_are_drawn(
+    call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(*given: object) -> None:
+        raise AssertionError("the model is loaded before the judge is asked")
+
+    monkeypatch.setattr("smolmlx.cli.options.choose", choose)
+    with serve(lambda prompt, times: (404, {"error": {"message": "not served here"}})) as (url, server):
+        asked = ("data", "pairs", NOTES, "out", "--model", "tiny", "--counts", "4,2", "--judge", url)
+        code, _, err = call(*asked, "--judge-model", "gpt")
+        assert code == 3 and "not served here" in err and "Check --judge-model" in err
+        server.models = {"no": "list"}
+        code, _, err = call(*asked)
+        assert code == 3 and "Else pass --judge-model." in err

@@ -103,6 +103,18 @@ class TestFaults:
             run(tokenizer, [row])
         assert said in caught.value.problems[0] and caught.value.problems[0].startswith("f:1: ")
 
+    def test_answers_that_the_template_makes_equal(self, tiny_model: Path, tmp_path: Path) -> None:
+        template = tmp_path / "trims.jinja"
+        template.write_text(
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        rows = [pair("why", "red", "red "), pair("why", "red", "blue"), pair("why", " blue", "blue")]
+        with pytest.raises(DataError) as caught:
+            run(Tokenizer(tiny_model, str(template)), rows)
+        assert len(caught.value.problems) == 2 and "the same answer once the chat template" in caught.value.problems[1]
+        assert len(run(Tokenizer(tiny_model), rows)[0]) == 6, "in a template that keeps them they differ"
+
     def test_all_at_once_up_to_twenty(self, tokenizer: Tokenizer) -> None:
         with pytest.raises(DataError) as caught:
             run(tokenizer, [pair("why", "red", "red")] * 25)

@@ -43,7 +43,11 @@ def test_flaws_are_dealt_evenly(call: Call, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [('{"prompt": "a", "chosen": "b", "rejected": "b"}', "missing field 'output'"), ("", "holds no rows")],
+    [
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "missing field 'output'"),
+        ("", "holds no rows"),
+        ('{"task": "qa", "chunk": "a:0", "prompt_version": "x"}', "rows of `smolmlx data augment`, not notes rows"),
+    ],
 )
 def test_rows_that_are_no_notes_exit_4(call: Call, tmp_path: Path, line: str, said: str) -> None:
     (tmp_path / "rows.jsonl").write_text(line, encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 from smolmlx import plan as planning
 from smolmlx import recipe
 from smolmlx.backend import Capabilities, Choice
-from smolmlx.errors import DataError, RecipeError
+from smolmlx.errors import BackendError, DataError, RecipeError
 from smolmlx.plan import Plan, learning_rates, resolve
 
 CAPABLE = Capabilities(
@@ -39,6 +40,11 @@ class Paper:
 
     def check_plan(self, plan: Plan) -> Sequence[str]:
         return ["the engine's own reason"] if plan.recipe.description == "odd" else []
+
+
+class Other(Paper):
+    def check(self, knobs: Mapping[str, Any]) -> Sequence[str]:
+        return [f"cuda.{key}: unknown key." for key in knobs]
 
 
 def load(tree: Mapping[str, Any], folder: Path = Path()) -> recipe.Loaded:
@@ -327,12 +333,71 @@ def test_evaluation_rows_that_are_not_there(tree: dict[str, Any], chat_rows: Pat
         make(tree, evaluate={"data": str(chat_rows), key: "nowhere.jsonl"})
 
 
+@pytest.mark.parametrize(
+    ("suite", "lines", "said"),
+    [
+        ("notes", ['{"prompt": "a", "completion": "b"}', "{oops"], "rows.jsonl:2: not valid JSON"),
+        ("loss", ['{"prompt": "a", "completion": "b"}', '{"prompt": "a"}'], "rows.jsonl:2: missing field 'completion'"),
+        ("notes", ['{"text": "a"}'], "rows.jsonl:1: no question, or no assistant answer"),
+        ("research", ['{"prompt": "a", "completion": "b", "task": "qa"}'], "rows.jsonl:1: no style, gold"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_refused_before_training(
+    suite: str, lines: list[str], said: str, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"evaluate\.data: suite") as caught:
+        make(tree, evaluate={"suite": suite, "data": str(path)})
+    assert said in caught.value.problems[0]
+
+
+def test_rows_beyond_the_limit_need_not_be_scored(tree: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}')
+    assert make(tree, evaluate={"data": str(path), "limit": 1})
+
+
+def test_files_of_a_folder_that_are_not_taken_are_named(tree: dict[str, Any], chat_rows: Path, tmp_path: Path) -> None:
+    for name in ("latest", "test"):
+        shutil.copy(chat_rows, tmp_path / f"{name}.jsonl")
+    plan = make(tree, data={**tree["data"], "train": str(tmp_path)})
+    assert [note for note in plan.notes if note.startswith("data.train: test.jsonl of the folder not taken")]
+
+
 def test_warmup_longer_than_the_run_is_said(tree: dict[str, Any]) -> None:
     assert any(
         "train.warmup: 500 steps, but the run has 2" in note
         for note in make(tree, train__warmup=500, train__max_steps=2).notes
     )
     assert not any("train.warmup" in note for note in make(tree, train__warmup=2, train__max_steps=2).notes)
+
+
+class TestWithoutEffect:
+    @pytest.mark.parametrize("key", ["save", "eval"])
+    def test_moments_beyond_the_last_step(self, tree: dict[str, Any], key: str) -> None:
+        changes = {"data__validation_share": 0.25, "train__max_steps": 2}
+        late = make(tree, **changes, **{f"{key}__every": 500}).notes
+        assert any(f"{key}.every: 500 steps, but the run has 2" in note for note in late)
+        assert not any(".every" in note for note in make(tree, **changes, **{f"{key}__every": 2}).notes)
+
+    def test_compile_where_nothing_compiles(self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        def said(**changes: Any) -> bool:
+            return any(note.startswith("train.compile: has no effect") for note in make(tree, **changes).notes)
+
+        assert said(train__compile=False) and said(train__compile=True) and not said()
+        monkeypatch.setattr(Paper, "capabilities", lambda self, device=None: replace(CAPABLE, compiles=True))
+        assert not said(train__compile=False)
+
+    def test_length_of_samples_without_prompts(self, tree: dict[str, Any]) -> None:
+        """A sweep that takes a recipe's prompts away must not be refused for what is left."""
+        note = "samples.max_tokens: has no effect without samples.prompts."
+        assert note in make(tree, samples__max_tokens=8).notes
+        assert note not in make(tree, samples={"max_tokens": 8, "prompts": ["hi"]}).notes
+
+    def test_variables_the_template_does_not_use(self, tree: dict[str, Any]) -> None:
+        with pytest.raises(RecipeError, match=r"data\.template_args: zork: the chat template does not use this"):
+            make(tree, data__template_args={"zork": 1})
 
 
 class TestRefusals:
@@ -374,7 +439,17 @@ class TestRefusals:
             with pytest.raises(RecipeError, match="type 'gpt2'"):
                 make(tree, model__id=str(model), lora=lora, train__method=method)
 
-    def test_knobs_of_another_engine_do_not_matter(self, tree: dict[str, Any]) -> None:
+    def test_knobs_of_another_engine_are_checked_where_it_is_installed(
+        self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(planning, "load", lambda name: {"cuda": Other}[name]())
+        with pytest.raises(RecipeError, match=r"cuda\.zzz: unknown"):
+            make(tree, cuda={"zzz": 1})
+
+        def missing(name: str) -> None:
+            raise BackendError(f"--backend {name}: its packages are not installed")
+
+        monkeypatch.setattr(planning, "load", missing)
         assert make(tree, cuda={"zzz": 1}).steps
 
     def test_most_rows_lost(self, tree: dict[str, Any]) -> None:
@@ -428,3 +503,31 @@ def test_memory_grows_with_rows(tree: dict[str, Any]) -> None:
     small, large = make(tree), make(tree, train__batch_size=16)
     assert 0 < small.memory_bytes < large.memory_bytes
     assert make(tree, train__gradient_checkpointing=True).memory_bytes < small.memory_bytes
+
+
+class TestMemoryOfTheDevice:
+    def make(self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, limit: int | None) -> Plan:
+        monkeypatch.setattr(Paper, "capabilities", lambda self, device=None: replace(CAPABLE, memory_bytes=limit))
+        return make(tree)
+
+    def test_enough_or_unknown(self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        needed = make(tree).memory_bytes
+        for limit in (needed, None):
+            made = self.make(tree, monkeypatch, limit)
+            assert made.notes == make(tree).notes and made.to_json()["device_memory_bytes"] == limit
+
+    def test_too_little_is_said(self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The process itself is most of this run, and no batch lowers that: it is warned of, not refused."""
+        note = self.make(tree, monkeypatch, make(tree).memory_bytes // 4).notes[-1]
+        assert "of memory, and the device has" in note
+        assert "--set train.batch_size=2 --set train.accumulation=2" in note and "gradient_checkpointing=true" in note
+
+    def test_far_too_little_is_refused(self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        tree["train"]["batch_size"] = 4000
+        limit = make(tree).memory_bytes // 100
+        with pytest.raises(RecipeError, match=r"r\.yaml: needs about .*--set train\.batch_size=2000"):
+            self.make(tree, monkeypatch, limit)
+
+    def test_weights_alone(self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(RecipeError, match="weights, gradients and moments alone take"):
+            self.make(tree, monkeypatch, 1000)

@@ -35,7 +35,8 @@ folder, then among the shipped files. `on`, `off`, `yes` and `no` are words, wit
 
 ## Several stages
 
-A file with `stages:` is a pipeline; `smolmlx train` runs its stages in order, in one folder (`notes/pipeline` is one):
+A file with `stages:` is a pipeline; `smolmlx train` runs its stages in order, in one folder (`notes/pipeline` is one, and
+`notes/smoke` takes one step of each stage, in under a minute, to see that everything runs):
 
 ```yaml
 description: what it is for
@@ -46,8 +47,20 @@ stages:
 ```
 
 A training stage starts from the adapter (or, after full training, the model) that the training stage before it left, unless its `set`
-names `model.adapter` or `model.id`. `{name}` is the folder of an earlier stage. From the command line a stage's keys begin with its name
-(`--set dpo.dpo.beta=0.2`); `--max-steps` holds for each; `--resume` goes on at the first stage that is not finished.
+names `model.adapter` or `model.id`. With an adapter it takes over its tokenizer and template, `model.revision` and `model.quantize`,
+where its recipe sets none. `{name}` is the folder of an earlier stage. From the command line a stage's keys begin with its name
+(`--set dpo.dpo.beta=0.2`); `--max-steps` holds for each; `--resume` goes on at the first stage that is not finished,
+and takes `--set` and `--max-steps` for stages that have not begun. A `{name}` that no earlier stage has, and a split that the stage
+is not to make, are refused before anything runs.
+
+A stage that makes data takes these keys, and `--set` reaches them too (`--set chunks.documents=my/papers` for a stage named `chunks`;
+`research/pipeline` goes from documents to a scored adapter):
+
+| stage | as | keys |
+|---|---|---|
+| `pairs` | `smolmlx data pairs` | `rows`, `counts`, `issues`, `samples`, `temperature`, `about`, `seed` |
+| `chunk` | `smolmlx data chunk` | `documents` (a path or a list), `words`, `overlap`, `shares` (a list), `seed` |
+| `augment` | `smolmlx data augment` | `chunks` (a folder, e.g. `"{chunks}"`), `model` (else the embedded one), `adapter`, `server` (its key in `OPENAI_API_KEY`), `tasks`, `seed` |
 """
 
 # For fields that carry no docstring in smolmlx/recipe.py; an entry must go when its field gets one.
@@ -168,6 +181,12 @@ def test_every_key_is_explained_once() -> None:
 
 def test_the_page_of_keys_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == make_page(), f"{PAGE} is not what smolmlx/recipe.py says. {REMAKE}"
+
+
+def test_the_page_names_every_key_of_a_stage_that_makes_data() -> None:
+    for kind, options in pipelines.KINDS.items():
+        (line,) = (line for line in INTRO.splitlines() if line.startswith(f"| `{kind}` |"))
+        assert [key for key in options.model_fields if f"`{key}`" not in line] == []
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=6)
     (run / "report.json").unlink()
     assert figures.status(read_run(run)) == "Not finished: step 100 of 100. Every figure below is of that moment."
-    assert [tile.label for tile in figures.tiles(read_run(run), [])][:2] == ["last step's loss", "validation loss"]
+    assert [tile.label for tile in figures.tiles(read_run(run), [])][:2] == ["training loss", "validation loss"]
 
 
 def places(tree: Any, depth: int = 0) -> Iterator[tuple[Any, ...]]:
@@ -462,7 +462,7 @@ def test_a_pipeline_is_read_in_its_order_and_names_each_system_once(tmp_path: Pa
     assert ("dpo", "sft") in {(c.system, c.against) for c in board.comparisons}
     tiles = {tile.label: tile for tile in figures.last_stage(views, labels, make_boards(views))}
     assert tiles["strict compliance"].value == figures.figure(board.entrants[-1], board.metrics[0])
-    assert "; base 0 %; sft " in tiles["strict compliance"].note and "mean per pair" in tiles["last step's loss"].note
+    assert "; base 0 %; sft " in tiles["strict compliance"].note and "mean per pair" in tiles["training loss"].note
     _, lines = figures.run_table(views, labels)
     assert any(cell.endswith(" per pair") for cell in lines[1]) and "per pair" not in " ".join(lines[0])
 

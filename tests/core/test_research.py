@@ -17,6 +17,7 @@ import smolmlx
 from smolmlx.backend import Decoding
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import DataError, RecipeError
+from smolmlx.evals.research import Asking, ResearchRow
 from smolmlx.research import PaperResearcher, PassageCut, QAPair, RetrievalResult, Triplet
 from smolmlx.research.budget import share_out
 from smolmlx.research.researcher import BatchResearcher
@@ -149,6 +150,47 @@ def test_bad_questions_are_refused(tokenizer: Tokenizer) -> None:
     assert not model.prompts
 
 
+def test_rows_that_are_no_pairs_are_refused(tokenizer: Tokenizer) -> None:
+    batch = ask(tokenizer, "x")[0].batch
+    with pytest.raises(DataError, match=r"compare: each row is a pair \(passage, passage\).*\n.*row 1: got tuple of 3"):
+        batch.compare([("a", "b"), ("a", "b", "c")])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="row 0: got str"):
+        batch.compare(["ab"])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"a pair \(question, passage\)"):
+        batch.answer([("q",)])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"a pair \(question, passages\)"):
+        batch.find_relevant([("q", ["a"], "b")])  # type: ignore[list-item]
+
+
+def test_arguments_without_effect_or_sense_are_refused(tokenizer: Tokenizer) -> None:
+    for context in (0, -5, "x", True):
+        with pytest.raises(RecipeError, match=r"context: got .*, expected a number of tokens"):
+            ask(tokenizer, "x", context=context)
+    with pytest.raises(
+        RecipeError, match=r"2 problems\n.*sampling.max_tokens: has no effect.*\n.*sampling.schema: has no"
+    ):
+        ask(tokenizer, "x", sampling=Decoding(max_tokens=3, schema={"type": "object"}))
+    with pytest.raises(RecipeError, match=r"sampling: got .*, expected a Decoding"):
+        ask(tokenizer, "x", sampling={"temperature": 0.7})
+    for model in (None, 123):
+        with pytest.raises(RecipeError, match=f"got {model}; expected a run"):
+            PaperResearcher(model)  # type: ignore[arg-type]
+
+
+def test_json_is_asked_for_where_it_is_enforced_whatever_styles_rows_have(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The API and suite research ask the same of a registry whose rows are never in JSON."""
+    own = tmp_path / "mine.yaml"
+    own.write_text(BUILT_IN.read_text().replace("styles: {markdown: 2, python: 1, json: 1}", "styles: {markdown: 1}"))
+    registry = read_registry(own)
+    researcher, model = ask(tokenizer, "x", registry=registry)
+    researcher.extract_bullets(PASSAGE)
+    made = registry.prompt("bullets", {"passage": PASSAGE}, "markdown").text
+    row = ResearchRow("1", "bullets", "markdown", ({"role": "user", "content": made},), ("a",))
+    asked, how = Asking(tokenizer, registry, Decoding()).request(row)
+    assert how.schema is not None and "Write JSON" in model.prompts[0]
+    assert asked == tokenizer.encode(tokenizer.prompt([{"role": "user", "content": model.prompts[0]}]))
+
+
 QUESTION = "Which of these many optimizers keeps two running moments of the gradient, and why?"
 
 
@@ -179,12 +221,31 @@ def test_questions_are_never_cut(tokenizer: Tokenizer, context: int, data: st.Da
 def test_cut_passages_are_warned_about_and_end_well(tokenizer: Tokenizer) -> None:
     researcher, model = ask(tokenizer, "x", context=700, constrained=False)
     text = " ".join(f"Sentence {i} has words." for i in range(200))
-    with pytest.warns(PassageCut, match=r"answer: cut to fit the model's context of 700: passage 1: \d+ of \d+ tokens"):
+    with pytest.warns(PassageCut, match=r"answer: cut to fit the model's context of 700: passage 1: the first \d+ of"):
         researcher.answer(QUESTION, text)
     assert model.prompts[0].endswith("has words.")
     with pytest.warns(PassageCut, match="passage 2: ") as caught:
         researcher.compare("A short one.", text)
     assert "passage 1" not in str(caught[0].message) and "A short one." in model.prompts[-1]
+
+
+def test_a_long_text_is_gone_on_with_from_its_end(tokenizer: Tokenizer) -> None:
+    researcher, model = ask(tokenizer, "x", context=700)
+    text = " ".join(f"Sentence {i} has words." for i in range(200))
+    with pytest.warns(PassageCut, match=r"continuation: .* passage 1: the last \d+ of \d+ tokens kept"):
+        researcher.continue_from(text)
+    shown = model.prompts[0].partition("Text:\n")[2]
+    assert shown.startswith("Sentence ") and text.endswith(shown)
+    assert lengths(model)[0] + model.decoding[0]["max_tokens"] <= 700
+
+
+@given(
+    st.lists(st.sampled_from([*labs.WORDS, "end.", "\n\n"]), min_size=1, max_size=60).map(" ".join), st.integers(1, 60)
+)
+def test_the_end_of_a_text_is_its_end(tokenizer: Tokenizer, text: str, num_tokens: int) -> None:
+    budget = ask(tokenizer, "x")[0].batch.budget
+    found = budget.cut_start(text, num_tokens)
+    assert text.endswith(found) and (found == text or len(found.split()) == 1 or budget.count(found) <= num_tokens)
 
 
 def test_a_question_beyond_the_context_is_refused(tokenizer: Tokenizer) -> None:

@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 import lab as labs
+import smolmlx
 from run_folders import REPORT
 from smolmlx import shelf
 from smolmlx.backend import Decoding, choose
 from smolmlx.data.chat import Tokenizer
-from smolmlx.errors import DataError, RunError
+from smolmlx.errors import DataError, RecipeError, RunError
 from smolmlx.evals import research
 from smolmlx.evals.headlines import RESEARCH
 from smolmlx.evals.parsers import RetrievalResult, Triplet
@@ -33,7 +34,7 @@ from smolmlx.reports.rows import view_rows
 from smolmlx.rundir import RunDir
 from smolmlx.sweeps.definition import open_sweep
 from smolmlx.sweeps.table import read_table, to_markdown
-from smolmlx.tasks.registry import read_registry
+from smolmlx.tasks.registry import BUILT_IN, read_registry
 from smolmlx.tasks.replies import render
 
 GOLD = {
@@ -227,6 +228,19 @@ def test_on_an_engine(tiny_model: Path, tmp_path: Path, constrained: bool) -> No
     written = (tmp_path / "out" / "results.md").read_text()
     assert "random control" in written and "Rows: 15 of" in written
     assert len((tmp_path / "out" / "test-answers.jsonl").read_text().splitlines()) == 15
+
+
+def test_from_python_as_from_the_command_line(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 2)
+    (tmp_path / "mine.yaml").write_text(BUILT_IN.read_text().replace("max_tokens: 600", "max_tokens: 9"))
+    with labs.toy_installed():
+        model = smolmlx.load(tiny_model, backend="toy", device="cpu")
+    how = {"ids": ["bullets-1"], "registry": tmp_path / "mine.yaml", "constrained": False, "max_tokens": 70}
+    made = smolmlx.evaluate(model, str(path), "research", **how)
+    assert [row.id for row in made.research["test"].rows] == ["bullets-1"] and not made.settings.constrained
+    assert made.settings.registry == tmp_path / "mine.yaml"
+    with pytest.raises(RecipeError, match=r"nowhere.yaml: cannot be read"):
+        smolmlx.evaluate(model, str(path), "research", registry=tmp_path / "nowhere.yaml")
 
 
 def write_scored(path: Path, out: Path, right: bool) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import queue
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 import lab as labs
 from smolmlx import backend
-from smolmlx.backend import Completion, Decoding, Loading
+from smolmlx.backend import Completion, Decoding, Loading, OneOf
 from smolmlx.data.chat import Tokenizer
 from smolmlx.errors import RecipeError, RunError
+from smolmlx.generation.row import Row
 from smolmlx.models import open_model
+from smolmlx.serving.requests import _OFF, ChatAsk
 from smolmlx.serving.worker import Event, Failure, Job, Worker, names
 
 pytest.importorskip("starlette")
@@ -86,6 +93,104 @@ def test_what_was_asked_wrongly_is_named_and_the_next_is_answered(
     assert client.post("/v1/chat/completions", json=chat()).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [{"top_k": 2**40}, {"seed": 2**100}, {"seed": -1}, {"max_tokens": 2**40}, {"temperature": 1e-45}],
+    ids=str,
+)
+def test_extremes_are_answered(client: Any, extreme: dict[str, Any]) -> None:
+    reply = client.post("/v1/chat/completions", json=chat(**{"temperature": 1.0, **extreme}))
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("value", ["1e999", "Infinity", "NaN", "-1"])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_no_bound_lets_infinity_pass(client: Any, name: str, value: str) -> None:
+    reply = client.post("/v1/completions", content=f'{{"prompt": "red", "{name}": {value}}}')
+    assert reply.status_code == 400 and name in reply.json()["error"]["message"]
+
+
+def test_null_means_the_default(client: Any) -> None:
+    names = {*ChatAsk.model_fields, *_OFF} - {"messages", "max_tokens"}
+    said = {"role": "assistant", "content": "apple", "refusal": None, "tool_calls": None, "function_call": None}
+    messages = {"messages": [{"role": "user", "content": "red"}, said]}
+    reply = client.post("/v1/chat/completions", json=chat(**messages, **dict.fromkeys(names)))
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"] == client.post("/v1/chat/completions", json=chat(**messages)).json()["choices"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/v1/models/gpt", 404),
+    ],
+)
+def test_what_is_not_there_is_told_as_openai_does(client: Any, method: str, path: str, status: int) -> None:
+    reply = client.request(method, path)
+    assert reply.status_code == status and reply.json()["error"]["type"] == "invalid_request_error"
+    assert reply.json()["error"]["message"]
+
+
+def test_a_model_is_shown_by_its_name(start: Start, tiny_model: Path) -> None:
+    from starlette.testclient import TestClient
+
+    from smolmlx.serving.app import Service, make_app
+
+    names = ["/folder/model+best", "my/model"]
+    with TestClient(make_app(Service(start(), Tokenizer(tiny_model), dict.fromkeys(names)))) as client:
+        for name in names:
+            for path in (name, quote(name, safe="")):
+                assert (
+                    client.get(f"/v1/models/{path}").json()
+                    == client.get("/v1/models").json()["data"][names.index(name)]
+                )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_places(
+    start: Start, tiny_model: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 answers of 400 tokens, which take at least 4 s, little is written once nobody waits."""
+    from smolmlx.serving.app import Service, make_app
+
+    taken, step, take = [0], threading.Event(), Row.take
+
+    def slow(row: Row, token: int) -> list[int]:
+        taken[0] += 1
+        step.set()
+        if row.index == 0:
+            time.sleep(0.01)
+        return take(row, token)
+
+    monkeypatch.setattr(Row, "take", slow)
+    worker = start()
+    body = json.dumps(chat(max_tokens=400, n=4, stream=stream)).encode()
+    asked = [{"type": "http.request", "body": body, "more_body": False}]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+        "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"", "root_path": "", "headers": [],
+    }  # fmt: skip
+
+    async def receive() -> Any:
+        while not asked and not step.is_set():
+            await asyncio.sleep(0.01)
+        return asked.pop() if asked else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None: ...
+
+    app = make_app(Service(worker, Tokenizer(tiny_model), {"tiny": None}, 512))
+
+    async def leave() -> None:
+        await app(scope, receive, send)
+        await asyncio.to_thread(worker.close)  # ends when all answers have
+
+    asyncio.run(leave())
+    assert 0 < taken[0] < 1000
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_goes_wrong_in_a_batch_is_told(start: Start, tiny_model: Path, stream: bool) -> None:
     from starlette.testclient import TestClient
@@ -120,6 +225,21 @@ def test_an_error_under_way_reaches_all_that_wait(start: Start, error: BaseExcep
     failure = told.get(timeout=20)
     assert isinstance(failure, Failure) and failure.status == 500 and str(error) in failure.message
     assert isinstance(wait(worker), Completion)
+
+
+def test_a_row_that_fails_leaves_the_others(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allowed(row: Row, num_words: int) -> None:
+        if row.restricted:
+            raise ValueError("broken grammar")
+
+    monkeypatch.setattr(Row, "allowed", allowed)
+    worker, told = start(), queue.Queue[tuple[int, Event]]()
+    for index, constraint in enumerate((None, OneOf(("yes", "no")), None)):
+        how = Decoding(max_tokens=40, schema=constraint)
+        worker.put(Job([5, 6], how, index, None, lambda index, event: told.put((index, event))))
+    found = dict(told.get(timeout=20) for _ in range(3))
+    assert isinstance(found[0], Completion) and isinstance(found[2], Completion)
+    assert isinstance(found[1], Failure) and found[1].status == 500 and "broken grammar" in found[1].message
 
 
 def test_an_adapter_that_is_gone_fails_its_requests_alone(start: Start, tmp_path: Path) -> None:

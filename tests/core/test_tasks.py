@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from smolmlx.data.notes import Notes
 from smolmlx.errors import RecipeError
+from smolmlx.evals.notes import HEADERS
 from smolmlx.evals.parsers import QAPair, RetrievalResult, Triplet
 from smolmlx.tasks import MADE, ON_REQUEST, replies, schemas
 from smolmlx.tasks.registry import BUILT_IN, FIELDS, SOURCES, STYLES, read_registry
@@ -72,11 +73,19 @@ def test_replaced_from_a_file(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"tasks.bulets": {"instructions": ["x"]}}, "tasks.bulets.body: Field required"),
-        ({"tasks.fact.temprature": 1}, "tasks.fact.temprature: Extra inputs"),
+        ({"tasks.fact.temprature": 1}, "tasks.fact.temprature: unknown key. Did you mean 'temperature'?"),
+        (
+            {"tasks.fact.colour": "red"},
+            "tasks.fact.colour: unknown key. Known: instructions, body, styles, hints, maker, from",
+        ),
+        ({"tasks.retrieval.maker.hnt": "x"}, "tasks.retrieval.maker.hnt: unknown key. Did you mean 'hint'?"),
+        ({"vrsion": 1}, "vrsion: unknown key. Did you mean 'version'?"),
         ({"tasks.fact.temperature": 9}, "tasks.fact.temperature: Input should be less than or equal to 2"),
         ({"tasks.fact.body": "no field"}, "tasks.fact.body: expected exactly {passage}, got nothing"),
         ({"tasks.fact.body": "{passage} {oops}"}, "got {oops}, {passage}"),
         ({"tasks.fact.body": "{passage"}, "braces do not match"),
+        ({"tasks.fact.body": "{passage!z}"}, "tasks.fact.body: a field is its name in braces alone"),
+        ({"tasks.fact.body": "{passage:>z}"}, "tasks.fact.body: a field is its name in braces alone"),
         ({"tasks.bullets.styles": {"markdwn": 1}}, "Did you mean 'markdown'?"),
         ({"tasks.bullets.unanswerable": 0.5}, "only retrieval has this key"),
         ({"tasks.retrieval.maker": None}, "tasks.retrieval.maker: missing"),
@@ -112,9 +121,13 @@ VALUES: dict[str, st.SearchStrategy[schemas.Value]] = {
         st.builds(Triplet, line, line, line), min_size=1, max_size=2, unique_by=lambda i: str(i).lower()
     ).map(tuple),
     "retrieval": st.builds(RetrievalResult, st.none() | st.integers(0, 19), line),
-    "notes": st.lists(line, min_size=6, max_size=6, unique_by=str.lower).map(
-        lambda lines: Notes(lines[0], tuple(lines[1:4]), lines[4], lines[5])
-    ),
+    # A line that looks like a header cannot be told from one.
+    "notes": st.lists(
+        line.filter(lambda text: not any(name.lower() in text.lower() for name in HEADERS)),
+        min_size=6,
+        max_size=6,
+        unique_by=str.lower,
+    ).map(lambda lines: Notes(lines[0], tuple(lines[1:4]), lines[4], lines[5])),
 }
 
 

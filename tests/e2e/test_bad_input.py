@@ -108,9 +108,10 @@ BAD_RECIPES = {
 @pytest.mark.parametrize("name", BAD_RECIPES)
 def test_bad_recipes_exit_2(call: Call, recipe: Path, name: str) -> None:
     override, said = BAD_RECIPES[name]
-    code, _, err = call("plan", recipe, "--set", override, "--set", "lora.dropout=0.1")
-    assert code == 2
-    assert said in err
+    for verb in ("plan", "train"):
+        code, _, err = call(verb, recipe, "--set", override, "--set", "lora.dropout=0.1")
+        assert code == 2
+        assert said in err
 
 
 def test_all_problems_of_a_recipe_are_told_at_once(call: Call, recipe: Path) -> None:
@@ -137,9 +138,11 @@ def test_bad_models(
     shutil.copytree(tiny_model, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    code, _, err = call("plan", recipe, "--set", f"model.id={tmp_path / model}")
-    assert code == exit_code
-    assert said in err
+    for verb in ("plan", "train"):
+        code, _, err = call(verb, recipe, "--set", f"model.id={tmp_path / model}")
+        assert code == exit_code
+        assert said in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_tokenizer_without_a_template_says_what_to_set(
@@ -149,26 +152,23 @@ def test_a_tokenizer_without_a_template_says_what_to_set(
     config = json.loads((bare / "tokenizer_config.json").read_text())
     config.pop("chat_template")
     write(bare / "tokenizer_config.json", json.dumps(config))
-    code, _, err = call("plan", recipe, "--set", f"model.id={bare}")
+    code, _, err = call("train", recipe, "--set", f"model.id={bare}")
     assert code == 2 and "model.chat_template" in err
-    code, out, _ = call("plan", recipe, "--set", f"model.id={bare}", "--set", "model.chat_template=chatml", "--json")
-    assert code == 0 and json.loads(out)["rows"] > 0
+    code, out, err = call("train", recipe, "--set", f"model.id={bare}", "--set", "model.chat_template=chatml", "--json")
+    assert code == 0 and json.loads(out)["steps"] == 2, err
 
 
 def test_a_template_that_rewrites_history_is_refused_or_trained_on_its_last_turn(
-    call: Call, recipe: Path, assets: Path
+    call: Call, recipe: Path, assets: Path, tmp_path: Path
 ) -> None:
-    rows = assets / "data" / "taskmaster_messages.jsonl"
-    overrides = [
-        "--set",
-        f"data.train={rows}",
-        "--set",
-        f"model.tokenizer={assets / 'tokenizers' / 'qwen3'}",
-        "--set",
-        "data.limit=5",
-    ]
-    code, _, err = call("plan", recipe, *overrides)
+    config = json.loads((assets / "tokenizers" / "qwen3" / "tokenizer_config.json").read_text())
+    template = write(tmp_path / "qwen3.jinja", config["chat_template"])
+    command = ("train", recipe, "--set", f"model.chat_template={template}", "--json")
+    code, _, err = call(*command)
     assert code == 4 and "data.history: last_turn" in err
+    assert not (tmp_path / "runs").exists()
+    code, out, err = call(*command, "--set", "data.history=last_turn")
+    assert code == 0 and json.loads(out)["steps"] == 2, err
 
 
 def test_cuda_without_a_gpu_exits_3_and_says_what_to_do(call: Call, recipe: Path) -> None:
@@ -213,10 +213,21 @@ def test_template_arguments(call: Call, tiny_model: Path, tmp_path: Path) -> Non
     assert code == 2 and "has no effect" in err
 
 
-def test_a_read_only_place_for_runs_exits_1(call: Call, recipe: Path, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_runs_folder_exits_2(call: Call, recipe: Path, tmp_path: Path) -> None:
     write(tmp_path / "taken", "a file where the runs folder should be")
     code, _, err = call("train", recipe, "--out", tmp_path / "taken")
-    assert code in (1, 2) and "taken" in err
+    assert code == 2 and "taken" in err and "is a file" in err
+
+
+def test_a_read_only_place_for_runs_exits_1(call: Call, recipe: Path, tmp_path: Path) -> None:
+    place = tmp_path / "locked"
+    place.mkdir(mode=0o500)
+    if os.access(place, os.W_OK):  # root may write anywhere but where the kernel says no
+        if sys.platform != "linux":
+            pytest.skip("root may write everywhere here")
+        place = Path("/sys")
+    code, _, err = call("train", recipe, "--out", place)
+    assert code == 1 and f"{place}{os.sep}" in err and "cannot write" in err and "choose another folder" in err
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_exits_130(recipe: Path, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def test_train_generate_eval(
     (both,) = json.loads(call("generate", *adapter, *asked, "--before-after")[1])["answers"]
     (bare,) = json.loads(call("generate", "--model", tiny_model, *asked)[1])["answers"]
     assert (both["answer"], both["before"]) == (json.loads(out)["answers"][0]["answer"], bare["answer"])
-    assert call("generate", "--model", tiny_model, *asked, "--before-after")[0] == 2
+    code, _, err = call("generate", "--model", tiny_model, *asked, "--before-after")
+    assert code == 2 and "Pass --adapter A" in err and "--stream" not in err
     code, out, err = call("eval", *adapter, "--data", chat_rows, "--suite", "loss", "--json", *ENGINES[name])
     assert code == 0, err
     systems = json.loads(out)["systems"]
@@ -214,3 +215,16 @@ def test_out_is_refused_where_a_run_has_its_own_folder(call: Call, tmp_path: Pat
     (tmp_path / "run").mkdir()
     code, _, err = call("train", "--resume", tmp_path / "run", "--out", tmp_path / "elsewhere")
     assert code == 2 and "--out has no effect with --resume" in err
+
+
+def test_smoke_recipe(call: Call, tmp_path: Path) -> None:
+    """Every stage of the notes once, with nothing made before."""
+    installed("mlx")
+    code, out, err = call("train", "notes/smoke", "--json", *ENGINES["mlx"])
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert list(json.loads(out)["stages"]) == ["sft", "pairs", "dpo"]
+    rows = [json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and rows[0]["grad_norm"] > 0.01
+    results = json.loads((folder / "dpo" / "eval" / "results.json").read_text())
+    assert {"base", "sft", "dpo"} <= set(results["sets"]["test"]["systems"])

@@ -52,6 +52,11 @@ def test_streamed_equals_whole(call: Call, tiny_model: Path, engine: str) -> Non
         (("--choice", "yes", "--stop", "e"), "stop"),
         (("--raw", "--prompt", ""), "--prompt: 0 tokens"),
         (("--prompt", "red " * 3000), "the model's context is"),
+        (("--raw", "--system", "Be brief."), "--system: has no effect with --raw"),
+        (("--schema", '{"type": "object"}'), "Write the schema to a file"),
+        (("--schema", '{"type": "object", "title": "' + "x" * 300 + '"}'), "Write the schema to a file"),
+        (("--schema", "x" * 300), "no such file"),
+        (("--temperature", "inf"), "temperature: got inf"),
     ],
 )
 def test_refusals_come_before_any_model(call: Call, tiny_model: Path, options: tuple[str, ...], said: str) -> None:
@@ -75,6 +80,43 @@ def test_chat(call: Call, tiny_model: Path, engine: str, monkeypatch: pytest.Mon
     saved: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text().splitlines()]
     assert [turn["role"] for turn in saved[0]["messages"]] == ["user", "assistant"]
     assert [turn["role"] for turn in saved[1]["messages"]] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize("options", [("--seed", 7), ("--top-p", 0.5)], ids=str)
+def test_chat_refuses_what_greedy_answers_ignore(call: Call, tiny_model: Path, options: tuple[str, object]) -> None:
+    code, _, err = call("chat", "--model", tiny_model, *options)
+    assert code == 2 and f"{options[0]}: has no effect at --temperature 0" in err
+
+
+def test_chat_saves_no_conversation_without_an_answer(
+    call: Call, tiny_model: Path, engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/save talk.jsonl\n/system Be brief.\n/save talk.jsonl\n"))
+    code, _, err = call("chat", "--model", tiny_model, "--backend", engine, *WHERE)
+    assert code == 0 and err.count("there is no answer yet") == 2 and not (tmp_path / "talk.jsonl").exists()
+
+
+def test_extremes_are_answered(call: Call, tiny_model: Path, engine: str) -> None:
+    base = ("generate", "--model", tiny_model, "--backend", engine, *WHERE, "--prompt", "red", "--max-tokens", 8)
+    plain = call(*base)[1]
+    assert call(*base, "--temperature", "1e-45", "--top-k", 99999999999)[:2] == (0, plain)
+
+
+def test_chat_takes_two_interrupts_to_leave(
+    call: Call, tiny_model: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter([KeyboardInterrupt(), "/help", KeyboardInterrupt(), KeyboardInterrupt(), "/nonsense"])
+
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("click.termui.visible_prompt_func", read)
+    code, _, err = call("chat", "--model", tiny_model, "--backend", engine, *WHERE)
+    assert code == 0 and err.count("Ctrl-D or /quit leaves") == 2 and "no such command" not in err
+    assert next(typed) == "/nonsense"
 
 
 def test_chat_ends_with_its_input(call: Call, tiny_model: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,20 @@
-"""Memory that really runs out: a PyTorch run in a process of limited size (MLX does not survive that on a Linux CPU)."""
+"""Memory that is too small is said before it runs out; and where it really does, a PyTorch run in a process of limited
+size ends with advice (MLX does not survive that on a Linux CPU)."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import lab as labs
+from smolmlx import memory
+
+Call = Callable[..., tuple[int, str, str]]
 
 # The limit is set where training begins, some room above what the process has by then.
 PROGRAM = """
@@ -25,6 +31,39 @@ trainer.Engine.run = run
 from smolmlx.cli import main
 main()
 """
+
+
+@pytest.fixture(params=["mlx", "cuda"])
+def asked(request: pytest.FixtureRequest, tiny_model: Path, chat_rows: Path, tmp_path: Path) -> tuple[str, ...]:
+    """A recipe, and an engine on the CPU."""
+    if (reason := labs.why_missing(request.param)) is not None:
+        pytest.skip(reason)
+    (tmp_path / "my.yaml").write_text(
+        f"model: {{id: {tiny_model}}}\ndata: {{train: {chat_rows}, max_length: 128}}\n"
+        "train: {batch_size: 2, max_steps: 2}\nlora: {r: 2}\n"
+    )
+    return "my.yaml", "--backend", request.param, "--device", "cpu"
+
+
+@pytest.mark.parametrize("verb", ["plan", "train"])
+def test_what_cannot_fit_is_refused(call: Call, asked: tuple[str, ...], tmp_path: Path, verb: str) -> None:
+    code, _, err = call(verb, *asked, "--set", "train.batch_size=100000000")
+    assert code == 2 and "of memory, and the device has" in err and "train.batch_size=50000000" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_may_not_fit_is_said_by_plan_and_train(
+    call: Call, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "host_bytes", lambda: 300_000_000)  # less than the process takes
+    code, _, err = call("plan", *asked)
+    assert code == 0 and "and the device has 0.3 GB" in err
+    code, out, _ = call("plan", *asked, "--json")
+    tree = json.loads(out)
+    assert tree["device_memory_bytes"] == 300_000_000 < tree["memory_bytes"]
+    assert any("and the device has 0.3 GB" in note for note in tree["notes"])
+    code, _, err = call("train", *asked)
+    assert code == 0 and "and the device has 0.3 GB" in err
 
 
 @pytest.mark.slow

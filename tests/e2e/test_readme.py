@@ -1,8 +1,8 @@
 """The README's commands: what can run here is run, the rest is parsed.
 
-A line of a `sh` block that ends in `# needs: ...` asks for a hub, a Mac, a GPU, minutes or an interrupted run: it is only
-parsed. Every other line is run, in order, in one empty folder that holds `rows.jsonl`, on the embedded model and in the
-least time that shows that it works.
+A line of a `sh` block whose `# needs: ...` asks for a hub, a Mac, a GPU or a package is only parsed. Every other line is run,
+in order, in one empty folder that holds `rows.jsonl`, on the embedded model and in the least time that shows that it works;
+the interrupted run and the judge's server that some need are made here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import click
 import pytest
 
 import smolmlx
+from judge_server import GOOD, serve
 from smolmlx import pipelines, recipe, shelf
 from smolmlx.backend import Decoding
 from smolmlx.cli import cli
@@ -29,15 +32,37 @@ from smolmlx.models import embedded_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = {
+    "train.batch_size": "2",
+    "eval.every": "end",
+    "samples.max_tokens": "8",
+    "evaluate.limit": "2",
+    "evaluate.max_tokens": "8",
+}
+
+
+def settings(values: dict[str, str], stage: str = "") -> str:
+    return " ".join(f"--set {stage}{key}={value}" for key, value in values.items())
+
+
+SCORED = {key: value for key, value in SHORT.items() if key.startswith("evaluate.")}
 LEAST = {
-    "train": (
-        "--max-steps 2 --set train.batch_size=2 --set eval.every=end --set samples.max_tokens=8 "
-        "--set evaluate.limit=2 --set evaluate.max_tokens=8"
+    "train": f"--max-steps 2 {settings(SHORT)} --set save.every=1",
+    "train notes/dpo": f"--max-steps 2 {settings({**SHORT, 'data.limit': '4'})}",
+    "train notes/pipeline": (
+        f"--max-steps 2 --set sft.train.batch_size=2 --set dpo.train.batch_size=2 {settings(SCORED, 'dpo.')}"
     ),
+    "train --resume": "",
+    "sweep": f"--out runs/sweeps-notes --seeds 1 --set train.max_steps=2 {settings({**SHORT, 'save.every': '2'})}",
+    "bench": "--steps 1 --repeats 1",
+    "judge": "--limit 2",
     "eval": "--limit 2 --max-tokens 8",
     "generate": "--max-tokens 8",
 }
-"""What is added to a command, so that it takes seconds."""
+"""What is added to a command, so that it takes seconds; of several beginnings of it, the longest counts."""
+ELSEWHERE = ("the hub", "a Mac", "GPU", "PyPI", "pip install")
+"""What no test can provide."""
+JUDGE = "http://127.0.0.1:8000/v1"
 
 
 @dataclass(frozen=True)
@@ -46,7 +71,11 @@ class Line:
 
     words: tuple[str, ...]
     needs: str
-    """Why it is not run; empty when it is."""
+    """What a user must have for it; empty for nothing."""
+
+    @property
+    def can_run(self) -> bool:
+        return not any(place in self.needs for place in ELSEWHERE)
 
     def __str__(self) -> str:
         return " ".join(self.words)
@@ -71,7 +100,7 @@ OURS = [line for line in LINES if line.words[0] == "smolmlx"]
 
 
 def test_the_readme_has_commands_of_both_kinds() -> None:
-    assert [line for line in OURS if line.needs] and [line for line in OURS if not line.needs]
+    assert {line.can_run for line in OURS} == {True, False}
     assert {line.words[0] for line in LINES} <= {"smolmlx", "make", "pip"}
 
 
@@ -197,7 +226,7 @@ def test_links_lead_somewhere() -> None:
     assert not missing
 
 
-def expand(words: tuple[str, ...], folder: Path) -> list[str]:
+def expand(words: Sequence[str], folder: Path) -> list[str]:
     """Do what a shell does with `*`."""
     return [
         text
@@ -206,11 +235,44 @@ def expand(words: tuple[str, ...], folder: Path) -> list[str]:
     ]
 
 
-def run_line(line: Line, folder: Path) -> None:
-    words = expand(line.words[1:], folder) + LEAST.get(line.words[1], "").split()
+def least(line: Line) -> list[str]:
+    typed = " ".join(line.words[1:])
+    return LEAST.get(max((start for start in LEAST if typed.startswith(start)), key=len, default=""), "").split()
+
+
+def run_line(line: Line, folder: Path, instead: Mapping[str, str] | None = None) -> None:
+    ours = {"data/notes/train.jsonl=1": f"{ROOT}/data/notes/train.jsonl=1"}  # read from a checkout's own folder
+    typed = [{**ours, **(instead or {})}.get(word, word) for word in line.words[1:]]
+    words = expand(typed, folder) + least(line)
     program = [sys.executable, "-c", "from smolmlx.cli import main; main()"]
     done = subprocess.run([*program, *words], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{line}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def interrupt(run: Path, made: Path) -> None:
+    """Leave what an interruption after the first step of a finished run would have left, at `made`."""
+    shutil.rmtree(made, ignore_errors=True)
+    shutil.copytree(run, made)
+    for name in ("adapter", "eval", "checkpoints/000002"):
+        shutil.rmtree(made / name)
+    (made / "report.json").unlink()
+
+
+def write_short(folder: Path) -> dict[str, str]:
+    """Write the shipped pipeline with a few pairs by rule, and two settings of the sweep; return name -> file.
+
+    No option shortens these: the pipeline's stage of pairs answers for minutes, the sweep has seven settings.
+    """
+    pipeline, sweep = (recipe.read(shelf.find(name)) for name in ("notes/pipeline", "sweeps/notes"))
+    pairs = {"rows": pipeline["stages"]["pairs"]["pairs"]["rows"], "counts": [4, 2]}
+    short = {
+        "notes/pipeline": {**pipeline, "stages": {**pipeline["stages"], "pairs": {"pairs": pairs}}},
+        "sweeps/notes": {**sweep, "list": sweep["list"][:2]},
+    }
+    made = {name: f"{name.replace('/', '-')}.yaml" for name in short}
+    for name, tree in short.items():
+        (folder / made[name]).write_text(json.dumps(tree), encoding="utf-8")
+    return made
 
 
 def write_rows(path: Path) -> None:
@@ -226,17 +288,25 @@ def test_commands_run(tmp_path: Path) -> None:
     if not (embedded_folder() / "model.safetensors").is_file():
         pytest.skip(f"the embedded model's weights are missing: {embedded_folder()}/model.safetensors")
     write_rows(tmp_path / "rows.jsonl")
-    for line in OURS:
-        if not line.needs:
-            run_line(line, tmp_path)
+    short = write_short(tmp_path)
+    with serve(lambda prompt, times: json.dumps(GOOD)) as (url, _):
+        for line in filter(lambda line: line.can_run, OURS):
+            if "--resume" in line.words:
+                named = tmp_path / line.words[line.words.index("--resume") + 1]
+                finished = next(path for path in (tmp_path / "runs").glob("notes-sft-*") if path != named)
+                interrupt(finished, named)
+            run_line(line, tmp_path, {JUDGE: url, **short})
+            if "--resume" in line.words:
+                assert (named / "report.json").is_file() and (named / "checkpoints" / "000002").is_dir()
     assert (tmp_path / "answers.jsonl").read_text(encoding="utf-8").count("\n") == 4
     assert list((tmp_path / "runs").glob("notes-sft-*/report.json"))
+    assert (tmp_path / "runs" / "sweeps-notes" / "report.html").is_file()
 
 
 def test_data_and_recipe_commands_run_without_the_model(tmp_path: Path) -> None:
     """The part of the README that needs no weights, so that it is checked everywhere."""
     write_rows(tmp_path / "rows.jsonl")
     for line in OURS:
-        if line.words[1] in ("data", "recipes") and not line.needs:
+        if line.words[1] in ("data", "recipes") and line.can_run:
             run_line(line, tmp_path)
     assert (tmp_path / "splits" / "test.jsonl").is_file() and (tmp_path / "my.yaml").is_file()

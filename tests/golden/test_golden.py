@@ -58,7 +58,7 @@ def quickstart() -> plan.Plan:
 
 def test_quickstart_plan(golden: Any, quickstart: plan.Plan) -> None:
     tree = quickstart.to_json()
-    for machine in ("backend", "why_backend", "device", "notes", "memory_bytes"):
+    for machine in ("backend", "why_backend", "device", "notes", "memory_bytes", "device_memory_bytes"):
         tree.pop(machine)
     rates = [float(f"{rate:.9g}") for rate in quickstart.learning_rates]
     golden.check("quickstart-plan.json", json.dumps({**tree, "learning_rates": rates}, indent=1) + "\n")

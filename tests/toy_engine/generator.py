@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -58,8 +57,7 @@ def read_adapter(folder: Path, model: BaseModel) -> tuple[Arrays, float, bool]:
     Raises:
         RecipeError: not an adapter, or made for another base.
     """
-    check_adapter_folder(folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = check_adapter_folder(folder)
     arrays = load_arrays(folder / "adapter_model.safetensors")
     shapes = model.linear_shapes()
     for name, value in arrays.items():
