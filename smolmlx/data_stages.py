@@ -21,7 +21,7 @@ from smolmlx.synth.jobs import Order, Workshop
 from smolmlx.synth.runtimes import Runtime
 from smolmlx.synth.server import ServerRuntime, has_host
 from smolmlx.synth.store import ChunkStore
-from smolmlx.tasks.registry import order_tasks, read_registry
+from smolmlx.tasks.registry import Registry, order_tasks, read_registry
 
 
 class Options(BaseModel):
@@ -84,6 +84,8 @@ class Augment(Options):
     """Address of an OpenAI-compatible server, asked in place of an engine here; its key is in OPENAI_API_KEY."""
     tasks: list[str] | None = None
     """Left out, the seven."""
+    tasks_file: str | None = None
+    """Task registry in place of the built-in one; the stage that scores wants the same, as `evaluate.tasks_file`."""
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -93,14 +95,15 @@ class Augment(Options):
         return self
 
     def check(self) -> None:
-        order_tasks(self.tasks or (), read_registry())
+        if self.tasks_file is None or Path(self.tasks_file).is_file():
+            order_tasks(self.tasks or (), self._registry())
         if self.server and not has_host(self.server):
             raise RecipeError(f"server {self.server}: expected an address such as http://127.0.0.1:8080/v1.")
 
     def missing(self) -> list[str]:
-        paths = {"chunks": self.chunks, "adapter": self.adapter}
+        paths = {"chunks": self.chunks, "adapter": self.adapter, "tasks_file": self.tasks_file}
         gone = {key: path for key, path in paths.items() if path and "{" not in path and not Path(path).exists()}
-        return [f"{key}: {path}: no such folder" for key, path in gone.items()]
+        return [f"{key}: {path}: no such file or folder" for key, path in gone.items()]
 
     def is_done(self, folder: Path) -> bool:
         """Jobs that failed, for want of a server say, are asked again."""
@@ -108,7 +111,7 @@ class Augment(Options):
 
     def make(self, folder: Path, choice: Choice, meter: Meter) -> dict[str, Any]:
         """Write the rows, or those that an earlier call has left to make; return their manifest."""
-        registry = read_registry()
+        registry = self._registry()
         with ChunkStore(Path(self.chunks)) as store:
             runtime = self._runtime(choice)
             order = Order(order_tasks(self.tasks or (), registry), self.seed, model=runtime.model, runtime=runtime.name)
@@ -117,6 +120,9 @@ class Augment(Options):
                 made = augment.augment(workshop, runtime, folder, on_progress=lambda totals: on_done(totals.done))
         augment.refuse_gaps(made)
         return made.manifest
+
+    def _registry(self) -> Registry:
+        return read_registry(Path(self.tasks_file) if self.tasks_file else None)
 
     def _runtime(self, choice: Choice) -> Runtime:
         if self.server is None:

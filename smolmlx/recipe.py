@@ -204,7 +204,7 @@ _ANSWERED = ("notes", "research")
 _USERS: Mapping[str, Sequence[str]] = {
     "schema": ("notes",),
     "constrained": ("research",),
-    "registry": ("research",),
+    **dict.fromkeys(("tasks_file", "registry"), ("research",)),
     **dict.fromkeys(("train", "ood", "max_tokens", "repetition_penalty", "no_repeat_ngram"), _ANSWERED),
     **dict.fromkeys(("temperature", "seed", "top_p", "top_k", "min_p", "stop", "stop_ids"), _ANSWERED),
 }
@@ -232,6 +232,8 @@ class Evaluate(Section):
     """Score the first N rows only."""
     constrained: bool = True
     """Keep answers to their schemas, as PaperResearcher does (research)."""
+    tasks_file: Name | None = None
+    """Task registry that the rows were made with, where it is not the built-in one (research)."""
 
 
 class Recipe(Section):

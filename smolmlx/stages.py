@@ -309,6 +309,7 @@ def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter, bases:
         template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system, columns=plan.recipe.data.columns, form=eval_format(plan.recipe),
         loading=Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none"),
         encoding=encoding(plan.recipe), constrained=wanted.constrained,
+        registry=Path(locate(wanted.tasks_file, plan.loaded)) if wanted.tasks_file else None,
     )  # fmt: skip
     found = evaluate(backend, systems, plan.tokenizer, settings, meter, bases)
     write(found, run.path / "eval")

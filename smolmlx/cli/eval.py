@@ -72,10 +72,8 @@ def command(
 
     base = find_model(model)
     named = _name_adapters(adapters)
-    registry = Path(tasks_file) if tasks_file else None
-    settings, template = _settings(
-        recipe, {**given, "constrained": False if free else None, "registry": registry}, device, quantize
-    )
+    given |= {"constrained": False if free else None, "tasks_file": tasks_file}
+    settings, template = _settings(recipe, given, device, quantize)
     options.refuse_idle_sampling(settings.decoding.temperature, "seed")
     choice = options.choose(backend, device)
     tokenizer = Tokenizer(options.tokenizer_folder(base.folder, list(named.values())), template)
@@ -137,7 +135,7 @@ def _settings(
         train=chosen["train"],
         ood=chosen["ood"],
         constrained=chosen["constrained"] is not False,
-        registry=chosen["registry"],
+        registry=Path(chosen["tasks_file"]) if chosen["tasks_file"] else None,
         decoding=Decoding(
             max_tokens=chosen["max_tokens"] or 256,
             temperature=given["temperature"],
@@ -163,7 +161,7 @@ def _refuse_idle(given: dict[str, Any], suite: str) -> None:
     from smolmlx.recipe import find_idle
 
     asked = [key for key, value in given.items() if value or (key == "constrained" and value is False)]
-    flags = {"constrained": "--free", "registry": "--tasks-file"}
+    flags = {"constrained": "--free"}
     wrong = [f"{flags.get(key, '--' + key.replace('_', '-'))}: {why}." for key, why in find_idle(suite, asked)]
     if wrong:
         raise RecipeError(
@@ -189,7 +187,11 @@ def _from_recipe(name: str | None) -> dict[str, Any]:
         "chat_template": loaded.recipe.model.chat_template,
     }
     if wanted is not None:
-        files = {key: locate(path, loaded) for key in ("data", "train", "ood") if (path := getattr(wanted, key))}
+        files = {
+            key: locate(path, loaded)
+            for key in ("data", "train", "ood", "tasks_file")
+            if (path := getattr(wanted, key))
+        }
         found |= {"suite": wanted.suite, "max_tokens": wanted.max_tokens, "limit": wanted.limit, **files}
         found |= {
             key: getattr(wanted, key) for key in ("constrained", "repetition_penalty", "no_repeat_ngram", "batch_size")

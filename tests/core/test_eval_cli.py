@@ -81,7 +81,7 @@ def test_the_recipe_says_how_many_prompts_are_answered_together(tmp_path: Path) 
         f"evaluate: {{suite: notes, data: {NOTES / 'test.jsonl'}, batch_size: 4}}\n"
     )
     flags: dict[str, Any] = dict.fromkeys(
-        ("data", "suite", "train", "ood", "max_tokens", "repetition_penalty", "no_repeat_ngram", "limit", "batch_size", "constrained", "registry")
+        ("data", "suite", "train", "ood", "max_tokens", "repetition_penalty", "no_repeat_ngram", "limit", "batch_size", "constrained", "tasks_file")
     )  # fmt: skip
     flags |= {"temperature": 0.0, "seed": 0, "ids": ()}
     assert _settings(str(recipe), flags, None, "none")[0].decoding.batch_size == 4

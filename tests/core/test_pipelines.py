@@ -17,6 +17,7 @@ from smolmlx.api import _silent as silent
 from smolmlx.data_stages import Augment
 from smolmlx.errors import RecipeError
 from smolmlx.rundir import RunDir
+from smolmlx.tasks.registry import BUILT_IN
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -199,11 +200,18 @@ def test_from_documents_to_a_scored_adapter(recipes: Path, documents: Path, call
     code, _, err = call("train", "papers.yaml", *engine)
     assert code == 4 and "chunks.documents: nowhere: no such file" in err and "--set chunks.documents=PATH" in err
     assert not (recipes / "runs").exists()
-    code, out, err = call("train", "papers.yaml", *engine, "--set", f"chunks.documents={documents}", "--json")
+    told = ("--set", f"chunks.documents={documents}", "--set", "rows.tasks_file=mine.yaml")
+    code, _, err = call("train", "papers.yaml", *engine, *told)
+    assert code == 4 and "rows.tasks_file: mine.yaml: no such file" in err and not (recipes / "runs").exists()
+    (recipes / "mine.yaml").write_text(BUILT_IN.read_text().replace("name: smolmlx-research", "name: mine"))
+    code, out, err = call(
+        "train", "papers.yaml", *engine, *told, "--set", "sft.evaluate.tasks_file=mine.yaml", "--json"
+    )
     assert code == 0, err
     made = json.loads(out)["stages"]
     folder = Path(json.loads(out)["folder"])
     assert made["chunks"]["documents"] == 6 and made["rows"]["rows"] > 3 and made["rows"]["seed"] == 0
+    assert '"prompt_version": "mine/' in (folder / "rows" / "train.jsonl").read_text()
     assert made["sft"]["evaluation"]["suite"] == "research" and (folder / "sft" / "adapter").is_dir()
     (folder / "rows" / "manifest.json").unlink()  # as if it had been stopped there
     (folder / "sft").rename(recipes / "sft-before")
