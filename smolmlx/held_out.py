@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from smolmlx.data import formats
-from smolmlx.errors import DataError
+from smolmlx.errors import DataError, RecipeError
 from smolmlx.models import files_root
 from smolmlx.recipe import Evaluate, Loaded, Recipe
-from smolmlx.tasks.registry import read_registry
 
 RESEARCH_FIELDS = ("task", "style", "gold")
 """Columns of the rows that suite research scores."""
@@ -40,7 +39,7 @@ def check_held_out(loaded: Loaded) -> None:
     """Read what the recipe will be scored on, so that what is missing or broken is found before the training and not after.
 
     Raises:
-        RecipeError: the task registry cannot be read.
+        RecipeError: no such task registry.
         DataError: no such file, rows of an unknown layout, or that cannot be read, or that lack what the suite needs.
     """
     recipe = loaded.recipe
@@ -56,8 +55,8 @@ def check_held_out(loaded: Loaded) -> None:
                 _check_rows(source, wanted, limited=key != "train")
             except DataError as error:
                 raise DataError(f"evaluate.{key}: {error.head}", error.problems) from error
-    if wanted.tasks_file:
-        read_registry(Path(locate(wanted.tasks_file, loaded)))
+    if wanted.tasks_file and not Path(locate(wanted.tasks_file, loaded)).is_file():
+        raise RecipeError(f"evaluate.tasks_file: {wanted.tasks_file}: no such file.")
 
 
 def _check_rows(source: formats.Source, wanted: Evaluate, limited: bool) -> None:

@@ -6,7 +6,9 @@ an engine; `plan.resolve` does that.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -510,7 +512,11 @@ def parse_override(text: str, option: str = "--set", example: str = "train.learn
     try:
         return key.strip(), parse_yaml(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{option} {text}: the value is not valid YAML: {error}") from error
+        fault = getattr(error, "problem", None) or error
+        quoted = shlex.quote(f"{key}={json.dumps(value)}")
+        raise RecipeError(
+            f"{option} {text}: the value is not valid YAML ({fault}). As text: {option} {quoted}"
+        ) from error
 
 
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:

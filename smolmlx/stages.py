@@ -29,6 +29,7 @@ from smolmlx.recipe import read as read_recipe
 from smolmlx.run_files import Report
 from smolmlx.rundir import RunDir, publish, write_text
 from smolmlx.session import Arrays, Event, Session, load_arrays, read_metrics, save_arrays, write_csv
+from smolmlx.tasks.registry import read_registry
 
 OnEvent = Callable[[Event], None]
 
@@ -49,6 +50,7 @@ def run_name(recipe: str) -> str:
 
 def start_run(plan: Plan, out: Path, name: str) -> RunDir:
     """Make the run's folder and write what every engine starts from: recipe, plan, environment, first weights."""
+    _check_tasks(plan)
     run = rundir.create(name, out)
     _write_start(plan, run)
     return run
@@ -75,9 +77,21 @@ def begin(plan: Plan, path: Path) -> RunDir:
     It appears with its plan and first weights, or not at all, so a kill leaves nothing half-made in its place.
     """
     if not (path / "plan.json").is_file():
+        _check_tasks(plan)
         with publish(path) as folder:
             _write_start(plan, RunDir(folder))
     return RunDir(path)
+
+
+def _tasks_file(plan: Plan) -> Path | None:
+    wanted = plan.recipe.evaluate
+    return Path(locate(wanted.tasks_file, plan.loaded)) if wanted and wanted.tasks_file else None
+
+
+def _check_tasks(plan: Plan) -> None:
+    """Read the task registry of the evaluation, so that its faults are known before the training."""
+    if (file := _tasks_file(plan)) is not None:
+        read_registry(file)
 
 
 def first_adapter(plan: Plan) -> Arrays:
@@ -309,7 +323,7 @@ def evaluate_run(plan: Plan, backend: Backend, run: RunDir, meter: Meter, bases:
         template_args=plan.recipe.data.template_args, system_message=plan.recipe.data.system, columns=plan.recipe.data.columns, form=eval_format(plan.recipe),
         loading=Loading(plan.capabilities.device, plan.dtype, plan.recipe.model.quantize if not plan.full else "none"),
         encoding=encoding(plan.recipe), constrained=wanted.constrained,
-        registry=Path(locate(wanted.tasks_file, plan.loaded)) if wanted.tasks_file else None,
+        registry=_tasks_file(plan),
     )  # fmt: skip
     found = evaluate(backend, systems, plan.tokenizer, settings, meter, bases)
     write(found, run.path / "eval")

@@ -291,6 +291,12 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
             recipe.load(tmp_path / f"{name}.yaml")
 
 
+def test_a_value_that_is_no_yaml_is_shown_in_quotes() -> None:
+    with pytest.raises(RecipeError, match="expected '<document start>'") as caught:
+        recipe.parse_override("data.train={rows}/train.jsonl")
+    assert str(caught.value).endswith("""As text: --set 'data.train="{rows}/train.jsonl"'""")
+
+
 def test_file_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         "\ufeffmodel: {id: m}\ndata: {train: x}\ntrain: {learning_rate: 1e-4}\n", encoding="utf-8"

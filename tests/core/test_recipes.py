@@ -60,7 +60,7 @@ A stage that makes data takes these keys, and `--set` reaches them too (`--set c
 |---|---|---|
 | `pairs` | `smolmlx data pairs` | `rows`, `counts`, `issues`, `samples`, `temperature`, `about`, `seed` |
 | `chunk` | `smolmlx data chunk` | `documents` (a path or a list), `words`, `overlap`, `shares` (a list), `seed` |
-| `augment` | `smolmlx data augment` | `chunks` (a folder, e.g. `"{chunks}"`), `model` (else the embedded one), `adapter`, `server` (its key in `OPENAI_API_KEY`), `tasks`, `seed` |
+| `augment` | `smolmlx data augment` | `chunks` (a folder, e.g. `"{chunks}"`), `model` (else the embedded one), `adapter`, `server` (its key in `OPENAI_API_KEY`), `tasks`, `tasks_file`, `seed` |
 """
 
 # For fields that carry no docstring in smolmlx/recipe.py; an entry must go when its field gets one.

@@ -297,6 +297,17 @@ def test_what_is_refused_leaves_no_run_behind(
     assert not (tmp_path / "runs").exists()
 
 
+def test_task_registries_are_read_before_training(call: Call, recipe: Path, tmp_path: Path) -> None:
+    row = {"input": "a", "output": "b", "task": "bullets", "style": "markdown", "gold": ["b"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    for name, said in (("none.yaml", "evaluate.tasks_file: none.yaml: no such file"), ("mine.yaml", "version")):
+        value = f"evaluate={{suite: research, data: rows.jsonl, tasks_file: {name}}}"
+        code, _, err = call("train", recipe, "--set", value)
+        assert code == 2 and said in err, err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("knob", "said"), [("cuda.attention=flash_attention_2", "is for NVIDIA"), ("cuda.unsloth=on", "plain TRL")]
 )
