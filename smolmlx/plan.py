@@ -262,7 +262,7 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
             validation_store, batch_size=recipe.train.batch_size, pack_to=None, shuffle=False, pad_id=tokenizer.pad_id
         )
     steps = count_steps(recipe.train, train.steps_per_epoch)
-    notes += _without_effect(loaded, capabilities, steps)
+    notes += _without_effect(loaded, capabilities, steps, train.batch_size)
     widest = "float32" if recipe.train.method == "full" else capabilities.dtype  # small updates would vanish in 16 bits
     dtype = widest if recipe.model.dtype == "auto" else recipe.model.dtype
     plan = Plan(
@@ -322,9 +322,12 @@ def check_knobs(recipe: Recipe, chosen: Backend | None = None) -> Iterator[str]:
                 continue
 
 
-def _without_effect(loaded: Loaded, capabilities: Capabilities, steps: int) -> Iterator[str]:
+def _without_effect(loaded: Loaded, capabilities: Capabilities, steps: int, batch_size: int) -> Iterator[str]:
     """Say which settings do nothing in so short a run, or on this engine; another run of the recipe may need them."""
     recipe = loaded.recipe
+    if batch_size < recipe.train.batch_size:
+        rows = "pairs" if recipe.stage == "dpo" else "rows"
+        yield f"train.batch_size: {recipe.train.batch_size}, but an epoch has {batch_size} {rows}: all are in one batch."
     if recipe.train.warmup > max(1, steps):
         yield f"train.warmup: {recipe.train.warmup:g} steps, but the run has {steps}: its rate only rises."
     for key, every, instead in (

@@ -209,7 +209,7 @@ class Losses:
         logits = self.head(hidden).float()  # [S, V]
         nats = cross_entropy(logits, labels, reduction="none")
         with torch.no_grad():
-            correct = logits.gather(1, labels[:, None]).squeeze(1) >= logits.max(dim=1).values
+            correct = logits.argmax(dim=1) == labels
         return nats, correct
 
     def totals(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,8 +103,7 @@ class Losses:
         labels = mx.stop_gradient(labels)  # mx.checkpoint would ask for a gradient of these indices
         logits = self.head(hidden).astype(mx.float32)  # [s, V]
         target = mx.take_along_axis(logits, labels[:, None], axis=-1).squeeze(-1)
-        correct = target >= mx.stop_gradient(logits).max(axis=-1)
-        return self._logsumexp(logits) - target, correct
+        return self._logsumexp(logits) - target, _at_argmax(mx.stop_gradient(logits), labels)
 
     def _with_slope(self, hidden: mx.array, labels: mx.array) -> Pair:
         """Like `_plain`, with d loss / d hidden made at once, so that no logits are kept or made twice."""
@@ -121,7 +120,7 @@ class Losses:
             _, (slope,) = mx.vjp(self.head, [hidden], [rest])
             target = target.squeeze(-1)
             nats = mx.depends(total - target, slope)  # what waits for the nats waits for the last use of the logits
-            return nats, target >= wide.max(axis=-1), slope
+            return nats, _at_argmax(wide, labels), slope
 
         @losses.vjp
         def backward(primals: Pair, cotangents: list[mx.array], outputs: list[mx.array]) -> Pair:
@@ -130,6 +129,11 @@ class Losses:
 
         nats, correct, _ = losses(hidden, labels)
         return nats, correct
+
+
+def _at_argmax(logits: mx.array, labels: mx.array) -> mx.array:
+    """Whether each label [s] is where its logits [s, V] are highest: one token of those that tie, so that equal logits earn nothing."""
+    return mx.argmax(logits, axis=-1).astype(labels.dtype) == labels
 
 
 def to_inputs(batch: Batch) -> tuple[mx.array, mx.array | None, mx.array, mx.array, mx.array]:

@@ -202,9 +202,11 @@ def plan_batches(
     """Choose packs, shapes and order for a store.
 
     Args:
+        batch_size: a batch has no more rows than there are, so that none is of padding alone in every batch.
         pack_to: pack documents into rows of at most this many tokens; None keeps one document a row.
     """
     rows = pack(store.lengths, pack_to, seed) if pack_to else None
+    batch_size = min(batch_size, max(1, len(store) if rows is None else len(rows)))
     lengths = store.lengths if rows is None else np.array([store.lengths[row].sum() for row in rows], np.int64)
     supervised = store.supervised if rows is None else np.array([store.supervised[row].sum() for row in rows], np.int64)
     widths = choose_widths(lengths)

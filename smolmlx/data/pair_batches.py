@@ -166,6 +166,7 @@ def plan_pairs(
     pad_id: int = 0,
 ) -> PairPlan:
     """Choose shapes and order for a store of pairs; every pair is seen exactly once an epoch."""
+    batch_size = min(batch_size, max(1, len(store) // 2))  # as in plan_batches
     prefixes = prefix_lengths(store) if shared else np.zeros(len(store) // 2, np.int64)
     tails = store.lengths.reshape(-1, 2).max(axis=1) - prefixes
     prefix_widths = choose_widths(prefixes, _MAX_WIDTHS) if shared else ()

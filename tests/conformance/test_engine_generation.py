@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lab import TINY, Lab, make_tiny, sentence
 from smolmlx import backend, models
@@ -153,6 +155,18 @@ class TestScore:
                 label = int(batch.labels[place])
                 assert score.log_probs[place] == pytest.approx(logits[label], abs=2e-5)
                 assert bool(score.correct[place]) == (label == int(logits.argmax()))
+
+    def test_equal_logits_are_no_knowledge(self, lab: Lab, tiny_model: Path, tmp_path: Path) -> None:
+        """A model that collapsed has no token above another, and would be right everywhere if a tie counted."""
+        shutil.copytree(tiny_model, tmp_path / "flat")
+        weights = tmp_path / "flat" / "model.safetensors"
+        save_file({name: np.zeros_like(array) for name, array in load_file(weights).items()}, weights, {"format": "pt"})
+        plan = lab.plan(model__id=str(tmp_path / "flat"))
+        batches = list(plan.train.evaluation())
+        for batch, score in zip(batches, lab.generator(plan).score(batches), strict=True):
+            real = batch.weights > 0
+            assert score.log_probs[real] == pytest.approx(-np.log(plan.model.config["vocab_size"]), rel=1e-5)
+            assert not score.correct[real & (batch.labels != 0)].any()
 
 
 class TestAdapters:

@@ -11,6 +11,7 @@ import pytest
 
 from smolmlx.data.batches import IGNORE, BatchPlan, choose_widths, pack, padded_tokens, plan_batches
 from smolmlx.data.chat import Encoded
+from smolmlx.data.pair_batches import plan_pairs
 from smolmlx.data.store import TokenStore, from_rows
 
 
@@ -45,10 +46,19 @@ def test_steps_are_rounded_up(
     assert sum(len(plan.step(k)) for k in range(plan.steps_per_epoch)) == -(-rows // batch)
 
 
+def test_a_batch_has_no_more_rows_than_there_are(tmp_path: Path) -> None:
+    plan = plan_batches(make_store(tmp_path, [5, 6]), batch_size=4096)
+    (batch,) = plan.step(0)
+    assert plan.steps_per_epoch == 1 and len(batch.ids) == 2
+    pairs = plan_pairs(make_store(tmp_path, [5, 6]), batch_size=4096, shared=True)
+    (one,) = pairs.step(0)
+    assert pairs.order.batch_size == 1 and one.pairs.tolist() == [0]
+
+
 def test_steps_of_a_billion_tokens(tmp_path: Path) -> None:
     """98,304 tokens a step: 96 rows of 1,024. One row stands for all, since only their number counts."""
     plan = plan_batches(make_store(tmp_path, [1024]), batch_size=8, accumulation=12, pack_to=1024)
-    plan = replace(plan, rows=(np.array([0]),) * math.ceil(1e9 / 1024))
+    plan = replace(plan, batch_size=8, rows=(np.array([0]),) * math.ceil(1e9 / 1024))
     assert plan.steps_per_epoch == 10_173
 
 
@@ -105,8 +115,8 @@ def test_like_lengths_share_a_batch_and_order_stays_random(store: TokenStore) ->
 
 
 def test_targets_are_shifted_once(tmp_path: Path) -> None:
-    plan = plan_batches(make_store(tmp_path, [4, 3]), batch_size=3, shuffle=False, pad_id=99)
-    (batch,) = plan.step(0)
+    plan = plan_batches(make_store(tmp_path, [4, 3, 2, 2]), batch_size=3, shuffle=False, pad_id=99)
+    batch = plan.build([1, 0])  # and a row to fill it up
     assert batch.ids[:, :5].tolist() == [[5, 6, 7, 99, 99], [1, 2, 3, 4, 99], [99] * 5]
     assert batch.targets[:, :4].tolist() == [
         [IGNORE, 7, IGNORE, IGNORE],

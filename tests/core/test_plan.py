@@ -374,6 +374,11 @@ def test_warmup_longer_than_the_run_is_said(tree: dict[str, Any]) -> None:
 
 
 class TestWithoutEffect:
+    def test_batches_larger_than_the_data(self, tree: dict[str, Any]) -> None:
+        plan = make(tree, train__batch_size=4096)
+        note = f"train.batch_size: 4096, but an epoch has {plan.train.num_rows} rows: all are in one batch."
+        assert note in plan.notes and plan.train.batch_size == plan.train.num_rows
+
     @pytest.mark.parametrize("key", ["save", "eval"])
     def test_moments_beyond_the_last_step(self, tree: dict[str, Any], key: str) -> None:
         changes = {"data__validation_share": 0.25, "train__max_steps": 2}

@@ -138,4 +138,4 @@ class Bigram:
 def _nats(logits: Floats, labels: Ints) -> tuple[Floats, npt.NDArray[np.bool_]]:
     top = logits.max(axis=1)
     target = logits[np.arange(len(labels)), labels]
-    return top + np.log(np.exp(logits - top[:, None]).sum(axis=1)) - target, target >= top
+    return top + np.log(np.exp(logits - top[:, None]).sum(axis=1)) - target, logits.argmax(axis=1) == labels
