@@ -48,6 +48,7 @@ def settings(values: dict[str, str], stage: str = "") -> str:
 SCORED = {key: value for key, value in SHORT.items() if key.startswith("evaluate.")}
 LEAST = {
     "train": f"--max-steps 2 {settings(SHORT)} --set save.every=1",
+    "train notes/sft --set": "--max-steps 2 --set train.batch_size=2 --set eval.every=end --set samples.max_tokens=8 --set evaluate.limit=2",
     "train notes/dpo": f"--max-steps 2 {settings({**SHORT, 'data.limit': '4'})}",
     "train notes/pipeline": (
         f"--max-steps 2 --set sft.train.batch_size=2 --set dpo.train.batch_size=2 {settings(SCORED, 'dpo.')}"
