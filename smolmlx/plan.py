@@ -24,7 +24,7 @@ from smolmlx.backend import Backend, Capabilities, Choice, load
 from smolmlx.data.batches import BatchPlan, padded_tokens, plan_batches
 from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import NO_TARGET, TOO_LONG, Account, Encoding
-from smolmlx.data.formats import Source, open_source
+from smolmlx.data.formats import MissingFile, Source, open_source
 from smolmlx.data.pair_batches import PairPlan, plan_pairs
 from smolmlx.data.store import TokenStore, encode_source
 from smolmlx.errors import BackendError, DataError, RecipeError, nearest
@@ -438,7 +438,7 @@ def _encode(
         "system": data.system,
         "folders": (loaded.folder, files_root()),
     }
-    source = open_source(data.train, **options)
+    source = _open_rows(recipe, data.train, **options)
     if problems := source.idle_columns():
         raise RecipeError("data.columns (field: column)", problems)
     if recipe.stage == "dpo":
@@ -467,7 +467,7 @@ def _encode(
     _check_account(train, loaded, data.train)
     validation = None
     if data.validation is not None:
-        other = open_source(data.validation, split="validation", **options)
+        other = _open_rows(recipe, data.validation, split="validation", **options)
         validation = encode_source(other, tokenizer, how, on_rows=on_rows)
     elif share:
         validation = encode_source(
@@ -478,6 +478,15 @@ def _encode(
             f"{data.validation or data.train}: no validation row can be scored (see data.max_length and the share)."
         )
     return source, train, validation
+
+
+def _open_rows(recipe: Recipe, named: str | list[str], **options: Any) -> Source:
+    try:
+        return open_source(named, **options)
+    except MissingFile as error:
+        if recipe.stage != "dpo":
+            raise
+        raise MissingFile(f"{error} Make pairs with: smolmlx data pairs NOTES... OUT_DIR") from error
 
 
 def _skipped_files(source: Source) -> Iterator[str]:
@@ -504,7 +513,7 @@ def _check_account(store: TokenStore, loaded: Loaded, named: str | list[str]) ->
     account = store.account
     name = named if isinstance(named, str) else ", ".join(named)
     listed = [f"{reason}: {count} rows, first at {account.first[reason]}" for reason, count in account.reasons.items()]
-    advice = _advice(account)
+    advice = _advice(account, loaded.recipe)
     if not len(store):
         raise DataError(f"{name}: none of its {account.rows} rows can be trained. {advice}", listed)
     if account.lost * 2 > account.rows and not loaded.recipe.data.allow_affected:
@@ -512,9 +521,11 @@ def _check_account(store: TokenStore, loaded: Loaded, named: str | list[str]) ->
         raise DataError(f"{name}: {count}. {advice} Or go on with data.allow_affected: true", listed)
 
 
-def _advice(account: Account) -> str:
+def _advice(account: Account, recipe: Recipe) -> str:
     if account.reasons[TOO_LONG] >= account.reasons[NO_TARGET]:
-        return "Raise data.max_length, or choose another data.overlong (truncate_prompt, split)."
+        possible = ("truncate_prompt", *(["split"] if recipe.stage != "dpo" else []))
+        others = ", ".join(name for name in possible if name != recipe.data.overlong)
+        return f"Raise data.max_length{f', or choose another data.overlong ({others})' if others else ''}."
     return "Each row needs an assistant turn that is not empty within data.max_length; see `smolmlx data inspect`."
 
 

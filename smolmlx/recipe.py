@@ -326,7 +326,8 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
             yield f"data.{name}: has no effect with stage pretrain, which joins all text and cuts rows of max_length. Leave it out."
     if data.validation is None and not data.validation_share:
         for key in _chosen(recipe.eval):
-            yield f"eval.{key}: needs data.validation or data.validation_share; without them nothing is evaluated while training."
+            default = json.dumps(Eval.model_fields[key].get_default()).strip('"')
+            yield f"eval.{key}: needs data.validation or data.validation_share. Leave it out, or set it to its default (--set eval.{key}={default})."
     if recipe.evaluate is not None:
         for key, why in find_idle(recipe.evaluate.suite, _chosen(recipe.evaluate)):
             yield f"evaluate.{key}: {why}. Leave it out."

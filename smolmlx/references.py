@@ -104,11 +104,13 @@ def _obtain(
 ) -> tuple[Floats, bool]:
     """Return log-probabilities, and whether they were made now."""
     content = content_hash(plan, pairs)
-    kept = _read(own, content, len(pairs), note)
+    changed = "The rows, the model or the template changed since this run began. Start a new run."
+    kept = _read(own, content, len(pairs), note, changed)
     if kept is not None:
         return kept, False
     shared = cache_folder() / "references" / f"{_file_hash(plan, content)}.safetensors"
-    log_probs = _read(shared, content, len(pairs), note) if plan.recipe.dpo.cache else None
+    again = "Delete the file; it will be made again."
+    log_probs = _read(shared, content, len(pairs), note, again) if plan.recipe.dpo.cache else None
     made = log_probs is None
     if log_probs is not None:
         note(f"reference: log-probabilities of {len(pairs)} pairs from {shared}")
@@ -190,8 +192,11 @@ def _write(path: Path, content: str, log_probs: Floats) -> None:
         temporary.replace(path)
 
 
-def _read(path: Path, content: str, pairs: int, note: Callable[[str], None]) -> Floats | None:
+def _read(path: Path, content: str, pairs: int, note: Callable[[str], None], advice: str) -> Floats | None:
     """Return kept log-probabilities; None where there are none, or none that can be used.
+
+    Args:
+        advice: what to do about those of something else.
 
     Raises:
         DataError: they are whole, and of something else.
@@ -208,7 +213,7 @@ def _read(path: Path, content: str, pairs: int, note: Callable[[str], None]) -> 
     if metadata.get("content") != content or found.shape != (pairs, 2):
         raise DataError(
             f"{path}: log-probabilities of another model, adapter, template or rows (content {metadata.get('content')}, this run's is "
-            f"{content}). Delete the file; it will be made again."
+            f"{content}). {advice}"
         )
     if not np.isfinite(found).all():
         note(f"reference: {path} holds values that are not numbers, and is made again")

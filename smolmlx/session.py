@@ -117,6 +117,8 @@ class Session:
         """
         self._engine = engine
         checkpoint = self.run.last_checkpoint()
+        if checkpoint is not None:  # before anything of this plan is written into the run
+            self.state = self._read_own_state(checkpoint)
         start = self.run.start / self.plan.weights_name
         if start.is_file() and (checkpoint is None or self.plan.pairs is not None):
             engine.load(load_arrays(start), None, 0)  # full training of an existing model starts from its own weights
@@ -124,17 +126,20 @@ class Session:
             assert score is not None, "an engine that offers dpo scores pairs"
             self._prepare_pairs(score, fresh=checkpoint is None)
         if checkpoint is not None:
-            self.state = read_state(checkpoint)
-            if self.state.plan != self.plan.fingerprint():
-                raise RunError(
-                    f"{checkpoint}: made by another plan (recipe, data, template or model changed). Start a new run instead of --resume."
-                )
             weights = _load_saved(checkpoint / self.plan.weights_name)
             engine.load(weights, _load_saved(checkpoint / "optimizer.safetensors"), self.state.step)
             self._saved_step = self.state.step
         self.state.plan = self.plan.fingerprint()
         self._trim_metrics()
         self._clock = time.perf_counter()
+
+    def _read_own_state(self, checkpoint: Path) -> State:
+        state = read_state(checkpoint)
+        if state.plan != self.plan.fingerprint():
+            raise RunError(
+                f"{checkpoint}: made by another plan (recipe, data, template or model changed). Start a new run instead of --resume."
+            )
+        return state
 
     def _prepare_pairs(self, score: ScoreBatch, fresh: bool) -> None:
         """Get the reference, and hold a run that begins to what must be true before its first step (numerics.md)."""

@@ -39,6 +39,8 @@ class Interrupted(Exception):
 
     def __init__(self, run: RunDir, step: int) -> None:
         kept = f"a checkpoint is in {run.path}" if step else f"before the first step of {run.path}"
+        if run.done:
+            kept = f"that was the last, and {run.path} is trained"
         super().__init__(f"interrupted after step {step}; {kept}")
         self.run = run
 

@@ -29,6 +29,13 @@ class StartAdapter:
     folder: Path
     lora: Mapping[str, Any]
     """What the recipe's `lora` section must be for it, without dropout."""
+    matches: int = 1
+    """Adapters that the pattern named; this one is the newest."""
+
+    @property
+    def described(self) -> str:
+        """The folder, and that it was chosen where it was."""
+        return f"{self.folder}{f' (the newest of {self.matches})' if self.matches > 1 else ''}"
 
     @property
     def weights(self) -> Path:
@@ -76,7 +83,7 @@ def find_adapter(named: str, beside: Path) -> StartAdapter:
         RecipeError: nothing there, or an adapter that training cannot go on with.
         DataError: broken files.
     """
-    folder = _locate(named, beside)
+    folder, matches = _locate(named, beside)
     try:
         config = check_adapter_folder(folder)
     except SmolError as error:
@@ -93,10 +100,12 @@ def find_adapter(named: str, beside: Path) -> StartAdapter:
             "r": int(config.get("r", 8)), "alpha": float(config.get("lora_alpha", 8)), "targets": sorted(targets),
             "rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora")), "last_layers": None,
         },
+        matches,
     )  # fmt: skip
 
 
-def _locate(named: str, beside: Path) -> Path:
+def _locate(named: str, beside: Path) -> tuple[Path, int]:
+    """Return the newest adapter that is meant, and how many there are."""
     plain = Path(named).expanduser()
     matches = []
     for pattern in (plain, beside / plain):
@@ -105,7 +114,8 @@ def _locate(named: str, beside: Path) -> Path:
     folders = [folder for found in matches for folder in (found, found / "adapter") if (folder / CONFIG).is_file()]
     whole = [folder for folder in folders if (folder / WEIGHTS).is_file()]
     if whole:
-        return max(whole, key=lambda folder: (folder / WEIGHTS).stat().st_mtime)
+        newest = max(whole, key=lambda folder: (folder / WEIGHTS).stat().st_mtime)
+        return newest, len({folder.resolve() for folder in whole})
     if any((found / "adapters.safetensors").is_file() for found in matches):
         raise RecipeError(
             f"model.adapter: {matches[0]} is in mlx-lm's layout. Convert it: smolmlx adapter convert {matches[0]} OUT --to peft"

@@ -445,10 +445,11 @@ def split(source: str, out_dir: Path, columns: dict[str, str], as_json: bool, **
     Writes one JSONL file each, and manifest.json with their hashes, counts, method and seed. Rows keep their columns and their order. The same rows, options and seed give the same bytes.
     """
     from smolmlx import console
-    from smolmlx.data.splits import check_method, split_source
+    from smolmlx.data.splits import MADE_BY, check_method, split_source
 
     method = _method(**given)
     check_method(method)
+    options.say_replaced(out_dir, MADE_BY, "rows")
     with console.status("reading rows") as say:
         manifest = split_source(_open(source, columns), out_dir, method, lambda rows: say(f"reading: {rows:,} rows"))
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -78,6 +79,17 @@ def tokenizer_folder(base: Path, adapters: Sequence[str]) -> Path:
     """Serve with the tokenizer and template the first adapter was trained with, where it brings them."""
     found = [Path(adapter) for adapter in adapters if (Path(adapter) / "tokenizer.json").is_file()]
     return found[0] if found else base
+
+
+def say_replaced(folder: Path, made_by: str, what: str) -> None:
+    """Say how many rows or pairs of an earlier call of the same verb are about to be replaced."""
+    from smolmlx import console
+    from smolmlx.synth.documents import read_made_by
+
+    if read_made_by(folder) == made_by:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("files", {})
+        count = sum(entry[what] for entry in files.values())
+        console.note(f"replaces {count:,} {what} in {folder}")
 
 
 def load_recipe(name: str, sets: Sequence[str], max_steps: int | None = None) -> Loaded:

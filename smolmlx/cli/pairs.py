@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ Examples:
 
 
 @click.command("pairs", epilog=PAIRS_EPILOG)
-@click.argument("names", nargs=-1, required=True, metavar="NOTES...")
+@click.argument("names", nargs=-1, metavar="NOTES...")  # not required: click would miss NOTES where OUT_DIR is
 @click.argument("out_dir", metavar="OUT_DIR", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--counts", metavar="A[,B[,C]]", help="Pairs for train, validation and test.  [default: 258,42; with --model all]")  # fmt: skip
 @click.option("--issue", "issues", multiple=True, metavar="I", help=f"One of {', '.join(ISSUES)}; may be repeated.  [default: all]")  # fmt: skip
@@ -68,9 +70,12 @@ def pairs(
     word gaps and hashes.
     """  # fmt: skip
     from smolmlx import console
-    from smolmlx.synth.pairs import COUNTS, Order, write_pairs
+    from smolmlx.synth.pairs import COUNTS, MADE_BY, Order, write_pairs
 
+    if not names:
+        raise click.UsageError(f"Missing argument 'OUT_DIR', the folder to write: smolmlx data pairs {out_dir} OUT_DIR")
     given = {name: value for name, value in drawn.items() if value is not None}
+    options.say_replaced(out_dir, MADE_BY, "pairs")
     if model is not None:
         if issues or allow_test:
             raise RecipeError("--issue, --allow-test: are for pairs by rule; leave them out with --model.")
@@ -113,7 +118,7 @@ def _draw(
     from smolmlx.data.chat import Tokenizer
     from smolmlx.evals.judging import EndpointJudge, address
     from smolmlx.models import find_model
-    from smolmlx.synth.on_policy import Draw, Mark, Sampling, drawing, judging, write_sampled
+    from smolmlx.synth.on_policy import Draw, Mark, Marked, Sampling, drawing, judging, write_sampled
     from smolmlx.synth.server import has_host
 
     base = find_model(model)
@@ -149,8 +154,28 @@ def _draw(
             made.probe()
         return judging(made, out_dir / "ledger.jsonl", console.Counter)
 
-    mark = (lambda asked: opened()(asked)) if judge else None
-    return write_sampled(names, out_dir, counts, sampling, lambda *asked: loaded()(*asked), mark)
+    @_saying_what_was_written(out_dir)
+    def draw(*asked: Any) -> list[list[str]]:
+        return loaded()(*asked)
+
+    @_saying_what_was_written(out_dir)
+    def mark(asked: Any) -> Marked:
+        return opened()(asked)
+
+    return write_sampled(names, out_dir, counts, sampling, draw, mark if judge else None)
+
+
+@contextlib.contextmanager
+def _saying_what_was_written(out_dir: Path) -> Iterator[None]:
+    """Say on Ctrl-C, before the first pair is written, what that leaves."""
+    from smolmlx import console
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        kept = f" What is in {out_dir} stays as it is." if out_dir.exists() else ""
+        console.note(f"Interrupted: no pairs were written.{kept}", style="yellow")
+        raise click.exceptions.Exit(130) from stop
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -134,7 +134,7 @@ def _show_plan(plan: Plan) -> None:
 
 def _start(plan: Plan) -> list[tuple[str, str]]:
     """Say where training starts and what it is held against, where that is not the bare model."""
-    rows = [("start", f"the adapter in {plan.start.folder}")] if plan.start else []
+    rows = [("start", f"the adapter in {plan.start.described}")] if plan.start else []
     if plan.pairs:
         dpo = plan.recipe.dpo
         extras = [f"label smoothing {dpo.label_smoothing:g}"] if dpo.label_smoothing else []

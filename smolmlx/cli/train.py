@@ -102,11 +102,15 @@ def command(
 @contextlib.contextmanager
 def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
     from smolmlx import console, stages
+    from smolmlx.rundir import RunDir
 
     try:
         yield
     except (stages.Interrupted, KeyboardInterrupt) as stop:
-        console.note(f"{str(stop) or 'interrupted'}\nGo on with: smolmlx train --resume {folder}", style="yellow")
+        left = f"Go on with: smolmlx train --resume {folder}"
+        if _is_complete(RunDir(folder)):  # in the last step, or behind it
+            left = f"The run is finished. Its report: smolmlx report {folder}"
+        console.note(f"{str(stop) or 'interrupted'}\n{left}", style="yellow")
         raise click.exceptions.Exit(130) from stop
 
 
@@ -280,7 +284,7 @@ def _introduce(plan: Plan) -> None:
         style="",
     )
     if plan.start:
-        console.note(f"starts from the adapter in {plan.start.folder}", style="")
+        console.note(f"starts from the adapter in {plan.start.described}", style="")
     for reason, count in store.account.reasons.items():
         console.note(f"{count} of {store.account.rows} rows: {reason}", style="yellow")
     for text in plan.notes:

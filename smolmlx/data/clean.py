@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from smolmlx.data.formats import Example, Raw, Source, read_rows, to_example
+from smolmlx.data.formats import Example, Raw, Source, is_empty, read_rows, to_example
 from smolmlx.errors import DataError, RecipeError, RunError
 
 EMPTY_TURN = "empty turn"
@@ -136,7 +136,7 @@ def structure_fault(example: Example) -> str | None:
         return None
     for side in _sides(example):
         roles = [str(turn["role"]) for turn in side]
-        if any(not _content(turn) and not turn.get("tool_calls") for turn in side):
+        if any(map(is_empty, side)):
             return EMPTY_TURN
         if any(role not in _FOLLOWS[before] for before, role in zip(["", *roles], roles, strict=False)):
             return BAD_ORDER

@@ -24,6 +24,10 @@ Role = Literal["system", "user", "assistant", "tool"]
 Raw = Mapping[str, Any]
 
 
+class MissingFile(DataError):
+    """There is no file or folder of this name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row, in the one shape the data plane works on: messages, plain text, or a preference pair."""
@@ -40,6 +44,11 @@ class Example:
         if self.text is not None:
             return self.text
         return "\n".join(f"{m['role']}: {m.get('content')}" for m in (*self.messages, *self.chosen, *self.rejected))
+
+
+def is_empty(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn says nothing: `data validate` and training refuse the same ones."""
+    return not str(turn.get("content") or "").strip() and not turn.get("tool_calls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +188,33 @@ def open_source(
         if problems:
             raise DataError(str(files[0]), problems)
         raise DataError(f"{files[0]}: no rows. Check the path.")
-    return Source(files, detect(first[1], columns, str(files[0])), columns, system, skipped)
+    source = Source(files, detect(first[1], columns, str(files[0])), columns, system, skipped)
+    _check_prompts(source)
+    return source
+
+
+def _check_prompts(source: Source) -> None:
+    """Say once, rather than for each row, that no row has a prompt column.
+
+    Raises:
+        DataError: every row has two texts to compare, and nothing that was asked.
+    """
+    if source.form.name != "preference-implicit":
+        return
+    seen: dict[str, None] = {}
+    count = 0
+    for _, raw in read_rows(source.files, []):
+        count += 1
+        sides = [raw.get(source.columns.get(name, name)) for name in ("chosen", "rejected")]
+        if not all(isinstance(side, str) and not side.lstrip().startswith("[") for side in sides):
+            return
+        seen |= dict.fromkeys(map(str, raw))
+    used = {"system", *(source.columns.get(name, name) for name in ("chosen", "rejected"))}
+    column = next((name for name in seen if name not in used), "your_column")
+    raise DataError(
+        f"{source.files[0]}: no prompt column in {count:,} row{'s' if count > 1 else ''} (columns {', '.join(seen)}), and chosen and rejected are answers alone. "
+        f"Name the prompt's column, e.g. data.columns: {{prompt: {column}}} in a recipe, --column prompt={column} in `smolmlx data`."
+    )
 
 
 def find_files(
@@ -215,7 +250,7 @@ def _expand(name: str, split: str, folders: Sequence[Path]) -> tuple[list[Path],
     if path is None:
         looks_like_id = name.count("/") == 1 and not name.endswith(_SUFFIXES) and not name.startswith((".", "/", "~"))
         if not looks_like_id:
-            raise DataError(
+            raise MissingFile(
                 f"{name}: no such file or folder. Paths are looked up from the working folder, then from the recipe's."
             )
         path = _download(name)

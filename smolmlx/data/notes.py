@@ -66,14 +66,14 @@ class Notes:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with a notes file; prints as `path:line: message`. Line 0 is the file as a whole."""
+    """One thing wrong with a notes file; prints as `path:line: message`. Line 0 is the file as a whole, and not printed."""
 
     path: Path
     line: int
     message: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.message}"
+        return f"{self.path}:{self.line}: {self.message}" if self.line else f"{self.path}: {self.message}"
 
 
 @dataclass(slots=True)
@@ -108,8 +108,12 @@ def validate_notes(
 def _file_problems(path: Path, is_compliant: Callable[[str], Sequence[str]], seen: _Seen) -> list[Problem]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        return [Problem(path, 0, f"cannot be read: {error}")]
+    except FileNotFoundError:
+        return [Problem(path, 0, "no such file or folder. Check the path.")]
+    except OSError as error:
+        return [Problem(path, 0, f"cannot be read: {error.strerror or error}")]
+    except UnicodeDecodeError as error:
+        return [Problem(path, 0, f"cannot be read as UTF-8 text: {error}")]
     # Not splitlines(): JSON strings may hold U+2028 unescaped, and it would cut the record there.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from smolmlx.data.chat import Encoded, Message, Rendered, Tokenizer, encode_rendered, find_spans
 from smolmlx.data.encode import CONTROL, CUT_PROMPT, NO_TARGET, TOO_LONG, Account, Encoding, shorten_prompt
-from smolmlx.data.formats import Example
+from smolmlx.data.formats import Example, is_empty
 from smolmlx.errors import DataError
 
 Sides = tuple[Encoded, Encoded]
@@ -48,12 +48,14 @@ def find_fault(example: Example) -> str | None:
     """Return why a row is no pair of answers to one prompt, or None."""
     if not example.chosen or not example.rejected:
         return "one answer where two are needed: give columns prompt, chosen and rejected"
+    if any(map(is_empty, example.messages)):
+        return "a turn of the prompt is empty: nothing is asked"
     for name, side in (("chosen", example.chosen), ("rejected", example.rejected)):
         if side[0]["role"] not in ("assistant", "tool"):
             return f"{name} begins with a {side[0]['role']} turn that is not the prompt's: give the answer alone, or the prompt's turns and then the answer"
         if side[-1]["role"] != "assistant":
             return f"{name} ends with a {side[-1]['role']} turn; it should end with the answer"
-        if any(not str(turn.get("content") or "").strip() and not turn.get("tool_calls") for turn in side):
+        if any(map(is_empty, side)):
             return f"{name} is empty: nothing to prefer or to avoid"
     return "chosen and rejected are the same answer" if example.chosen == example.rejected else None
 

@@ -28,7 +28,7 @@ IntArray = npt.NDArray[np.int64]
 SPLITS = ("train", "validation", "test")
 LEFT_OUT = len(SPLITS)
 """Label of a row that no split takes, where counts are fixed."""
-_MADE_BY = "smolmlx data split"
+MADE_BY = "smolmlx data split"
 # The last 32 average groups of a split are chosen from 256 at hand, so that their rows add up.
 _RESERVE, _WINDOW = 32, 256
 _MAX_LISTED = 100
@@ -132,7 +132,7 @@ def _check_folder(source: Source, out_dir: Path) -> None:
     present = [path.name for path in (*targets, manifest) if path.exists()]
     if present and not _is_ours(manifest):
         raise RecipeError(
-            f"{out_dir}: holds {', '.join(present)}, not written by `{_MADE_BY}`. Choose another folder, or move them."
+            f"{out_dir}: holds {', '.join(present)}, not written by `{MADE_BY}`. Choose another folder, or move them."
         )
 
 
@@ -141,7 +141,7 @@ def _is_ours(manifest: Path) -> bool:
         tree = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(tree, dict) and tree.get("made_by") == _MADE_BY
+    return isinstance(tree, dict) and tree.get("made_by") == MADE_BY
 
 
 def _read_index(source: Source, method: Method, on_rows: Callable[[int], None] | None) -> _Index:
@@ -339,7 +339,7 @@ def _manifest(
             files[name]["groups"] = len(np.unique(groups[chosen]))
     asked = {"shares": method.shares} if method.counts is None else {"counts": method.counts}
     tree: dict[str, Any] = {
-        "made_by": _MADE_BY,
+        "made_by": MADE_BY,
         "method": method.name,
         "column": method.column,
         **asked,

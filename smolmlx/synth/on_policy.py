@@ -35,8 +35,23 @@ LEFT_OUT_UNMARKED = "the judge gave no marks in the form asked for"
 LEFT_OUT_NONE_BROKEN = "all answers keep the strict rule"
 ROUND = 48
 """Rows whose answers are drawn together when a number of pairs is wanted; rows beyond it are not drawn for."""
-Draw = Callable[[Sequence[str], int, int, str], list[list[str]]]
-"""Prompts, a number, a seed and what to call the work -> that many answers of the model to each."""
+EMPTY_ROUNDS = 2
+"""Rounds after which drawing ends if no answer of theirs keeps the strict rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is drawn at once of the answers for one split, for one bar over all of them."""
+
+    label: str
+    before: int
+    """Answers drawn for the split before."""
+    total: int
+    """Answers to all its rows; fewer are drawn where a number of pairs is wanted."""
+
+
+Draw = Callable[[Sequence[str], int, int, Work], list[list[str]]]
+"""Prompts, a number, a seed and the place in the work -> that many answers of the model to each."""
 Marked = Mapping[tuple[str, str], float]
 """(id of a row, answer) -> a judge's mean mark; what it gave none is not in it."""
 Mark = Callable[[Sequence[tuple[NotesRow, str]]], Marked]
@@ -62,13 +77,15 @@ class Sampling:
 def drawing(generator: Generator, tokenizer: Tokenizer, sampling: Sampling, meter: Meter) -> Draw:
     """Return what draws answers of a loaded model; an answer depends on the seed and its place alone."""
 
-    def draw(prompts: Sequence[str], number: int, seed: int, label: str) -> list[list[str]]:
+    def draw(prompts: Sequence[str], number: int, seed: int, work: Work) -> list[list[str]]:
         how = Decoding(
             max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed
         )
         asked = [tokenizer.encode(tokenizer.prompt([{"role": "user", "content": prompt}])) for prompt in prompts]
-        with meter(label, len(asked) * number) as on_done:
-            found = generate(generator, tokenizer, [ids for ids in asked for _ in range(number)], how, on_done)
+        repeated = [ids for ids in asked for _ in range(number)]
+        with meter(work.label, work.total) as on_done:
+            on_done(work.before)
+            found = generate(generator, tokenizer, repeated, how, lambda done: on_done(work.before + done))
         return [found[start : start + number] for start in range(0, len(found), number)]
 
     return draw
@@ -155,8 +172,9 @@ def sample_pairs(
         DataError: a split gave no pair at all.
     """
     made: dict[str, list[Pair]] = {}
-    left_out = Counter[str]()
+    all_left_out = Counter[str]()
     for split, count in counts.items():
+        left_out = Counter[str]()
         members = list(round_robin([row for row in rows if row.split == split], Dice(sampling.seed)))
         pairs: list[Pair] = []
         together = ROUND if count else max(1, len(members))
@@ -165,19 +183,30 @@ def sample_pairs(
                 break
             asked = members[start : start + together]
             found_so_far = f", {len(pairs)} of {count} pairs" if count else ""
-            label = f"answers for {split}{found_so_far}"
-            answers = draw([row.prompt for row in asked], sampling.samples, sampling.seed + start, label)
+            work = Work(f"answers for {split}{found_so_far}", start * sampling.samples, len(members) * sampling.samples)
+            answers = draw([row.prompt for row in asked], sampling.samples, sampling.seed + start, work)
             drawn_for = list(zip(asked, answers, strict=True))
             marks = mark([one for row, drawn in drawn_for for one in _to_judge(row, drawn)]) if mark else None
             found = [(row, choose(row, drawn, sampling.about, marks)) for row, drawn in drawn_for]
             left_out.update(choice for _, choice in found if isinstance(choice, str))
             pairs += [_pair(row, choice) for row, choice in found if not isinstance(choice, str)]
+            if not pairs and left_out[LEFT_OUT_NONE_KEPT] == sum(left_out.values()) >= EMPTY_ROUNDS * ROUND:
+                break
         made[split] = pairs[:count]
-    empty = [f"{split}: no pair" for split, pairs in made.items() if not pairs]
-    if empty:
-        why = "; ".join(f"{reason}: {number} rows" for reason, number in left_out.items())
-        raise DataError(f"on-policy pairs ({why}); train longer, or draw more --samples", empty)
-    return made, dict(left_out)
+        if not pairs:
+            raise DataError(_no_pair(split, left_out, sampling))
+        all_left_out += left_out
+    return made, dict(all_left_out)
+
+
+def _no_pair(split: str, left_out: Mapping[str, int], sampling: Sampling) -> str:
+    if not left_out:
+        return f"no on-policy pair for {split}: no row is of that split. Leave its number out of --counts, or add its rows."
+    why = "; ".join(f"{reason}: {number} rows" for reason, number in left_out.items())
+    advice = "Train longer, or draw more --samples."
+    if not sampling.adapter and left_out.get(LEFT_OUT_NONE_KEPT):
+        advice = "Pass --adapter with one trained on notes, e.g. the adapter/ of a run of notes/sft."
+    return f"no on-policy pair for {split} ({why}). {advice}"
 
 
 def _pair(row: NotesRow, choice: tuple[str, str, list[str]]) -> Pair:

@@ -151,7 +151,7 @@ def read_notes_rows(
     """
     label = ", ".join(map(str, files))
     for path in files:
-        _refuse_augmented(path)
+        _refuse_others(path)
     found = validate_notes(files, lambda answer: strict_compliance(answer).problems)
     _refuse(label, [str(problem) for problem in found])
     # Not splitlines(): JSON strings may hold U+2028 unescaped.
@@ -172,14 +172,21 @@ def read_notes_rows(
     return [row for row in rows if row is not None]
 
 
-def _refuse_augmented(path: Path) -> None:
-    """Say of rows of `data augment` what they are, where the fields that they lack would fill the screen."""
+def _refuse_others(path: Path) -> None:
+    """Say of rows of another kind what they are, where the fields that they lack would fill the screen."""
     rows = read_rows([path], []) if path.is_file() else iter(())
     _, first = next(rows, ("", {}))
     if {"task", "chunk", "prompt_version"} <= set(first):
         raise DataError(
             f"{path}: rows of `smolmlx data augment`, not notes rows. Pairs take rows with the fields of data/notes, "
             "such as concept, topic and difficulty."
+        )
+    if first and not {"topic", "difficulty", "input_sha256"} & set(first):
+        count = 1 + sum(1 for _ in rows)
+        raise DataError(
+            f"{path}: {count:,} row{'s' if count > 1 else ''} with columns {', '.join(map(str, first))}, not rows of the notes task, whose fields "
+            "data/notes/README.md names. Pairs that are ready (prompt, chosen, rejected) need no command: name their file as "
+            "data.train."
         )
 
 

@@ -289,10 +289,26 @@ class TestReference:
         plan = lab.plan(model__adapter=str(adapter), train__max_steps=1)
         run = lab.start(plan)
         (run.start / "reference_train.safetensors").write_bytes(other.read_bytes())
-        with pytest.raises(DataError, match="of another model, adapter, template or rows"):
+        with pytest.raises(DataError, match=r"of another model, adapter, template or rows .* Start a new run\."):
             lab.train(plan, run)
         (run.start / "reference_train.safetensors").unlink()
         lab.train(plan, run)
+
+    def test_rows_that_changed_are_refused_before_anything_is_written(
+        self, lab: Lab, pair_rows: Path, tmp_path: Path
+    ) -> None:
+        rows = tmp_path / "changed.jsonl"
+        rows.write_text(pair_rows.read_text())
+        plan = lab.plan(data__train=str(rows), train__max_steps=3)
+        run = lab.start(plan)
+        with pytest.raises(stages.Interrupted):
+            lab.train(plan, run, stop_at(1))
+        kept = run.start / "reference_train.safetensors"
+        kept.unlink()
+        rows.write_text(pair_rows.read_text().replace("red", "blue", 1))
+        with pytest.raises(RunError, match="another plan"):
+            lab.train(lab.plan(data__train=str(rows), train__max_steps=3), run)
+        assert not kept.exists()
 
     def test_false_numbers_are_noticed_before_the_first_step(self, lab: Lab, adapter: Path) -> None:
         plan = lab.plan(model__adapter=str(adapter), train__max_steps=1)

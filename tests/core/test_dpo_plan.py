@@ -123,6 +123,24 @@ def test_rows_with_one_answer_are_refused(tree: dict[str, Any], chat_rows: Path)
         make(tree, data={"train": str(chat_rows)})
 
 
+def test_missing_pairs_name_the_command_that_makes_them(tree: dict[str, Any], chat_rows: Path) -> None:
+    for changes in ({"train": "pairs/train.jsonl"}, {"validation": "pairs/validation.jsonl"}):
+        with pytest.raises(DataError, match=r"no such file or folder.* Make pairs with: smolmlx data pairs NOTES"):
+            make(tree, data=changes)
+    with pytest.raises(DataError) as caught:
+        test_plan.make({**tree, "stage": "sft", "data": {"train": "nowhere.jsonl"}})
+    assert "data pairs" not in str(caught.value)
+
+
+def test_pairs_that_are_too_long_are_told_what_is_allowed(tree: dict[str, Any]) -> None:
+    with pytest.raises(
+        DataError, match=r"Raise data.max_length, or choose another data.overlong \(truncate_prompt\)\."
+    ):
+        make(tree, data={"max_length": 9})
+    with pytest.raises(DataError, match=r"Raise data.max_length\."):
+        make(tree, data={"max_length": 9, "overlong": "truncate_prompt"})
+
+
 def test_an_engine_without_dpo_refuses(tree: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="stage: backend 'mlx' on cpu does not support 'dpo'"):
         test_plan.make(tree)
@@ -151,6 +169,7 @@ class TestStartAdapter:
         for named in (tmp_path / "notes-new", tmp_path / "notes-*", tmp_path / "notes-*" / "adapter"):
             plan = self.started(tree, named)
             assert plan.start is not None and plan.start.folder == tmp_path / "notes-new" / "adapter"
+            assert plan.start.described.endswith(" (the newest of 2)") == ("*" in str(named)), "chosen, so said"
             assert plan.recipe.model.adapter == str(plan.start.folder.resolve()), "a resumed run must find the same one"
 
     def test_values_that_differ_are_refused(self, tree: dict[str, Any], tmp_path: Path) -> None:

@@ -229,6 +229,15 @@ class TestRefusals:
         found = str(refusal(write_jsonl(tmp_path / "r.jsonl", [{"foo": 1, "bar": 2}])))
         assert "bar, foo" in found and "data.columns" in found and "prompt-completion (prompt, completion)" in found
 
+    @pytest.mark.parametrize("columns", [{}, {"question": "prompt"}])
+    def test_pairs_without_a_prompt_column_are_named_once(self, tmp_path: Path, columns: dict[str, str]) -> None:
+        row = {"system": "S", "question": "why", "chosen": "red", "rejected": "blue"}
+        path = write_jsonl(tmp_path / "r.jsonl", [row] * 12)
+        found = refusal(path, columns=columns)
+        assert not found.problems and "no prompt column in 12 rows (columns system, question, chosen, rej" in str(found)
+        assert "data.columns: {prompt: question}" in str(found) and "--column prompt=question" in str(found)
+        assert len(read(path, columns={"prompt": "question"})) == 12
+
     def test_every_bad_line_is_named(self, tmp_path: Path) -> None:
         path = tmp_path / "r.jsonl"
         path.write_text('{"text": "ok"}\n{oops\n[1]\n{"txt": "x"}\n{"text": 3.5}\n{"text": ["a"]}\n')

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,9 @@ from smolmlx.synth.on_policy import (
     ROUND,
     Draw,
     Sampling,
+    Work,
     choose,
+    drawing,
     judging,
     write_sampled,
 )  # fmt: skip
@@ -118,7 +121,7 @@ def test_marks_come_from_a_judge_and_are_asked_for_once(rows: list[NotesRow], tm
 def drawer(flaw: Callable[[str], str]) -> Draw:
     """A model that answers each prompt once as its row does, and else with a flaw."""
     answers = {row.prompt: row.answer for row in read_notes_rows([NOTES / "train.jsonl", NOTES / "validation.jsonl"])}
-    return lambda prompts, number, seed, label: [[answers[p], *[flaw(answers[p])] * (number - 1)] for p in prompts]
+    return lambda prompts, number, seed, work: [[answers[p], *[flaw(answers[p])] * (number - 1)] for p in prompts]
 
 
 def test_files_name_what_was_drawn(tmp_path: Path) -> None:
@@ -136,17 +139,55 @@ def test_files_name_what_was_drawn(tmp_path: Path) -> None:
 
 
 def test_no_more_is_drawn_than_a_number_of_pairs_takes(tmp_path: Path) -> None:
-    asked: list[tuple[int, int, str]] = []
+    asked: list[tuple[int, int, Work]] = []
     answer = drawer(fourth_bullet)
 
-    def counted(prompts: Sequence[str], number: int, seed: int, label: str) -> list[list[str]]:
-        asked.append((len(prompts), seed, label))
-        return answer(prompts, number, seed, label)
+    def counted(prompts: Sequence[str], number: int, seed: int, work: Work) -> list[list[str]]:
+        asked.append((len(prompts), seed, work))
+        return answer(prompts, number, seed, work)
 
     made = write_sampled([str(NOTES)], tmp_path / "pairs", (ROUND + 10, 5), Sampling("tiny", "", samples=2), counted)
     assert (made["files"]["train"]["pairs"], made["files"]["validation"]["pairs"]) == (ROUND + 10, 5)
     assert [call[:2] for call in asked] == [(ROUND, 0), (ROUND, ROUND), (ROUND, 0)]  # train twice, with other draws
-    assert asked[1][2] == f"answers for train, {ROUND} of {ROUND + 10} pairs"
+    assert asked[1][2] == Work(f"answers for train, {ROUND} of {ROUND + 10} pairs", 2 * ROUND, 2 * 400), "one bar"
+
+
+def test_a_model_that_cannot_answer_is_found_out_early(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def nonsense(prompts: Sequence[str], number: int, seed: int, work: Work) -> list[list[str]]:
+        asked.append(len(prompts))
+        return [["nonsense"] * number for _ in prompts]
+
+    def refusal(sampling: Sampling) -> str:
+        with pytest.raises(DataError) as caught:
+            write_sampled([str(NOTES)], tmp_path / "pairs", (20, 10), sampling, nonsense)
+        return str(caught.value)
+
+    first = f"no on-policy pair for train ({LEFT_OUT_NONE_KEPT}: {2 * ROUND} rows). "
+    assert refusal(Sampling("tiny", "")).startswith(f"{first}Pass --adapter with one trained on notes")
+    assert asked == [ROUND, ROUND]
+    assert refusal(Sampling("tiny", "a")) == f"{first}Train longer, or draw more --samples."
+    with pytest.raises(DataError, match="no row is of that split"):
+        write_sampled([str(NOTES / "train.jsonl")], tmp_path / "b", (4, 2), Sampling("t", ""), drawer(fourth_bullet))
+
+
+def test_one_bar_over_all_rows_of_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def meter(label: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda done: told.append((label, done, total))
+
+    def generate(generator: object, tokenizer: object, prompts: Sequence[str], how: object, on_done: Callable[[int], None]) -> list[str]:  # fmt: skip
+        on_done(len(prompts))
+        return list(prompts)
+
+    monkeypatch.setattr("smolmlx.synth.on_policy.generate", generate)
+    tokenizer = SimpleNamespace(encode=lambda text: text, prompt=lambda messages: messages[0]["content"])
+    draw = drawing(None, tokenizer, Sampling("t", ""), meter)  # type: ignore[arg-type]
+    assert draw(["a", "b"], 2, 0, Work("answers", 8, 20)) == [["a", "a"], ["b", "b"]]
+    assert told == [("answers", 8, 20), ("answers", 12, 20)]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -196,6 +237,25 @@ def test_a_judge_from_the_command_line(
         code, _, err = call("data", "pairs", NOTES, "out", "--model", "tiny", "--counts", "4,2", "--judge", url)
     assert code == 4 and LEFT_OUT_ALIKE in err, "all marks are equal"
     assert (tmp_path / "out" / "ledger.jsonl").is_file()
+
+
+def test_ctrl_c_while_drawing_says_what_was_written(
+    call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    asked = ("data", "pairs", NOTES, "out", "--model", "tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr("smolmlx.cli.options.choose", interrupted)
+        code, _, err = call(*asked)
+        assert code == 130 and err == "Interrupted: no pairs were written.\n" and not (tmp_path / "out").exists()
+    assert call("data", "pairs", NOTES, "out", "--counts", "2,1")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("smolmlx.cli.options.choose", interrupted)
+        code, _, err = call(*asked)
+    assert code == 130 and "no pairs were written. What is in out stays as it is." in err
+    assert (tmp_path / "out" / "train.jsonl").is_file()
 
 
 def test_a_judge_is_asked_before_answers_are_drawn(

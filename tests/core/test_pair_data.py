@@ -89,6 +89,7 @@ class TestFaults:
         [
             (pair("why", "red", "red"), "same answer"),
             (pair("why", " ", "red"), "chosen is empty"),
+            (pair("", "red", "blue"), "a turn of the prompt is empty"),
             (pair("why", "red", ""), "rejected is empty"),
             (Example("f:1", (turn("user", "why"), turn("assistant", "red"))), "one answer where two are needed"),
             (

@@ -44,7 +44,12 @@ def test_flaws_are_dealt_evenly(call: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "missing field 'output'"),
+        ('{"id": "a", "topic": "data"}', "missing field 'output'"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 40,
+            "rows.jsonl: 40 rows with columns prompt, chosen, rejected, not rows of the notes task, whose fields "
+            "data/notes/README.md names. Pairs that are ready (prompt, chosen, rejected) need no command",
+        ),
         ("", "holds no rows"),
         ('{"task": "qa", "chunk": "a:0", "prompt_version": "x"}', "rows of `smolmlx data augment`, not notes rows"),
     ],
@@ -53,6 +58,24 @@ def test_rows_that_are_no_notes_exit_4(call: Call, tmp_path: Path, line: str, sa
     (tmp_path / "rows.jsonl").write_text(line, encoding="utf-8")
     code, _, err = call("data", "pairs", tmp_path / "rows.jsonl", tmp_path / "out")
     assert code == 4 and said in err and not (tmp_path / "out").exists()
+
+
+def test_what_is_replaced_is_said(call: Call, tmp_path: Path) -> None:
+    pairs = ("data", "pairs", NOTES, tmp_path / "pairs", "--counts")
+    assert "replaces" not in call(*pairs, "6,4")[2]
+    code, _, err = call(*pairs, "2,1")
+    assert code == 0 and f"replaces 10 pairs in {tmp_path / 'pairs'}\n" in err
+    split = ("data", "split", NOTES / "validation.jsonl", tmp_path / "split", "--seed")
+    assert "replaces" not in call(*split, 0)[2]
+    code, _, err = call(*split, 1)
+    assert code == 0 and f"replaces 75 rows in {tmp_path / 'split'}\n" in err
+
+
+def test_words_that_are_missing_or_name_nothing(call: Call) -> None:
+    code, _, err = call("data", "pairs", NOTES)
+    assert code == 2 and f"Missing argument 'OUT_DIR', the folder to write: smolmlx data pairs {NOTES} OUT_DIR" in err
+    code, _, err = call("data", "pairs", "data/note", "out")
+    assert code == 4 and "data/note: no such file or folder. Check the path." in err and ":0:" not in err
 
 
 def test_held_out_rows_need_a_flag(call: Call, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,29 @@ def test_an_interrupted_evaluation_goes_on_without_training(call: Call, recipe: 
     )  # the engine it was begun on, though mlx comes first here
     assert json.loads(out)["evaluation"] == whole["evaluation"]
     assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_ctrl_c_in_the_last_step(
+    call: Call, recipe: Path, chat_rows: Path, monkeypatch: pytest.MonkeyPatch, scored: bool
+) -> None:
+    """All steps are done then: nothing is left, or the evaluation alone."""
+
+    def stop(display: object, kind: str, step: int, values: object) -> None:
+        if (kind, step) == ("step", 2):
+            signal.raise_signal(signal.SIGINT)
+
+    evaluate = ["--set", f"evaluate.data={chat_rows}", "--set", "evaluate.suite=loss"] if scored else []
+    installed("cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr("smolmlx.console.TrainingDisplay.__call__", stop)
+        code, _, err = call("train", recipe, "--max-steps", 2, *evaluate, "--backend", "cuda", "--device", "cpu")
+    (run,) = Path("runs").iterdir()
+    assert code == 130 and f"interrupted after step 2; that was the last, and {run} is trained" in err
+    assert ("Go on with: smolmlx train --resume" in err) == scored
+    assert (f"The run is finished. Its report: smolmlx report {run}" in err) != scored
+    code, _, err = call("train", "--resume", run)
+    assert (code, "at its evaluation" in err) == ((0, True) if scored else (1, False))
 
 
 @pytest.mark.parametrize("key", ["data", "train", "ood"])
