@@ -9,7 +9,7 @@ import importlib.util
 import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from numbers import Integral, Real
 from pathlib import Path
@@ -246,6 +246,8 @@ class Choice:
     backend: Backend
     device: str | None
     reason: str
+    asked: bool = False
+    """Whether --backend or --device named it, so that a command that goes on needs them too."""
 
 
 def installed() -> dict[str, Callable[[], Backend]]:
@@ -282,7 +284,11 @@ def choose(name: str = "auto", device: str | None = None) -> Choice:
     if name != "auto":
         backend = load(name)
         backend.capabilities(device)  # an impossible device is refused here
-        return Choice(backend, device, "asked for" + (f" with device {device}" if device else ""))
+        return Choice(backend, device, "asked for" + (f" with device {device}" if device else ""), asked=True)
+    return replace(_choose_by_hardware(device), asked=device is not None)
+
+
+def _choose_by_hardware(device: str | None) -> Choice:
     known = installed()
     if platform.system() == "Darwin" and platform.machine() == "arm64" and _has("mlx", known, "mlx.core"):
         return Choice(load("mlx"), device, "Apple Silicon")

@@ -23,10 +23,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _EVERY_SECONDS = 5.0
+_WIDE = 100
+"""Columns from which a training bar has room for memory; below, the bar alone would be left too short."""
 
 
 def _make(stderr: bool) -> Console:
@@ -111,9 +113,10 @@ class Counter:
         self.console = _make(stderr=True)
         self._began = self._last = time.monotonic()
         self._first: int | None = None
-        self._progress = Progress(
+        self._progress = Progress(  # where the terminal is narrow, rich shortens what may wrap: the bar alone
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=40), TextColumn("{task.completed}/{task.total}"),
-            _Figures(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=self.console, transient=True,
+            _Figures(Column(no_wrap=True)), TimeElapsedColumn(Column(no_wrap=True)), TextColumn("eta"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)), console=self.console, transient=True,
         )  # fmt: skip
         self._task = self._progress.add_task(escape(title), total=total)
 
@@ -144,7 +147,6 @@ class TrainingDisplay:
 
     def __init__(self, title: str, steps: int) -> None:
         self._counter = Counter(f"{title}  step", steps)
-        self._smooth: float | None = None
 
     def __enter__(self) -> TrainingDisplay:
         self._counter.__enter__()
@@ -156,11 +158,12 @@ class TrainingDisplay:
     def __call__(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Show one event."""
         if kind == "step":
-            self._smooth = values["loss"] if self._smooth is None else 0.9 * self._smooth + 0.1 * values["loss"]
-            memory = f"  {format_bytes(values['peak_bytes'])}" if values.get("peak_bytes") else ""
-            self._counter(step, f"loss {self._smooth:.4f}  {values['tokens_per_second']:,.0f} tok/s{memory}")
+            console = self._counter.console
+            room = not console.is_terminal or console.width >= _WIDE
+            memory = f"  {format_bytes(values['peak_bytes'])}" if values.get("peak_bytes") and room else ""
+            self._counter(step, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tok/s{memory}")
         elif kind == "eval":
-            best = " (best)" if values["best"] else ""
+            best = " (best so far)" if values["best"] else ""
             middle = {"perplexity": "val_perplexity", "margin": "val_margin"}
             shown = [f"{word} {values[name]:.2f}" for word, name in middle.items() if name in values]
             parts = [f"validation loss {values['val_loss']:.4f}", *shown, f"accuracy {values['val_accuracy']:.3f}"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from smolmlx.errors import RecipeError, RunError
@@ -134,7 +136,7 @@ def _training_knobs(plan: Plan) -> list[str]:
     train = recipe.train
     knobs = []
     if train.batch_size > 1:
-        share = _smallest_factor(train.batch_size)
+        share = _share_that_fits(plan)
         knobs.append(
             f"--set train.batch_size={train.batch_size // share} --set train.accumulation={train.accumulation * share} (as many rows a step)"
         )
@@ -149,6 +151,22 @@ def _training_knobs(plan: Plan) -> list[str]:
     if widest >= 128:
         knobs.append(f"--set data.max_length={widest // 2}")
     return knobs
+
+
+def _share_that_fits(plan: Plan) -> int:
+    """Return what to divide the batch by: once at least, and on until the estimate fits the device or one row is left."""
+    rows, limit = plan.recipe.train.batch_size, plan.capabilities.memory_bytes
+    share = _smallest_factor(rows)
+    while limit is not None and share < rows and estimate(_with_batch(plan, rows // share)) > limit:
+        share *= _smallest_factor(rows // share)
+    return share
+
+
+def _with_batch(plan: Plan, rows: int) -> Plan:
+    """Return the plan with fewer rows at once, good enough for an estimate."""
+    filled = min(plan.train.batch_size, plan.train.num_rows)  # the rest of a batch is padding, without targets
+    gather = min(plan.train.gather, math.ceil(plan.train.gather * rows / filled))
+    return replace(plan, train=replace(plan.train, batch_size=rows, gather=gather))
 
 
 def loading(name: str, quantize: bool) -> str:

@@ -336,7 +336,9 @@ def _without_effect(loaded: Loaded, capabilities: Capabilities, steps: int, batc
     ):
         if isinstance(every, int) and every > steps:
             yield f"{key}: {every} steps, but the run has {steps}: {instead}."
-    if "samples.max_tokens" in loaded.origins and not recipe.samples.prompts:
+    length, prompts = (loaded.origins.get(f"samples.{key}") for key in ("max_tokens", "prompts"))
+    only_emptied = length == "recipe" and prompts is not None  # what was beside the prompts is no choice of its own
+    if length and not recipe.samples.prompts and not only_emptied:
         yield "samples.max_tokens: has no effect without samples.prompts."
     if "train.compile" in loaded.origins and not capabilities.compiles:
         yield f"train.compile: has no effect: this engine does not compile its training step on {capabilities.device}."

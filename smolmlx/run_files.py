@@ -50,6 +50,8 @@ class Report(_Part):
     """Mean over the supervised tokens of the last twentieth of the steps, in the same unit."""
     best_val_loss: float | None
     best_step: int | None
+    last_val_loss: float | None = None
+    """Of the last step; None also in reports that were written before it was kept."""
     stopped_early: bool
     peak_bytes: int | None
     tokens_per_second: float

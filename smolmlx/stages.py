@@ -35,14 +35,16 @@ OnEvent = Callable[[Event], None]
 
 
 class Interrupted(Exception):
-    """The user pressed Ctrl-C (or the system asked to stop); a checkpoint was written."""
+    """The user pressed Ctrl-C (or the system asked to stop); a checkpoint was written if a step was taken."""
 
     def __init__(self, run: RunDir, step: int) -> None:
-        kept = f"a checkpoint is in {run.path}" if step else f"before the first step of {run.path}"
+        text = f"interrupted before the first step of {run.path}; nothing was trained there"
         if run.done:
-            kept = f"that was the last, and {run.path} is trained"
-        super().__init__(f"interrupted after step {step}; {kept}")
-        self.run = run
+            text = f"interrupted after step {step}, the last; {run.path} is trained"
+        elif step:
+            text = f"interrupted after step {step}; a checkpoint is in {run.path}"
+        super().__init__(text)
+        self.run, self.step = run, step
 
 
 def run_name(recipe: str) -> str:
@@ -163,7 +165,7 @@ def train(plan: Plan, choice: Choice, run: RunDir, on_event: OnEvent = lambda ev
     Leaves adapter/ (or model/), metrics.csv, samples.md and report.json behind.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint if a step was taken.
         RunError: the run failed; checkpoints stay.
     """
     with ExitStack() as closing:  # a service counts a run as going on until it is told; TensorBoard holds points back
@@ -227,7 +229,7 @@ def _signals(session: Session) -> Iterator[None]:
         if session.interrupted:
             raise KeyboardInterrupt
         session.interrupted = True
-        session.note("stopping after this step; a checkpoint will be written (again to stop at once)")
+        session.note("stopping; a step under way is finished and kept in a checkpoint (again to stop at once)")
 
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -279,8 +281,9 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def summarise(plan: Plan, session: Session) -> Report:
-    rows = [row for row in read_metrics(session.run) if row["kind"] == "step"]
-    state = session.state
+    metrics, state = read_metrics(session.run), session.state
+    rows = [row for row in metrics if row["kind"] == "step"]
+    scored = [row["val_loss"] for row in metrics if row["kind"] == "eval"]
     tail = rows[-max(1, len(rows) // 20) :]
     weights = [row["num_supervised"] for row in rows]
     counts = [b - a for a, b in zip([0, *weights[:-1]], weights, strict=True)][-len(tail) :]
@@ -295,6 +298,7 @@ def summarise(plan: Plan, session: Session) -> Report:
         final_loss=final,
         best_val_loss=state.best_loss,
         best_step=state.best_step,
+        last_val_loss=scored[-1] if scored else None,
         stopped_early=state.stopped,
         peak_bytes=max(peaks) if peaks else None,
         tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),

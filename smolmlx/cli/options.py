@@ -116,8 +116,14 @@ def choose(backend: str, device: str | None) -> Choice:
 
     with console.status("loading the engine"):
         choice = backends.choose(backend, device)
-    console.note(f"engine {choice.backend.name}: {choice.reason}")
+    say_engine(choice)
     return choice
+
+
+def say_engine(choice: Choice) -> None:
+    from smolmlx import console
+
+    console.note(f"engine {choice.backend.name}: {choice.reason}")
 
 
 def resolve(loaded: Loaded, choice: Choice) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,16 +103,22 @@ def command(
 @contextlib.contextmanager
 def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
     from smolmlx import console, stages
-    from smolmlx.rundir import RunDir
 
     try:
         yield
     except (stages.Interrupted, KeyboardInterrupt) as stop:
-        left = f"Go on with: smolmlx train --resume {folder}"
-        if _is_complete(RunDir(folder)):  # in the last step, or behind it
-            left = f"The run is finished. Its report: smolmlx report {folder}"
-        console.note(f"{str(stop) or 'interrupted'}\n{left}", style="yellow")
+        console.note(f"{str(stop) or 'interrupted'}\n{_what_is_left(folder, stop)}", style="yellow")
         raise click.exceptions.Exit(130) from stop
+
+
+def _what_is_left(folder: Path, stop: BaseException) -> str:
+    from smolmlx import stages
+    from smolmlx.rundir import RunDir
+
+    if _is_complete(RunDir(folder)):
+        return f"Nothing is left but the report: smolmlx report {folder}"
+    untouched = isinstance(stop, stages.Interrupted) and stop.step == 0 and stop.run.path == folder
+    return f"{'Begin again' if untouched else 'Go on'} with: smolmlx train --resume {folder}"
 
 
 @contextlib.contextmanager
@@ -207,18 +214,33 @@ def _find_run(recipe: str | None, out: Path, resume: str) -> RunDir:
 
 def _engine_of(run: RunDir, backend: str, device: str | None) -> Choice:
     """Pick the engine and device a run was begun on, unless others are asked for or these are not here."""
-    from smolmlx import backend as backends
     from smolmlx import console
     from smolmlx.errors import BackendError
 
     begun = run.read_json("env.json") if (run.path / "env.json").is_file() else {}
     if backend == "auto" and device is None and "device_kind" in begun:
         try:
-            backends.choose(begun["backend"], begun["device_kind"])
-            backend, device = begun["backend"], begun["device_kind"]
+            with console.status("loading the engine"):
+                choice = _as_begun(begun["backend"], begun["device_kind"])
         except BackendError as error:
             console.note(f"begun on {begun['backend']}, {begun['device']}, which is not here: {error}", style="yellow")
+        else:
+            options.say_engine(choice)
+            return choice
     return options.choose(backend, device)
+
+
+def _as_begun(name: str, kind: str) -> Choice:
+    """Pick an engine and device: the default choice where it comes to the same, so that no flag is needed later."""
+    from smolmlx import backend as backends
+    from smolmlx.errors import BackendError
+
+    found = None
+    with contextlib.suppress(BackendError):
+        found = backends.choose()
+    if found is None or found.backend.name != name or found.backend.capabilities(found.device).device != kind:
+        found = backends.choose(name, kind)
+    return replace(found, reason="as the run began")
 
 
 def _reopen(run: RunDir, choice: Choice, sets: tuple[str, ...], max_steps: int | None) -> Plan:
@@ -333,14 +355,7 @@ def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None
         ),
     ]
     if report.best_val_loss is not None:
-        rows.insert(
-            1,
-            (
-                "validation",
-                f"{report.best_val_loss:.4f} at step {report.best_step}"
-                + (" (stopped early)" if report.stopped_early else ""),
-            ),
-        )
+        rows.insert(1, ("validation", _validation(report, plan.recipe.eval.keep_best)))
     if report.peak_bytes:
         rows.append(("peak memory", console.format_bytes(report.peak_bytes)))
     console.table(rows)
@@ -355,6 +370,14 @@ def _show(plan: Plan, run: RunDir, report: Report, evaluation: Evaluation | None
     console.result(f'Next: {following} --prompt "..."')
 
 
+def _validation(report: Report, keep_best: bool) -> str:
+    """Return the best validation loss, and that of the weights that are kept where these are others."""
+    text = f"{report.best_val_loss:.4f} at step {report.best_step}"
+    if report.last_val_loss is not None and not keep_best and report.best_step != report.steps:
+        text = f"best {text}; kept: the last, {report.last_val_loss:.4f} at step {report.steps}"
+    return text + (" (stopped early)" if report.stopped_early else "")
+
+
 def _next(plan: Plan, run: RunDir, choice: Choice) -> str:
     """Return the command that answers with what was trained, on the same base, engine and device."""
     words = ["smolmlx generate --model", str(run.model if plan.full else plan.model.name)]
@@ -362,9 +385,9 @@ def _next(plan: Plan, run: RunDir, choice: Choice) -> str:
         words += ["--adapter", str(run.adapter)]
     if plan.recipe.model.quantize != "none":
         words += ["--quantize", plan.recipe.model.quantize]
-    words += ["--backend", choice.backend.name]
-    if choice.device is not None:
-        words += ["--device", choice.device]
+    if choice.asked:
+        words += ["--backend", choice.backend.name]
+        words += ["--device", choice.device] if choice.device is not None else []
     return " ".join(words)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -47,8 +48,8 @@ class Other(Paper):
         return [f"cuda.{key}: unknown key." for key in knobs]
 
 
-def load(tree: Mapping[str, Any], folder: Path = Path()) -> recipe.Loaded:
-    return recipe.build(tree, source="r.yaml", folder=folder)
+def load(tree: Mapping[str, Any], folder: Path = Path(), overrides: Sequence[str] = ()) -> recipe.Loaded:
+    return recipe.build(tree, source="r.yaml", folder=folder, overrides=overrides)
 
 
 @pytest.fixture
@@ -399,6 +400,13 @@ class TestWithoutEffect:
         note = "samples.max_tokens: has no effect without samples.prompts."
         assert note in make(tree, samples__max_tokens=8).notes
         assert note not in make(tree, samples={"max_tokens": 8, "prompts": ["hi"]}).notes
+        assert note not in make(tree, samples={"max_tokens": 8, "prompts": []}).notes
+
+        def said(*overrides: str) -> bool:
+            shipped = {**tree, "samples": {"max_tokens": 8, "prompts": ["hi"]}}
+            return note in resolve(load(shipped, overrides=overrides), Choice(Paper(), None, "asked for")).notes  # type: ignore[arg-type]
+
+        assert not said("samples.prompts=[]") and said("samples.prompts=[]", "samples.max_tokens=9")
 
     def test_variables_the_template_does_not_use(self, tree: dict[str, Any]) -> None:
         with pytest.raises(RecipeError, match=r"data\.template_args: zork: the chat template does not use this"):
@@ -525,13 +533,29 @@ class TestMemoryOfTheDevice:
         """The process itself is most of this run, and no batch lowers that: it is warned of, not refused."""
         note = self.make(tree, monkeypatch, make(tree).memory_bytes // 4).notes[-1]
         assert "of memory, and the device has" in note
-        assert "--set train.batch_size=2 --set train.accumulation=2" in note and "gradient_checkpointing=true" in note
+        assert "--set train.batch_size=1 --set train.accumulation=4" in note and "gradient_checkpointing=true" in note
 
     def test_far_too_little_is_refused(self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         tree["train"]["batch_size"] = 4000
         limit = make(tree).memory_bytes // 100
-        with pytest.raises(RecipeError, match=r"r\.yaml: needs about .*--set train\.batch_size=2000"):
+        with pytest.raises(RecipeError, match=r"r\.yaml: needs about .*--set train\.batch_size="):
             self.make(tree, monkeypatch, limit)
+
+    @pytest.mark.parametrize("size", [4000, 3999])
+    def test_the_batch_that_is_advised_fits(
+        self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, size: int
+    ) -> None:
+        """One halving of a batch a thousand times too large would be refused again."""
+        limit = 2 * make(tree).memory_bytes
+        tree["train"]["batch_size"] = size
+        with pytest.raises(RecipeError) as caught:
+            self.make(tree, monkeypatch, limit)
+        found = re.search(r"train\.batch_size=(\d+) --set train\.accumulation=(\d+)", str(caught.value))
+        assert found
+        rows, accumulation = map(int, found.groups())
+        assert rows * accumulation == size and rows > 1
+        tree["train"] |= {"batch_size": rows, "accumulation": accumulation}
+        assert self.make(tree, monkeypatch, limit).memory_bytes <= limit
 
     def test_weights_alone(self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RecipeError, match="weights, gradients and moments alone take"):

@@ -11,8 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from smolmlx.session import Session, StepResult
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -253,6 +256,38 @@ def test_ctrl_c_leaves_a_checkpoint_and_exits_130(recipe: Path, tmp_path: Path) 
         assert process.wait(timeout=60) == 130
     assert "--resume" in err and "Traceback" not in err
     assert list(tmp_path.glob("runs/*/checkpoints/*/state.json"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "moment", "said"),
+    [
+        (3, 0, ("before the first step of ", "nothing was trained there\nBegin again with: smolmlx train --resume ")),
+        (3, 2, ("after step 2; a checkpoint is in ", "\nGo on with: smolmlx train --resume ")),
+        (1, 1, ("after step 1, the last; ", " is trained\nNothing is left but the report: smolmlx report ")),
+    ],
+)
+def test_ctrl_c_says_what_is_left_to_do(
+    call: Call, recipe: Path, monkeypatch: pytest.MonkeyPatch, steps: int, moment: int, said: tuple[str, str]
+) -> None:
+    def record_step(session: Session, result: StepResult, real: Any = Session.record_step) -> None:
+        real(session, result)
+        if session.state.step == moment:
+            signal.raise_signal(signal.SIGTERM)
+
+    def attach(session: Session, *arguments: Any, real: Any = Session.attach) -> None:
+        real(session, *arguments)
+        if moment == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "record_step", record_step)
+        patch.setattr(Session, "attach", attach)
+        code, _, err = call("train", recipe, "--set", f"train.max_steps={steps}")
+    assert code == 130 and "interrupted " in err and all(part in err for part in said), err
+    (run,) = Path("runs").iterdir()
+    assert err.rstrip().endswith(str(run))
+    code, _, err = call("train", "--resume", run)
+    assert code == (1 if moment == steps else 0), err
 
 
 def test_a_row_that_is_not_there_exits_2(call: Call, recipe: Path) -> None:

@@ -85,6 +85,7 @@ def test_a_run_is_handed_from_one_engine_to_the_other(call: Call, recipe: Path, 
     code, out, err = call("train", "--resume", run, "--backend", "cuda", "--device", "cpu", "--json")
     assert code == 0, err
     resumed = json.loads(out)
+    assert resumed["last_val_loss"] == pytest.approx(whole["last_val_loss"], abs=2e-5)
     assert resumed["steps"] == whole["steps"]
     assert resumed["final_loss"] == pytest.approx(whole["final_loss"], abs=2e-5)
     assert resumed["best_val_loss"] == pytest.approx(whole["best_val_loss"], abs=2e-5)
@@ -219,11 +220,47 @@ def test_ctrl_c_in_the_last_step(
         patch.setattr("smolmlx.console.TrainingDisplay.__call__", stop)
         code, _, err = call("train", recipe, "--max-steps", 2, *evaluate, "--backend", "cuda", "--device", "cpu")
     (run,) = Path("runs").iterdir()
-    assert code == 130 and f"interrupted after step 2; that was the last, and {run} is trained" in err
+    assert code == 130 and f"interrupted after step 2, the last; {run} is trained" in err
     assert ("Go on with: smolmlx train --resume" in err) == scored
-    assert (f"The run is finished. Its report: smolmlx report {run}" in err) != scored
+    assert (f"Nothing is left but the report: smolmlx report {run}" in err) != scored
     code, _, err = call("train", "--resume", run)
     assert (code, "at its evaluation" in err) == ((0, True) if scored else (1, False))
+
+
+@pytest.mark.parametrize("keep", ["true", "false"])
+def test_the_summary_names_the_loss_of_the_weights_that_are_kept(
+    call: Call, recipe: Path, tmp_path: Path, keep: str
+) -> None:
+    """Trained on answers that the validation rows contradict, so that their loss soon rises."""
+    for file, answer in (("train", "red"), ("validation", "stone river stone river")):
+        row = json.dumps({"prompt": "red green blue", "completion": answer}) + "\n"
+        (tmp_path / f"{file}.jsonl").write_text(row * 8)
+    files = ("data.train=train.jsonl", "data.validation=validation.jsonl", "data.validation_share=0")
+    sets = (*files, "eval.every=1", "train.epochs=8", "samples.prompts=[]", f"eval.keep_best={keep}")
+    code, out, err = call("train", recipe, *(part for text in sets for part in ("--set", text)))
+    assert code == 0, err
+    (run,) = (tmp_path / "runs").iterdir()
+    report = json.loads((run / "report.json").read_text())
+    best, last = (f"{report[key]:.4f}" for key in ("best_val_loss", "last_val_loss"))
+    assert report["best_step"] < report["steps"] and best != last
+    said = f"best {best} at step {report['best_step']}; kept: the last, {last} at step {report['steps']}"
+    assert (said in out) == (keep == "false") and f"{best} at step {report['best_step']}" in out
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_resumed_run_asks_for_no_engine_by_itself(call: Call, recipe: Path, name: str) -> None:
+    installed(name)
+    code, first, err = call("train", recipe, *ENGINES[name])
+    assert code == 0, err
+    (run,) = Path("runs").iterdir()
+    (run / "report.json").unlink()
+    code, out, err = call("train", "--resume", run)
+    assert code == 0 and "as the run began" in err and "asked for" not in err, err
+    following = out.partition("Next: ")[2]
+    if name == "auto":
+        assert "--backend" not in following and following == first.partition("Next: ")[2]
+    elif name == "cuda" and labs.why_missing("mlx") is None:
+        assert "--backend cuda --device cpu" in following
 
 
 @pytest.mark.parametrize("key", ["data", "train", "ood"])

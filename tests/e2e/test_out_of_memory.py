@@ -48,7 +48,8 @@ def asked(request: pytest.FixtureRequest, tiny_model: Path, chat_rows: Path, tmp
 @pytest.mark.parametrize("verb", ["plan", "train"])
 def test_what_cannot_fit_is_refused(call: Call, asked: tuple[str, ...], tmp_path: Path, verb: str) -> None:
     code, _, err = call(verb, *asked, "--set", "train.batch_size=100000000")
-    assert code == 2 and "of memory, and the device has" in err and "train.batch_size=50000000" in err
+    assert code == 2 and "of memory, and the device has" in err and "train.accumulation=" in err
+    assert "train.batch_size=50000000" not in err, "half of it does not fit either"
     assert not (tmp_path / "runs").exists()
 
 
