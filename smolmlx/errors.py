@@ -23,7 +23,9 @@ class SmolError(Exception):
 
     def __init__(self, head: str, problems: Sequence[str] = ()) -> None:
         self.head, self.problems = head, tuple(problems)
-        lines = [f"{head}: {len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else head]
+        lines = [
+            f"{head.removesuffix('.')}: {len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else head
+        ]
         lines += [f"  {problem}" for problem in problems[:SHOWN]]
         lines += [f"  ... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         super().__init__("\n".join(lines))
@@ -57,6 +59,32 @@ class VerificationError(RunError):
     """Something that was produced does not equal what it should be."""
 
     exit_code = 5
+
+
+COMMON = {
+    **dict.fromkeys(("lr", "learning-rate"), "train.learning_rate"),
+    **dict.fromkeys(("steps", "iters", "num-steps"), "train.max_steps"),
+    **dict.fromkeys(("epoch", "num-epochs", "num-train-epochs"), "train.epochs"),
+    **dict.fromkeys(("batch", "bs", "per-device-train-batch-size"), "train.batch_size"),
+    **dict.fromkeys(("grad-accum", "gradient-accumulation-steps"), "train.accumulation"),
+    **dict.fromkeys(("warmup-steps", "warmup-ratio"), "train.warmup"),
+    **dict.fromkeys(("wd", "decay"), "train.weight_decay"),
+    **dict.fromkeys(("rank", "lora-r", "lora-rank"), "lora.r"),
+    **dict.fromkeys(("target-modules", "lora-targets"), "lora.targets"),
+    **dict.fromkeys(("seq-len", "max-len", "max-seq-length"), "data.max_length"),
+    "lora-alpha": "lora.alpha",
+    "lora-dropout": "lora.dropout",
+    **dict.fromkeys(("ratio", "ratios"), "shares"),
+    "output-dir": "out",
+    "max-new-tokens": "max_tokens",
+    "temp": "temperature",
+}
+"""Names that other tools have -> ours: a key of a recipe, whose last part may be an option too, or an option."""
+
+
+def common(name: str) -> str | None:
+    """Return our name for one that is common in the field."""
+    return COMMON.get(name.lower().lstrip("-").replace("_", "-"))
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from smolmlx.errors import RecipeError, nearest
+from smolmlx.errors import RecipeError
+from smolmlx.problems import explain
 
 Stage = Literal["pretrain", "sft", "dpo"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -334,7 +335,7 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
     if recipe.stage == "pretrain" and data.loss_on == "completion":
         yield "data.loss_on: 'completion' has no meaning for stage pretrain, which trains on every token."
     if data.validation is not None and data.validation_share:
-        yield "data.validation_share: give a validation file or a share, not both."
+        yield "data.validation_share: give a validation file or a share, not both. Leave one out, e.g. --set data.validation=null."
     if recipe.lora.dora and recipe.lora.dropout > 0:
         yield "lora.dropout: the engines' DoRA formulas differ with dropout; set lora.dropout to 0."
     if model.adapter is not None and train.method == "full":
@@ -418,6 +419,10 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Yaml)
 
 
+_DATA = (".jsonl", ".jsonl.gz", ".json.gz", ".csv", ".parquet", ".txt", ".md")
+"""Ends of the names of data files, without .json, which is YAML too."""
+
+
 def read(path: Path) -> dict[str, Any]:
     """Read a recipe file as a plain mapping.
 
@@ -426,10 +431,14 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file. `smolmlx recipes ls` lists the shipped ones.")
+    if path.name.lower().endswith(_DATA):
+        raise RecipeError(f"{path}: data, not a recipe. Name a recipe, and the data with --set data.train={path}.")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also: not UTF-8, a date that is none
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if tree is None:
+        raise RecipeError(f"{path}: is empty. `smolmlx recipes show quickstart` prints a recipe to begin with.")
     if not isinstance(tree, dict):
         raise RecipeError(
             f"{path}: expected a mapping of sections (model, data, train, ...), got {type(tree).__name__}."
@@ -466,7 +475,9 @@ def build(
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
-        raise RecipeError(source, list(_explain([dict(item) for item in error.errors()]))) from error
+        problems = list(explain([dict(item) for item in error.errors()], origins, Recipe))
+        head = source if any(not said.startswith("--") for said in problems) else "the command line"
+        raise RecipeError(head, problems) from error
     return Loaded(recipe, source, origins, folder)
 
 
@@ -536,63 +547,3 @@ def _replace(origins: dict[str, str], dotted: str, value: Any, origin: str) -> N
     for key in [key for key in origins if key == dotted or key.startswith(f"{dotted}.")]:
         del origins[key]
     origins.update(dict.fromkeys(_leaves({dotted: value}), origin))
-
-
-_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
-
-
-_EXPECTED = {
-    "string_type": "text", "bool_type": "true or false", "list_type": "a list", "tuple_type": "a list",
-    "int_type": "a whole number", "float_type": "a number", "finite_number": "a finite number",
-    "dict_type": "a section of keys and values", "model_type": "a section of keys and values", "literal_error": "{expected}",
-    "too_short": "at least {min_length} in the list", "too_long": "at most {max_length} in the list",
-    "string_too_short": "text of at least {min_length} character", "greater_than_equal": "at least {ge}",
-    "greater_than": "more than {gt}", "less_than_equal": "at most {le}", "less_than": "less than {lt}",
-}  # fmt: skip
-"""Type of a pydantic error -> what it wants, from the error's context."""
-
-
-def _explain(errors: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Turn pydantic's errors into this project's words, one line for each value that is wrong."""
-    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for error in errors:
-        branches = ("literal[", "list[", "constrained", "function-", "bool")  # of a value that may be of several types
-        location = tuple(str(part) for part in error["loc"] if not str(part).startswith(branches))
-        if error["type"] == "missing" and isinstance(error["loc"][-1], int):
-            wanted = {"min_length": error["loc"][-1] + 1}
-            location, error = location[:-1], {**error, "type": "too_short", "ctx": wanted}
-        found.setdefault(location, []).append(error)
-    for location, here in found.items():
-        if not any(other != location and other[: len(location)] == location for other in found):
-            yield from _explain_value(location, here)  # else its parts say more
-
-
-def _explain_value(location: tuple[str, ...], errors: Sequence[dict[str, Any]]) -> Iterator[str]:
-    dotted, error = ".".join(location), errors[0]
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        yield f"{dotted}: unknown key.{nearest(location[-1], known) or ' Known: ' + ', '.join(known) + '.'}"
-    elif error["type"] == "missing":
-        yield f"{dotted}: missing. Add it to the recipe or pass --set {dotted}=..."
-    elif error["type"] == "value_error":
-        yield from str(error["ctx"]["error"]).split("\n")
-    else:
-        given = error["input"]
-        wanted = [_EXPECTED.get(e["type"], e["msg"]).format_map(e.get("ctx", {})) for e in errors]
-        quoted = isinstance(given, str) and {"int_type", "float_type"} & {e["type"] for e in errors}
-        hint = " Write the number without quotes." if quoted and _NUMBER.fullmatch(given) else ""
-        yield f"{dotted}: expected {' or '.join(wanted)} (got {'nothing' if given is None else repr(given)}).{hint}"
-
-
-def _known_keys(parents: Sequence[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for name in parents:
-        field = section.model_fields.get(name)
-        if field is None:
-            return []
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not found:
-            return []
-        section = found[0]
-    return sorted(section.model_fields)

@@ -24,13 +24,20 @@ from safetensors.numpy import save_file
 
 from smolmlx import references
 from smolmlx.data.pair_batches import PairBatch
-from smolmlx.errors import DataError, RunError
+from smolmlx.errors import DataError, RecipeError, RunError
 from smolmlx.plan import Plan
 from smolmlx.preferences import NUMPY, Pairs, check_start, least_gradient, metrics, pair_losses
+from smolmlx.recipe import build, flatten
+from smolmlx.recipe import read as read_recipe
 from smolmlx.references import References, ScoreBatch, Scored
 from smolmlx.rundir import RunDir, publish, usual_mode, write_text
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
+_LEARNED = ("stage", "model", "data", "train", "lora", "dpo", "eval")
+_FREE = (
+    "model.dtype", "train.gradient_checkpointing", "train.mixed_precision", "train.compile", "dpo.shared_prompt", "dpo.cache",
+)  # fmt: skip
+"""Keys of a recipe's `_LEARNED` sections that a checkpoint does not depend on; see `Plan.fingerprint`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,8 @@ class Session:
             score: stage dpo: asked for the reference's log-probabilities where none are kept.
 
         Raises:
-            RunError: the checkpoint is broken or belongs to another plan, or the start is not what it must be.
+            RunError: the checkpoint is broken, or the start is not what it must be.
+            RecipeError: the checkpoint belongs to another plan.
         """
         self._engine = engine
         checkpoint = self.run.last_checkpoint()
@@ -136,8 +144,8 @@ class Session:
     def _read_own_state(self, checkpoint: Path) -> State:
         state = read_state(checkpoint)
         if state.plan != self.plan.fingerprint():
-            raise RunError(
-                f"{checkpoint}: made by another plan (recipe, data, template or model changed). Start a new run instead of --resume."
+            raise RecipeError(
+                f"{checkpoint}: made by another plan: {what_changed(self.run, self.plan)}, or start a new run."
             )
         return state
 
@@ -309,6 +317,26 @@ class Session:
         rows = [row for row in read_metrics(self.run) if row["step"] <= self.state.step]
         if rows or self.run.metrics.exists():
             write_text(self.run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def what_changed(run: RunDir, plan: Plan) -> str:
+    """Say in which recipe keys, else in which part, a plan differs from the one a run was begun with, and the way back."""
+    path = run.path / "recipe.yaml"
+    new = flatten(plan.recipe)
+    old = flatten(build(read_recipe(path), source=str(path), folder=run.path).recipe) if path.is_file() else new
+    keys = [key for key in {**new, **old} if key.partition(".")[0] in _LEARNED and key not in _FREE]
+    if keys := [key for key in keys if old.get(key) != new.get(key)]:
+        changes = ", ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys)
+        return f"{changes}. Go on with the old values (leave out --set)"
+    tree = run.read_json("plan.json") if (run.path / "plan.json").is_file() else {}
+    parts = {
+        "the model's weights": (tree.get("model", {}).get("fingerprint"), plan.model.fingerprint()),
+        "the tokenizer or its chat template": (tree.get("template"), plan.tokenizer.fingerprint()),
+        "the train rows": (tree.get("data_hash"), plan.train.digest()),
+    }
+    found = [name for name, (before, now) in parts.items() if tree and before != now]
+    named = " and ".join(found[:2]) or "the validation rows, the start adapter or the run's recipe.yaml"
+    return f"{named} changed. Put back what was there"
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:

@@ -156,6 +156,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "origins": dict(plan.loaded.origins),
         "source": plan.loaded.source,
         "folder": str(plan.loaded.folder),
+        "began_in": str(Path.cwd()),
     }
 
 

@@ -14,6 +14,7 @@ import click
 
 from smolmlx import __version__
 from smolmlx.cli.group import Group
+from smolmlx.cli.usage import advise
 from smolmlx.errors import SmolError
 
 VERBS = {
@@ -75,7 +76,7 @@ def main() -> None:
         code = cli.main(args=_debug_anywhere(sys.argv[1:]), prog_name="smolmlx", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:
-        error.show()
+        advise(error, sys.argv[1:]).show()
         sys.exit(2)
     except click.ClickException as error:
         error.show()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -53,10 +54,10 @@ def command(
     _show_row(plan, row)
     for text in plan.notes:
         console.note(text, style="yellow")
-    console.result(
-        f"\nNext: smolmlx train {recipe or 'quickstart'} --backend {plan.backend}"
-        + (f" --device {device}" if device else "")
-    )
+    words = ["smolmlx", "train", recipe or "quickstart", "--backend", plan.backend]
+    words += ["--device", device] if device else []
+    words += ["--max-steps", str(max_steps)] if max_steps else []
+    console.result(f"\nNext: {shlex.join([*words, *(word for text in sets for word in ('--set', text))])}")
 
 
 def _show_values(plan: Plan) -> None:

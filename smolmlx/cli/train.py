@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from smolmlx.cli import options
-from smolmlx.errors import RunError, SmolError
+from smolmlx.errors import DataError, RecipeError, SmolError
 
 if TYPE_CHECKING:
     from smolmlx.backend import Choice
@@ -77,10 +77,13 @@ def command(
             pipeline = pipelines.reopen(run.path)
             if sets or max_steps:
                 pipeline = pipelines.change(pipeline, run.path, dict(map(recipes.parse_override, sets)), max_steps)
-            _run_pipeline(pipeline, run.path, _engine_of(_first_run(pipeline, run.path), backend, device), as_json)
+            first = _first_run(pipeline, run.path)
+            with _saying_where_it_began(first):
+                _run_pipeline(pipeline, run.path, _engine_of(first, backend, device), as_json)
             return
         choice = _engine_of(run, backend, device)
-        plan = _reopen(run, choice, sets, max_steps)
+        with _saying_where_it_began(run):
+            plan = _reopen(run, choice, sets, max_steps)
         console.note(f"resuming {run.path} {'at its evaluation' if run.done else f'after step {_position(run)}'}")
     elif pipelines.is_pipeline(recipes.read(path := shelf.find(recipe or "quickstart"))):
         values = dict(map(recipes.parse_override, sets))
@@ -119,6 +122,20 @@ def _what_is_left(folder: Path, stop: BaseException) -> str:
         return f"Nothing is left but the report: smolmlx report {folder}"
     untouched = isinstance(stop, stages.Interrupted) and stop.step == 0 and stop.run.path == folder
     return f"{'Begin again' if untouched else 'Go on'} with: smolmlx train --resume {folder}"
+
+
+@contextlib.contextmanager
+def _saying_where_it_began(run: RunDir) -> Iterator[None]:
+    """Name the folder a run was begun in where an error names a path that is there and not here."""
+    try:
+        yield
+    except (DataError, RecipeError) as error:
+        began = run.read_json("env.json").get("began_in") if (run.path / "env.json").is_file() else None
+        named = re.findall(r"[^\s:,'\"]{1,255}", str(error))
+        if not began or not any((Path(began) / name).exists() and not Path(name).exists() for name in named):
+            raise
+        text = f"{error.head.removesuffix('.')}. The run was begun in {began}; resume from there."
+        raise type(error)(text, error.problems) from error
 
 
 @contextlib.contextmanager
@@ -204,11 +221,11 @@ def _find_run(recipe: str | None, out: Path, resume: str) -> RunDir:
         return _latest(out, recipe)
     run = RunDir(Path(resume))
     if not _is_run(run):
-        raise RunError(f"{run.path}: not a run folder (no recipe.yaml). Pass the folder that `smolmlx train` named.")
+        raise RecipeError(f"{run.path}: not a run folder (no recipe.yaml). Pass the folder that `smolmlx train` named.")
     if recipe and not run.path.resolve().name.startswith(f"{run_name(recipe)}-"):
         raise click.UsageError(f"{run.path} is not a run of '{recipe}'. Leave the recipe out: a run has its own.")
     if _is_complete(run):
-        raise RunError(f"{run.path}: this run is finished. Leave --resume out to start a new one.")
+        raise RecipeError(f"{run.path}: this run is finished. Leave --resume out to start a new one.")
     return run
 
 
@@ -266,7 +283,7 @@ def _latest(out: Path, recipe: str | None) -> RunDir:
     unfinished = [run for run in runs if not _is_complete(run)]
     if not unfinished:
         of = f" of '{recipe}'" if recipe else ""
-        raise RunError(f"{out}: no unfinished run{of} to resume. Leave --resume out to start a new one.")
+        raise RecipeError(f"{out}: no unfinished run{of} to resume. Leave --resume out to start a new one.")
     return unfinished[-1]
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -238,6 +239,7 @@ def detect(raw: Raw, columns: Mapping[str, str], where: str) -> Format:
     for form in FORMATS:
         if set(form.columns) <= seen:
             return form
+    _refuse_near(raw, where)
     known = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in FORMATS)
     raise DataError(
         f"{where}: unknown schema: columns {', '.join(sorted(map(str, raw))) or '(none)'}. Known: {known}. "
@@ -245,14 +247,31 @@ def detect(raw: Raw, columns: Mapping[str, str], where: str) -> Format:
     )
 
 
+def _refuse_near(raw: Raw, where: str) -> None:
+    """Refuse columns of which it is clear what they should have been: parted by another mark, or in other letters."""
+    names = [str(key) for key in raw]
+    mark = next((mark for mark in (";", "\t", "|") if mark in names[0]), None) if len(names) == 1 else None
+    if mark and where.lower().endswith(".csv"):
+        raise DataError(f"{where}: looks separated by {mark!r}; this reads commas. Save it with commas, or as .jsonl.")
+    lower = {name.strip().lower(): name for name in names}
+    for form in FORMATS:
+        if set(form.columns) <= set(lower):
+            wrong = {field: lower[field] for field in form.columns if lower[field] != field}
+            asked = " ".join(f"{name}: did you mean {field}?" for field, name in wrong.items())
+            options = " ".join(f"--column {shlex.quote(f'{field}={name}')}" for field, name in wrong.items())
+            mapping = ", ".join(f"{field}: {name}" for field, name in wrong.items())
+            raise DataError(
+                f"{where}: {asked} Rename them, or map them: {options}, in a recipe data.columns: {{{mapping}}}."
+            )
+
+
 def _expand(name: str, split: str, folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     path = locate(name, folders)
     if path is None:
         looks_like_id = name.count("/") == 1 and not name.endswith(_SUFFIXES) and not name.startswith((".", "/", "~"))
         if not looks_like_id:
-            raise MissingFile(
-                f"{name}: no such file or folder. Paths are looked up from the working folder, then from the recipe's."
-            )
+            then = ", then from the recipe's" if folders else ""
+            raise MissingFile(f"{name}: no such file or folder. Paths are looked up from the working folder{then}.")
         path = _download(name)
     if path.is_dir():
         return _files_of(path, split)
@@ -500,8 +519,10 @@ def _messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(message, dict) or "role" not in message:
             raise DataError(f"{where}: message {index + 1} should be an object with role and content")
         if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
+            other = _SHAREGPT_ROLES.get(str(message["role"]).lower())
+            hint = f". Write '{other}', or ShareGPT's layout: conversations of {{from, value}}" if other else ""
             raise DataError(
-                f"{where}: message {index + 1} has unknown role '{message['role']}' (known: system, user, assistant, tool)"
+                f"{where}: message {index + 1} has unknown role '{message['role']}' (known: system, user, assistant, tool){hint}"
             )
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise DataError(f"{where}: message {index + 1} has no text content")

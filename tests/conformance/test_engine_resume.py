@@ -11,7 +11,7 @@ import pytest
 
 from lab import Lab, numbers, stop_at
 from smolmlx import rundir, stages
-from smolmlx.errors import RunError
+from smolmlx.errors import RecipeError
 from smolmlx.session import Event, read_state
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -130,7 +130,7 @@ def test_plan_of_another_run_is_refused(lab: Lab) -> None:
     cut = lab.start(plan)
     with pytest.raises(stages.Interrupted):
         lab.train(plan, cut, stop_at(2))
-    with pytest.raises(RunError, match="another plan"):
+    with pytest.raises(RecipeError, match=r"another plan: train\.seed was 0, is 3"):
         lab.train(lab.plan(**LONG, train__seed=3), cut)
 
 

@@ -221,6 +221,9 @@ def test_corpus_and_its_tokenizer(run: Run) -> None:
         (("corpus", "out", "--vocab-size", "300"), 2, "no effect without --tokenizer"),
         (("corpus", "out", "--tokenizer", "t", "--vocab-size", "9"), 2, "at least 259"),
         (("inspct", "rows.jsonl"), 2, "Did you mean 'inspect'?"),
+        (("split", "rows.jsonl", "out", "--ratio", ".9,.1"), 2, "Did you mean '--shares'?"),
+        (("split", "rows.jsonl", "out", "--shares", "0.8", "0.1", "0.1"), 2, "commas: --shares 0.8,0.1,0.1"),
+        (("split", "rows.jsonl", "out", "bad.jsonl"), 2, "Several paths match the pattern; name one"),
     ],
 )
 def test_errors_say_what_is_wrong(run: Run, arguments: tuple[str, ...], code: int, says: str) -> None:

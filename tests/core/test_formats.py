@@ -200,8 +200,25 @@ class TestShapes:
 
 
 class TestRefusals:
-    def test_missing_file(self) -> None:
-        assert "no such file" in str(refusal("./none.jsonl"))
+    def test_missing_file(self, tmp_path: Path) -> None:
+        assert "no such file" in str(refusal("./none.jsonl")) and "recipe" not in str(refusal("./none.jsonl"))
+        assert "then from the recipe's" in str(refusal("./none.jsonl", folders=(tmp_path,)))
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("question;answer\na;b\n", "looks separated by ';'; this reads commas"),
+            ("Question,Answer\na,b\n", "Question: did you mean question?"),
+            ("Question,Answer\na,b\n", "--column question=Question --column answer=Answer"),
+        ],
+    )
+    def test_a_table_that_is_nearly_known(self, tmp_path: Path, text: str, said: str) -> None:
+        (tmp_path / "r.csv").write_text(text)
+        assert said in str(refusal(str(tmp_path / "r.csv")))
+
+    def test_names_of_sharegpt_as_roles(self, tmp_path: Path) -> None:
+        rows = [{"messages": [{"role": "human", "content": "Q"}, {"role": "gpt", "content": "A"}]}]
+        assert "Write 'user', or ShareGPT's layout" in str(refusal(write_jsonl(tmp_path / "r.jsonl", rows)))
 
     def test_missing_hub_id_while_offline(self) -> None:
         pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")

@@ -17,6 +17,7 @@ ENGINES = {path.name: path for path in sorted((ROOT / "backends").iterdir()) if 
 # A module may import from its own layer and from those below. 0 is the ground.
 LAYERS = {
     "errors": 0,
+    "problems": 0,  # what is wrong with a recipe's values: needs errors alone
     "recipe": 0,  # what the user wrote: needs errors alone
     "first_weights": 0,  # numbers from a config: needs errors alone
     "base_config": 0,  # what a base's config must say: needs nothing

@@ -66,7 +66,7 @@ def test_a_stage_goes_on_with_the_adapter_before_it(recipes: Path, call: Call) -
     first = next(row for row in labs.numbers(dpo) if row["kind"] == "step")
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4)  # the policy is its own reference
     code, _, err = call("train", "--resume", folder)
-    assert code == 1 and "finished" in err
+    assert code == 2 and "finished" in err
 
 
 def test_going_on_skips_what_is_done(recipes: Path, call: Call) -> None:
@@ -84,7 +84,7 @@ def test_going_on_skips_what_is_done(recipes: Path, call: Call) -> None:
     assert "stage 1/2, sft: done before" in err and list(json.loads(out)["stages"]) == ["dpo"]
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "sft").rglob("*") if path.is_file()}
     code, _, err = call("train", "--resume", folder, "--set", "dpo.dpo.beta=1")
-    assert code == 1 and "finished" in err
+    assert code == 2 and "finished" in err
 
 
 def test_a_stage_that_has_not_begun_can_be_set_on_going_on(recipes: Path, chat_rows: Path, call: Call) -> None:

@@ -95,7 +95,7 @@ def test_values_are_not_converted(key: str, value: object, said: str) -> None:
     ],
 )
 def test_a_wrong_value_is_one_problem_in_plain_words(text: str, said: str) -> None:
-    assert problems(GOOD, overrides=[text]) == [said]
+    assert problems(GOOD, overrides=[text]) == [f"--set {said}"]
 
 
 def test_whole_numbers_and_lists_are_taken_where_yaml_means_them() -> None:
@@ -121,7 +121,7 @@ def test_whole_numbers_and_lists_are_taken_where_yaml_means_them() -> None:
 )
 def test_numbers_that_no_engine_can_train_with(text: str) -> None:
     (found,) = problems(GOOD, overrides=[text])
-    assert found.startswith(text.partition("=")[0])
+    assert found.startswith(f"--set {text.partition('=')[0]}")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_numbers_that_no_engine_can_train_with(text: str) -> None:
 )
 def test_names_of_nothing(text: str) -> None:
     key = text.partition("=")[0]
-    assert any(line.startswith(key) and "at least 1" in line for line in problems(GOOD, overrides=[text]))
+    assert any(line.startswith(f"--set {key}") and "at least 1" in line for line in problems(GOOD, overrides=[text]))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,10 @@ def test_names_of_nothing(text: str) -> None:
         ({"model": {"config": {}}, "stage": "pretrain", "train": {"method": "full"}}, "needs a tokenizer"),
         ({"model": {"id": "m", "quantize": "4bit"}, "train": {"method": "full"}}, "frozen"),
         ({"stage": "pretrain", "data": {"train": "x", "loss_on": "completion"}}, "no meaning"),
-        ({"data": {"train": "x", "validation": "y", "validation_share": 0.1}}, "not both"),
+        (
+            {"data": {"train": "x", "validation": "y", "validation_share": 0.1}},
+            "not both. Leave one out, e.g. --set data.validation=null",
+        ),
         ({"eval": {"patience": 2}}, "eval.patience: needs data.validation or data.validation_share."),
         ({"eval": {"patience": 2}}, "(--set eval.patience=null)"),
         ({"eval": {"keep_best": False}}, "eval.keep_best: needs data.validation"),
@@ -362,3 +365,28 @@ def test_every_field_is_documented() -> None:
         if not field.description and name not in plain
     ]
     assert not bare
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.batch_size=abc", "--set train.batch_size: expected a whole number (got 'abc')."),
+        ("lr=1", "--set lr: unknown key. Did you mean 'train.learning_rate'?"),
+        ("train.lr=1", "--set train.lr: unknown key. Did you mean 'train.learning_rate'?"),
+        ("lora.rank=1", "--set lora.rank: unknown key. Did you mean 'lora.r'?"),
+        ("batch_size=1", "--set batch_size: unknown key. Did you mean 'train.batch_size'?"),
+    ],
+)
+def test_a_wrong_value_of_the_command_line_is_not_put_on_the_file(override: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=r"^the command line: 1 problem") as caught:
+        build(GOOD, overrides=[override])
+    assert caught.value.problems == (said,)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("rows.jsonl", "data, not a recipe"), ("rows.csv", "--set data.train="), ("my.yaml", "is empty")]
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(RecipeError, match=said):
+        recipe.load(tmp_path / name)

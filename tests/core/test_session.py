@@ -15,7 +15,7 @@ from test_plan import Paper
 
 from smolmlx import rundir
 from smolmlx.backend import Choice
-from smolmlx.errors import RunError
+from smolmlx.errors import RecipeError, RunError
 from smolmlx.plan import Plan, resolve
 from smolmlx.recipe import build
 from smolmlx.session import Arrays, Event, Session, StepResult, read_metrics, read_state, write_csv
@@ -216,8 +216,10 @@ def test_broken_checkpoint_is_named(make: Make) -> None:
 
 
 def test_checkpoint_of_another_plan(make: Make) -> None:
-    walk(make(save={"every": 2}), 4)
-    with pytest.raises(RunError, match="another plan"):
+    session = make(save={"every": 2})
+    (session.run.path / "recipe.yaml").write_text(json.dumps(session.plan.recipe.model_dump(mode="json")))
+    walk(session, 4)
+    with pytest.raises(RecipeError, match=r"another plan: train\.learning_rate was .*, is 0\.0005\..*leave out --set"):
         make(resume=True, train={"learning_rate": 5e-4})
 
 

@@ -43,6 +43,7 @@ BAD_ROWS = {
     "bad line": (f'{GOOD}\n{{"messages": [\n{GOOD}\n', "rows.jsonl:2: not valid JSON"),
     "unknown schema": ('{"foo": 1, "bar": 2}\n', "columns bar, foo"),
     "no assistant turn": (f"{ASKED_ONLY}\n{ASKED_ONLY}\n", "none of its 2 rows can be trained"),
+    "two heads": (f"{ASKED_ONLY}\n", "see `smolmlx data inspect`: 1 problem"),
     "bad role": ('{"messages": [{"role": "robot", "content": "x"}]}\n', "unknown role 'robot'"),
 }
 
@@ -353,3 +354,19 @@ def test_knobs_that_need_a_gpu_are_refused_on_a_cpu(
     code, _, err = call("train", recipe, "--backend", "cuda", "--device", "cpu", "--set", knob)
     assert code == 2 and knob.partition("=")[0] in err and said in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "--lr", "1"), "Did you mean '--set train.learning_rate='?"),
+        (("train", "--steps", "1"), "Did you mean '--max-steps'?"),
+        (("train", "--rank", "1"), "Did you mean '--set lora.r='?"),
+        (("inspect", "rows.jsonl"), "Did you mean 'data inspect'?"),
+        (("adapter", "inspect", "one", "two"), "Several paths match the pattern; name one."),
+    ],
+)
+def test_a_usage_error_names_the_cure(call: Call, words: tuple[str, ...], said: str) -> None:
+    Path("two").mkdir()
+    code, _, err = call(*words)
+    assert code == 2 and said in err

@@ -191,7 +191,7 @@ def test_an_interrupted_evaluation_goes_on_without_training(call: Call, recipe: 
     run = Path(whole["run"])
     metrics = (run / "metrics.jsonl").read_bytes()
     code, _, err = call("train", "--resume", run)
-    assert code == 1 and "finished" in err
+    assert code == 2 and "finished" in err
     shutil.rmtree(run / "eval")  # what a kill while the base answers leaves behind
     code, _, err = call("train", "notes/sft", "--resume", run)
     assert code == 2 and "not a run of 'notes/sft'" in err
@@ -289,3 +289,43 @@ def test_smoke_recipe(call: Call, tmp_path: Path) -> None:
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and rows[0]["grad_norm"] > 0.01
     results = json.loads((folder / "dpo" / "eval" / "results.json").read_text())
     assert {"base", "sft", "dpo"} <= set(results["sets"]["test"]["systems"])
+
+
+def test_a_resume_that_cannot_be_honoured_exits_2(
+    call: Call, recipe: Path, chat_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says what changed since the run was begun, or where it was begun."""
+    installed("cuda")
+    for words in ((), ("nosuch",)):
+        code, _, err = call("train", "--resume", *words)
+        assert code == 2 and "no unfinished run" in err
+    shutil.copy(chat_rows, tmp_path / "mine.jsonl")
+    (tmp_path / "recipes").mkdir()
+    recipe = recipe.rename(tmp_path / "recipes" / recipe.name)
+    mine = ("--set", "data.train=mine.jsonl", "--backend", "cuda", "--device", "cpu")
+    code, out, err = call("train", recipe, *mine, "--json")
+    assert code == 0, err
+    run = (tmp_path / json.loads(out)["run"]).resolve()
+    code, _, err = call("train", "--resume", run / "checkpoints")
+    assert code == 2 and "not a run folder" in err
+    (run / "report.json").unlink()
+    code, _, err = call("train", "--resume", run, "--set", "lora.dropout=0.5")
+    assert code == 2 and "lora.dropout was 0.0, is 0.5. Go on with the old values (leave out --set)" in err
+    rows = (tmp_path / "mine.jsonl").read_text()
+    (tmp_path / "mine.jsonl").write_text(rows.partition("\n")[2])
+    code, _, err = call("train", "--resume", run)
+    assert code == 2 and "another plan: the train rows changed" in err
+    (tmp_path / "mine.jsonl").write_text(rows)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, err = call("train", "--resume", run)
+    assert code == 4 and f"The run was begun in {tmp_path.resolve()}; resume from there." in err
+
+
+def test_the_next_command_of_a_plan_trains_that_plan(call: Call, recipe: Path) -> None:
+    installed("cuda")
+    code, out, err = call(
+        "plan", recipe, "--set", "lora.r=3", "--set", "samples.prompts=[a b]", "--backend", "cuda", "--device", "cpu"
+    )
+    assert code == 0, err
+    assert out.replace("\n", " ").rstrip().endswith("--device cpu --set lora.r=3 --set 'samples.prompts=[a b]'")
