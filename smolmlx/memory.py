@@ -133,12 +133,12 @@ def training(plan: Plan) -> str:
 def _training_knobs(plan: Plan) -> list[str]:
     """Return what lowers a run's memory, from its recipe's current values; what changes the result least comes first."""
     recipe, widest = plan.recipe, max(plan.train.widths)
-    train = recipe.train
+    train, rows = recipe.train, plan.train.batch_size
     knobs = []
-    if train.batch_size > 1:
+    if rows > 1:
         share = _share_that_fits(plan)
         knobs.append(
-            f"--set train.batch_size={train.batch_size // share} --set train.accumulation={train.accumulation * share} (as many rows a step)"
+            f"--set train.batch_size={rows // share} --set train.accumulation={train.accumulation * share} (as many rows a step)"
         )
     if not train.gradient_checkpointing:
         knobs.append("--set train.gradient_checkpointing=true (slower)")
@@ -155,7 +155,7 @@ def _training_knobs(plan: Plan) -> list[str]:
 
 def _share_that_fits(plan: Plan) -> int:
     """Return what to divide the batch by: once at least, and on until the estimate fits the device or one row is left."""
-    rows, limit = plan.recipe.train.batch_size, plan.capabilities.memory_bytes
+    rows, limit = plan.train.batch_size, plan.capabilities.memory_bytes
     share = _smallest_factor(rows)
     while limit is not None and share < rows and estimate(_with_batch(plan, rows // share)) > limit:
         share *= _smallest_factor(rows // share)
@@ -164,8 +164,7 @@ def _share_that_fits(plan: Plan) -> int:
 
 def _with_batch(plan: Plan, rows: int) -> Plan:
     """Return the plan with fewer rows at once, good enough for an estimate."""
-    filled = min(plan.train.batch_size, plan.train.num_rows)  # the rest of a batch is padding, without targets
-    gather = min(plan.train.gather, math.ceil(plan.train.gather * rows / filled))
+    gather = math.ceil(plan.train.gather * rows / plan.train.batch_size)
     return replace(plan, train=replace(plan.train, batch_size=rows, gather=gather))
 
 

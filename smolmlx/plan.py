@@ -31,11 +31,11 @@ from smolmlx.errors import BackendError, DataError, RecipeError, nearest
 from smolmlx.held_out import check_held_out, locate
 from smolmlx.layout import choose_packing, choose_sharing
 from smolmlx.models import EMBEDDED, BaseModel, files_root, find_model, llama_shapes
-from smolmlx.recipe import Loaded, Recipe, Train
+from smolmlx.recipe import Loaded, Recipe
+from smolmlx.schedule import count_steps, learning_rates, moments
 from smolmlx.start_adapter import StartAdapter, find_adapter, with_adapter_lora
 
 PEFT_PREFIX = "base_model.model."
-MAX_STEPS = 100_000_000
 FROM_CONFIG = "made from config"
 """What a model that is not there yet is called; plan.json of its run keeps it."""
 LOGGER_PACKAGES = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboardX", "tensorboard")}
@@ -268,8 +268,8 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
     plan = Plan(
         loaded, choice.backend.name, choice.reason, capabilities, dtype, model, tokenizer, source.form.name, train, validation or None,
         steps, learning_rates(recipe.train, steps),
-        eval_steps=_moments(recipe.eval.every, steps, train.steps_per_epoch) | {steps} if validation else frozenset(),
-        save_steps=_moments(recipe.save.every, steps, train.steps_per_epoch),
+        eval_steps=moments(recipe.eval.every, steps, train.steps_per_epoch) | {steps} if validation else frozenset(),
+        save_steps=moments(recipe.save.every, steps, train.steps_per_epoch),
         targets=targets, notes=tuple(notes), pairs=pairs, validation_pairs=validation_pairs or None, start=adapter,
     )  # fmt: skip
     refused = choice.backend.check_plan(plan)
@@ -538,47 +538,6 @@ def _check_ids(tokenizer: Tokenizer, model: BaseModel, store: TokenStore) -> Non
             f"model: the tokenizer in {tokenizer.folder} makes ids up to {int(np.max(store.ids))}, but the model has {vocabulary} "
             "embeddings. They do not belong together; set model.tokenizer to the model's own."
         )
-
-
-def count_steps(train: Train, steps_per_epoch: int) -> int:
-    """Return optimizer steps in all: whole epochs, a last partial one rounded up, or max_steps.
-
-    Raises:
-        RecipeError: more steps than a learning rate can be kept of for each.
-    """
-    whole = math.ceil(train.epochs * steps_per_epoch - 1e-9)
-    steps = min(whole, train.max_steps) if train.max_steps else whole
-    if steps > MAX_STEPS:
-        raise RecipeError(f"train.epochs: {train.epochs:g} epochs are {steps:.3g} steps, more than {MAX_STEPS:,}.")
-    return steps
-
-
-def learning_rates(train: Train, steps: int) -> npt.NDArray[np.float64]:
-    """Return the learning rate of each optimizer step.
-
-    Step k below the warm-up w takes base*(k+1)/w; then constant, or linear or cosine towards min_lr_ratio, which
-    the step after the last would have (as in transformers).
-    """
-    warmup = round(train.warmup * steps) if train.warmup < 1 else int(train.warmup)
-    if train.warmup > 0:
-        warmup = max(1, min(warmup, steps))
-    k = np.arange(steps, dtype=np.float64)
-    progress = np.clip((k - warmup) / max(1, steps - warmup), 0.0, 1.0)
-    floor = train.min_lr_ratio
-    decay = {
-        "constant": np.ones(steps),
-        "linear": 1.0 - (1.0 - floor) * progress,
-        "cosine": floor + (1.0 - floor) * 0.5 * (1.0 + np.cos(np.pi * progress)),
-    }[train.schedule]
-    factor = np.where(k < warmup, (k + 1) / max(1, warmup), decay)
-    return np.asarray(train.learning_rate * factor)
-
-
-def _moments(every: int | str | None, steps: int, steps_per_epoch: int) -> frozenset[int]:
-    if every is None or every == "end":
-        return frozenset()
-    stride = steps_per_epoch if every == "epoch" else int(every)
-    return frozenset(range(stride, steps + 1, stride))
 
 
 def initial_adapter(plan: Plan) -> dict[str, npt.NDArray[np.float32]]:

@@ -30,6 +30,7 @@ LAYERS = {
     "run_files": 1,  # what the JSON files there hold
     "start_adapter": 1,  # what an adapter folder says, read from headers: a fact for the plan, like models
     "preferences": 1,  # the losses of preference training, in any engine's arrays: needs recipe and errors alone
+    "schedule": 1,  # steps and learning rates of a recipe: needs recipe and errors alone
     "data": 1,  # rows to tokens
     "backend": 2,  # the protocols; plan and session are named there for type checkers only
     "held_out": 2,  # the rows a model will be scored on

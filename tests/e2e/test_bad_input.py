@@ -288,7 +288,7 @@ def test_ctrl_c_says_what_is_left_to_do(
     (run,) = Path("runs").iterdir()
     assert err.rstrip().endswith(str(run))
     code, _, err = call("train", "--resume", run)
-    assert code == (1 if moment == steps else 0), err
+    assert code == (2 if moment == steps else 0), err
 
 
 def test_a_row_that_is_not_there_exits_2(call: Call, recipe: Path) -> None:

@@ -46,10 +46,15 @@ def asked(request: pytest.FixtureRequest, tiny_model: Path, chat_rows: Path, tmp
 
 
 @pytest.mark.parametrize("verb", ["plan", "train"])
-def test_what_cannot_fit_is_refused(call: Call, asked: tuple[str, ...], tmp_path: Path, verb: str) -> None:
-    code, _, err = call(verb, *asked, "--set", "train.batch_size=100000000")
+def test_what_cannot_fit_is_refused(
+    call: Call, asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    _, out, _ = call("plan", *asked, "--json")
+    monkeypatch.setattr(memory, "host_bytes", lambda: json.loads(out)["memory_bytes"])
+    rows = labs.write_chat(tmp_path / "many.jsonl", 4000)
+    code, _, err = call(verb, *asked, "--set", f"data.train={rows}", "--set", "train.batch_size=4000")
     assert code == 2 and "of memory, and the device has" in err and "train.accumulation=" in err
-    assert "train.batch_size=50000000" not in err, "half of it does not fit either"
+    assert "train.batch_size=2000" not in err, "half of it does not fit either"
     assert not (tmp_path / "runs").exists()
 
 
