@@ -18,7 +18,7 @@ from smolmlx import rundir, stages
 from smolmlx.backend import choose
 from smolmlx.data.chat import Encoded
 from smolmlx.data.pairs import encode_pairs
-from smolmlx.errors import DataError, RunError
+from smolmlx.errors import DataError, RecipeError, RunError
 from smolmlx.plan import Plan
 from smolmlx.references import content_hash
 from smolmlx.session import load_arrays
@@ -306,7 +306,7 @@ class TestReference:
         kept = run.start / "reference_train.safetensors"
         kept.unlink()
         rows.write_text(pair_rows.read_text().replace("red", "blue", 1))
-        with pytest.raises(RunError, match="another plan"):
+        with pytest.raises(RecipeError, match="another plan"):
             lab.train(lab.plan(data__train=str(rows), train__max_steps=3), run)
         assert not kept.exists()
 

@@ -47,7 +47,7 @@ def test_interrupted_in_the_last_step(lab: Lab) -> None:
     """It is whole then, but nothing that would follow is wanted: not its evaluation, nor the next run of a sweep."""
     plan = lab.plan(train__max_steps=3)
     run = lab.start(plan)
-    with pytest.raises(stages.Interrupted, match=r"after step 3; that was the last, and .* is trained"):
+    with pytest.raises(stages.Interrupted, match=r"after step 3, the last; .* is trained"):
         lab.train(plan, run, stop_at(3))
     assert run.done and result(run) == result(lab.train(plan))
 
