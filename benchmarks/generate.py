@@ -219,7 +219,7 @@ def main() -> None:
     if asked.json:
         tree = {
             "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S+00:00}",
-            "command": " ".join(["python benchmarks/generate.py", *sys.argv[1:]]),
+            "command": sft.command("benchmarks/generate.py"),
             "commit": sft.commit(),
             "machine": sft.machine(),
             "records": records,

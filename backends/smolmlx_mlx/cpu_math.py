@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,15 +102,16 @@ def _with_vjp(forward: Callable[..., mx.array], backward: Callable[..., Any]) ->
     return made
 
 
-class JoinedCache:
+class JoinedCache(ABC):
     """A layer's cache whose keys and values are joined from parts, which `attention` joins anew for the gradients."""
 
     parts: tuple[mx.array, ...]
     """Parts of the keys, then as many of the values."""
 
     @staticmethod
+    @abstractmethod
     def join(*parts: mx.array) -> mx.array:
-        raise NotImplementedError
+        """Return the keys, or the values, of their parts."""
 
 
 def attention(
