@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+DEFAULT_RANK = DEFAULT_ALPHA = 8
+"""What PEFT takes for `r` and `lora_alpha` where a config does not say."""
 _MAX_RANK = 1 << 31
 _MAX_FLOAT32 = 3.4028234663852886e38
 
@@ -25,7 +27,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"peft_type: expected the kind of adapter, such as LORA, found {_shown(config.get('peft_type'))}."
         )
-    if not _is_rank(config.get("r", 8)):
+    if not _is_rank(config.get("r", DEFAULT_RANK)):
         problems.append(f"r: expected a positive integer, found {_shown(config['r'])}.")
     for key in ("lora_alpha", "lora_dropout"):
         if not is_number(config.get(key, 0)):

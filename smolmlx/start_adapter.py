@@ -14,6 +14,7 @@ from typing import Any
 
 from smolmlx.errors import RecipeError, SmolError
 from smolmlx.models import BaseModel, check_adapter_folder, check_base, read_header
+from smolmlx.peft_config import DEFAULT_ALPHA, DEFAULT_RANK
 from smolmlx.recipe import Loaded
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -97,7 +98,7 @@ def find_adapter(named: str, beside: Path) -> StartAdapter:
     return StartAdapter(
         folder,
         {
-            "r": int(config.get("r", 8)), "alpha": float(config.get("lora_alpha", 8)), "targets": sorted(targets),
+            "r": int(config.get("r", DEFAULT_RANK)), "alpha": float(config.get("lora_alpha", DEFAULT_ALPHA)), "targets": sorted(targets),
             "rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora")), "last_layers": None,
         },
         matches,

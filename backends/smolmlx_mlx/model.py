@@ -29,6 +29,7 @@ from smolmlx.adapters.convert import convert  # noqa: E402
 from smolmlx.adapters.hf_config import readable  # noqa: E402
 from smolmlx.errors import BackendError, RecipeError  # noqa: E402
 from smolmlx.models import BaseModel, check_adapter_folder  # noqa: E402
+from smolmlx.peft_config import DEFAULT_ALPHA, DEFAULT_RANK  # noqa: E402
 from smolmlx.plan import PEFT_PREFIX  # noqa: E402
 from smolmlx.session import Arrays, load_arrays  # noqa: E402
 from smolmlx_mlx.cpu_math import use_fast_math  # noqa: E402
@@ -127,7 +128,7 @@ def load_adapter(model: nn.Module, folder: Path, base: BaseModel | None = None) 
         raise RecipeError(
             f"{folder}: made for another base model: it adapts {strangers[0]} (and {len(strangers) - 1} more), which this model lacks."
         )
-    rank, alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
+    rank, alpha = int(config.get("r", DEFAULT_RANK)), float(config.get("lora_alpha", DEFAULT_ALPHA))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     add_lora(model, dict.fromkeys(paths), rank, scale, 0.0, bool(config.get("use_dora")))
     write_weights(model, arrays, folder)

@@ -19,7 +19,7 @@ from smolmlx.adapters.mlx_format import EMBEDDING
 from smolmlx.adapters.names import HEAD, HEAD_WEIGHT
 from smolmlx.adapters.tensors import FLOATS, TensorFile
 from smolmlx.errors import DataError, RecipeError
-from smolmlx.peft_config import config_problems, other_kind
+from smolmlx.peft_config import DEFAULT_ALPHA, DEFAULT_RANK, config_problems, other_kind
 
 PREFIX = "base_model.model."
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
@@ -157,11 +157,11 @@ def _module(
                 f"{path}: adapts a parameter that target_parameters does not name as one of {', '.join(EXPERT_PARAMETERS)}."
             ]
         real, ranked, kind = parameter, parameter, "experts"
-    rank = pattern_value(config.get("rank_pattern") or {}, real, config.get("r", 8))
-    alpha = pattern_value(config.get("alpha_pattern") or {}, real, config.get("lora_alpha", 8))
+    rank = pattern_value(config.get("rank_pattern") or {}, real, config.get("r", DEFAULT_RANK))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, real, config.get("lora_alpha", DEFAULT_ALPHA))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     if ranked != real and file.entries[a].shape[:1] != (rank,):  # its scale does not follow
-        rank = pattern_value(config.get("rank_pattern") or {}, ranked, config.get("r", 8))
+        rank = pattern_value(config.get("rank_pattern") or {}, ranked, config.get("r", DEFAULT_RANK))
     return Module(real, kind, rank, scale, a, b, leaves.get("m")), []
 
 
