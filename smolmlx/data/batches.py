@@ -24,7 +24,7 @@ IGNORE = -100
 """Target of a position that is not supervised."""
 _MAX_SHAPES = 8
 _ROUND = 16
-_WINDOW = 64  # micro-batches that are sorted by length together: little padding, and still shuffled
+_WINDOWS = (64, 6)  # micro-batches that are sorted together: little padding, and still shuffled
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,8 @@ class BatchPlan:
     gather: int
     """S is a multiple of this."""
     pad_id: int
+    sort_by: tuple[LongArray, ...] = ()
+    """Sizes of each row that decide which rows share a batch, the weightiest first; the tokens of a row where empty."""
 
     @property
     def num_rows(self) -> int:
@@ -111,8 +113,8 @@ class BatchPlan:
 
     def epoch_order(self, epoch: int) -> list[LongArray]:
         """Return the micro-batches of an epoch as arrays of row indices."""
-        lengths = self.row_lengths.astype(np.int32).tobytes()
-        return _epoch_order(lengths, self.batch_size, self.seed, epoch if self.shuffle else 0, self.shuffle)
+        sizes = tuple(found.astype(np.int32).tobytes() for found in self.sort_by or (self.row_lengths,))
+        return _epoch_order(sizes, self.batch_size, self.seed, epoch if self.shuffle else 0, self.shuffle)
 
     def evaluation(self) -> Iterator[Batch]:
         """Yield every row once, in order of length."""
@@ -172,21 +174,21 @@ def _supervised(targets: IntArray, multiple: int) -> tuple[IntArray, IntArray, n
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(lengths: bytes, batch_size: int, seed: int, epoch: int, shuffle: bool) -> list[LongArray]:
+def _epoch_order(sizes: tuple[bytes, ...], batch_size: int, seed: int, epoch: int, shuffle: bool) -> list[LongArray]:
     """Micro-batches of one epoch; a pure function of its arguments, kept for the few epochs in use."""
-    sizes = np.frombuffer(lengths, np.int32)
-    size = len(sizes)
-    if not shuffle:
-        order = np.argsort(sizes, kind="stable")
-        return [order[i : i + batch_size] for i in range(0, size, batch_size)]
+    keys = [np.frombuffer(found, np.int32) for found in sizes]
+    size = len(keys[0])
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(size)
-    window = batch_size * _WINDOW
-    for start in range(0, size, window):
-        block = order[start : start + window]
-        order[start : start + window] = block[np.argsort(sizes[block], kind="stable")]
+    order = rng.permutation(size) if shuffle else np.arange(size)
+    windows = [batch_size * count for count in _WINDOWS]
+    if not shuffle:
+        windows[0] = max(1, size)
+    for key, window in zip(keys, windows, strict=False):
+        for start in range(0, size, window):
+            block = order[start : start + window]
+            order[start : start + window] = block[np.argsort(key[block], kind="stable")]
     batches = [order[i : i + batch_size] for i in range(0, size, batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    return [batches[i] for i in rng.permutation(len(batches))] if shuffle else batches
 
 
 def plan_batches(
@@ -215,14 +217,14 @@ def plan_batches(
     return BatchPlan(store, rows, batch_size, accumulation, seed, shuffle, widths, gather, pad_id)
 
 
-def choose_widths(lengths: LongArray, most: int = _MAX_SHAPES) -> tuple[int, ...]:
-    """Choose at most `most` row widths that waste the fewest padded tokens (dynamic programming over rounded lengths).
+def choose_widths(lengths: LongArray, most: int = _MAX_SHAPES, multiple: int = _ROUND) -> tuple[int, ...]:
+    """Choose at most `most` row widths, multiples of `multiple`, that waste the fewest padded tokens (dynamic programming).
 
     A compiled step is reused for every batch of the same shape, so the set is small and fixed for the whole run.
     """
-    rounded, counts = np.unique(-(-lengths // _ROUND) * _ROUND, return_counts=True)
+    rounded, counts = np.unique(-(-lengths // multiple) * multiple, return_counts=True)
     if len(rounded) > 64:  # coarser candidates keep the search tiny for long rows
-        step = _ROUND * math.ceil(len(rounded) / 64) * 2
+        step = multiple * math.ceil(len(rounded) / 64) * 2
         rounded, counts = np.unique(-(-lengths // step) * step, return_counts=True)
     size = len(rounded)
     total = np.concatenate([[0], np.cumsum(counts)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +21,7 @@ from smolmlx.data.store import IntArray, LongArray, TokenStore
 
 _MAX_WIDTHS = 4
 """Widths of prefixes, widths of tails and sizes of S; a compiled step is made for each combination that occurs."""
+_MULTIPLE = 8  # of which widths are; tails are short
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class PairPlan:
     """Decides order and counts; its rows are pairs, of the documents 2i and 2i + 1."""
     shared: bool
     """Whether a prompt is computed once for both answers."""
+    prefixes: LongArray
+    """[pairs]; how many tokens of each pair both answers share; 0 where prompts are not shared."""
     prefix_widths: tuple[int, ...]
     tail_widths: tuple[int, ...]
     gather: int
@@ -80,11 +83,6 @@ class PairPlan:
     def evaluation(self) -> Iterator[PairBatch]:
         """Yield every pair once, in the micro-batches of the first epoch."""
         return (self.build(rows) for rows in self.order.epoch_order(0))
-
-    @cached_property
-    def prefixes(self) -> LongArray:
-        """[pairs]; how many tokens of each pair both answers share; 0 where prompts are not shared."""
-        return prefix_lengths(self.order.store) if self.shared else np.zeros(len(self), np.int64)
 
     @cached_property
     def answer_tokens(self) -> LongArray:
@@ -167,13 +165,21 @@ def plan_pairs(
 ) -> PairPlan:
     """Choose shapes and order for a store of pairs; every pair is seen exactly once an epoch."""
     batch_size = min(batch_size, max(1, len(store) // 2))  # as in plan_batches
-    prefixes = prefix_lengths(store) if shared else np.zeros(len(store) // 2, np.int64)
-    tails = store.lengths.reshape(-1, 2).max(axis=1) - prefixes
-    prefix_widths = choose_widths(prefixes, _MAX_WIDTHS) if shared else ()
-    tail_widths = choose_widths(tails, _MAX_WIDTHS)
+    longest, common = store.lengths.reshape(-1, 2).max(axis=1), prefix_lengths(store)
+    # Prompts and answers of one batch are alike in length; the order is the same whether prompts are shared or not.
+    sort_by = common, longest - common
+    rows = tuple(np.arange(len(store), dtype=np.int32).reshape(-1, 2))
+    order = BatchPlan(store, rows, batch_size, accumulation, seed, shuffle, (), 1, pad_id, sort_by)
+    prefixes = common if shared else np.zeros_like(common)
+    prefix_widths = _choose_widths(prefixes, order) if shared else ()
+    tail_widths = _choose_widths(longest - prefixes, order)
     most = int(np.sort(store.supervised.reshape(-1, 2).sum(axis=1))[-batch_size:].sum())
     gather = max(32, math.ceil(most / _MAX_WIDTHS / 32) * 32)
     widest = max(prefix_widths, default=0) + 2 * max(tail_widths)
-    rows = tuple(np.arange(len(store), dtype=np.int32).reshape(-1, 2))
-    order = BatchPlan(store, rows, batch_size, accumulation, seed, shuffle, (widest,), gather, pad_id)
-    return PairPlan(order, shared, prefix_widths, tail_widths, gather)
+    return PairPlan(replace(order, widths=(widest,)), shared, prefixes, prefix_widths, tail_widths, gather)
+
+
+def _choose_widths(lengths: LongArray, order: BatchPlan) -> tuple[int, ...]:
+    """Choose widths that fit the longest of each micro-batch of the first epoch, and the longest of all in any other."""
+    longest = [lengths[rows].max() for rows in order.epoch_order(0)]
+    return choose_widths(np.array([*longest, lengths.max()]), _MAX_WIDTHS, _MULTIPLE)

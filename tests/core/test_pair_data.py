@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from smolmlx.data.encode import Account, Encoding
 from smolmlx.data.formats import Example, open_source
 from smolmlx.data.pair_batches import PairPlan, plan_pairs, prefix_lengths
 from smolmlx.data.pairs import encode_pairs
-from smolmlx.data.store import TokenStore, encode_source
+from smolmlx.data.store import TokenStore, encode_source, from_rows
 from smolmlx.errors import DataError
 
 END = "<|im_end|>"
@@ -187,6 +188,23 @@ class TestBatches:
         shapes = {(b.prefix.shape, b.tails.shape, b.index.shape) for step in range(36) for b in plan.step(step)}
         assert len(plan.prefix_widths) <= 4 and len(plan.tail_widths) <= 4 and len(shapes) <= 16
         assert plan.padded_tokens() == sum(b.prefix.size + b.tails.size for s in range(12) for b in plan.step(s))
+
+    def test_prompts_and_answers_of_a_batch_are_alike_in_length(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(0)
+        prompts, answers = rng.integers(60, 300, 256), rng.integers(20, 120, (256, 2))
+        rows = [
+            Encoded([1] * prompt + [2 + side] * size, [False] * prompt + [True] * size)
+            for prompt, sizes in zip(prompts, answers, strict=True)
+            for side, size in enumerate(sizes)
+        ]
+        store = from_rows(rows, tmp_path / "store")
+        plans = [plan_pairs(store, batch_size=4, shared=shared) for shared in (True, False)]
+        orders = [[rows.tolist() for rows in plan.order.epoch_order(1)] for plan in plans]
+        assert orders[0] == orders[1], "sharing prompts changes the work, not the steps"
+        once = replace(plans[0].order, sort_by=())
+        assert [sorted(rows) for rows in orders[0]] != [sorted(rows) for rows in once.epoch_order(1)]
+        tokens = prompts.sum() + 2 * answers.max(axis=1).sum()
+        assert plans[0].padded_tokens() < 1.2 * tokens < replace(plans[0], order=once).padded_tokens()
 
     def test_cache_is_apart_from_that_of_chats(self, pair_rows: Path, tokenizer: Tokenizer) -> None:
         source = open_source(str(pair_rows))
