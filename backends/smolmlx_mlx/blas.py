@@ -64,8 +64,17 @@ def _load() -> Blas:
             _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        return Blas(name, str(path), True)
+        return Blas(name + _kernels(_library), str(path), True)
     return Blas("reference BLAS of the mlx wheel", None, False)
+
+
+def _kernels(library: ctypes.CDLL) -> str:
+    """Return " (name of the kernels)" where the library tells them, else nothing: a processor it takes for an older one is half as fast."""
+    ask = getattr(library, "openblas_get_corename", None)
+    if ask is None:
+        return ""
+    ask.restype = ctypes.c_char_p
+    return f" ({ask().decode()} kernels)"
 
 
 def _keep_freed_memory() -> None:

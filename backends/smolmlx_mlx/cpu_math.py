@@ -102,6 +102,35 @@ def _with_vjp(forward: Callable[..., mx.array], backward: Callable[..., Any]) ->
     return made
 
 
+def head_losses(
+    hidden: mx.array, weight: mx.array, labels: mx.array, columns: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the nats of each label, the likeliest token, and d nats / d hidden: [S], [S], [S, D].
+
+    Goes through the vocabulary `columns` tokens at a time with a running maximum (Milakov & Gimelshein 2018, "Online normalizer
+    calculation for softmax"), so that products have many rows and their results stay near the caches.
+
+    Args:
+        hidden: [S, D]; weight: [V, D], of a head without a bias; labels: [S].
+    """
+    rows = hidden.shape[0]
+    most, total, mixed = mx.full((rows, 1), -mx.inf), mx.zeros((rows, 1)), mx.zeros_like(hidden)
+    best = mx.zeros(rows, mx.int32)
+    for start in range(0, weight.shape[0], columns):
+        part = weight[start : start + columns]
+        (near,) = mx.depends([hidden], [mixed])  # or MLX would begin the logits of all parts
+        logits = near @ part.T
+        found = mx.argmax(logits, axis=-1)
+        highest = mx.take_along_axis(logits, found[:, None], axis=-1)
+        best = mx.where(highest[:, 0] > most[:, 0], found.astype(mx.int32) + start, best)
+        peak = mx.maximum(most, highest)
+        power, shrink = exp(logits - peak), exp(most - peak)
+        total, mixed, most = total * shrink + _sum(power), mixed * shrink + power @ part, peak
+    own = weight[labels]
+    target = (hidden * own).sum(axis=-1)
+    return (most + mx.log(total))[:, 0] - target, best, mixed / total - own
+
+
 class JoinedCache(ABC):
     """A layer's cache whose keys and values are joined from parts, which `attention` joins anew for the gradients."""
 

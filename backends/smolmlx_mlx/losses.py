@@ -23,6 +23,7 @@ from smolmlx_mlx.recompute import checkpointed  # noqa: E402
 
 # Bytes of logits that are made at once. On a CPU a piece should stay near the caches.
 _GPU_PIECE, _CPU_PIECE = 256 << 20, 8 << 20
+_CPU_ROWS, _FEWEST_COLUMNS = 2048, 256  # of a piece that goes through the vocabulary in parts
 Pair = tuple[mx.array, mx.array]
 
 
@@ -38,6 +39,7 @@ class Losses:
         self._logsumexp = cpu_math.logsumexp if on_cpu else (lambda logits: mx.logsumexp(logits, axis=-1))
         self._exp = cpu_math.exp if on_cpu else mx.exp
         self._piece_rows = max(16, (_CPU_PIECE if on_cpu else _GPU_PIECE) // (4 * int(model.args.vocab_size)))
+        self._on_cpu = on_cpu
 
     def __call__(
         self, ids: mx.array, segments: mx.array | None, index: mx.array, labels: mx.array, weights: mx.array
@@ -68,9 +70,10 @@ class Losses:
             hidden: [S, D], what the body gives at the positions before the labels [S].
         """
         size = hidden.shape[0]
-        count = max(len(self.lanes), -(-size // self._piece_rows))
+        by_columns = self.model.training and self._head_is_frozen() and self._head_is_plain()
+        count = max(len(self.lanes), -(-size // (_CPU_ROWS if by_columns else self._piece_rows)))
         pieces = [(hidden[rows], labels[rows]) for rows in even_slices(size, count)]
-        piece, done = self._piece(count), list[Pair]()
+        piece, done = self._by_columns if by_columns else self._piece(count), list[Pair]()
 
         def in_turn(hidden: mx.array, labels: mx.array) -> Pair:
             if len(done) >= len(self.lanes):  # logits of one piece a core: MLX would begin them all
@@ -99,6 +102,24 @@ class Losses:
         paths = (path for path, _ in tree_flatten(self.model.trainable_parameters()))
         return self.body is not self.model and not any("lm_head" in path or "embed_tokens" in path for path in paths)
 
+    def _head_is_plain(self) -> bool:
+        owner = self._owner
+        kind = type(owner) in (nn.Embedding, nn.Linear) and "bias" not in owner
+        return self._on_cpu and kind and owner.weight.dtype == mx.float32
+
+    def _by_columns(self, hidden: mx.array, labels: mx.array) -> Pair:
+        """Like `_with_slope`, through the vocabulary in parts; for a plain head on a CPU."""
+        weight, columns = self._owner.weight, max(_FEWEST_COLUMNS, _CPU_PIECE // (4 * hidden.shape[0]))
+
+        @mx.custom_function
+        def losses(hidden: mx.array, labels: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            nats, best, slope = cpu_math.head_losses(hidden, weight, labels, columns)
+            return mx.depends(nats, slope), best == labels, slope
+
+        losses.vjp(_slope_backward)
+        nats, correct, _ = losses(hidden, labels)
+        return nats, correct
+
     def _plain(self, hidden: mx.array, labels: mx.array) -> Pair:
         labels = mx.stop_gradient(labels)  # mx.checkpoint would ask for a gradient of these indices
         logits = self.head(hidden).astype(mx.float32)  # [s, V]
@@ -122,13 +143,14 @@ class Losses:
             nats = mx.depends(total - target, slope)  # what waits for the nats waits for the last use of the logits
             return nats, _at_argmax(wide, labels), slope
 
-        @losses.vjp
-        def backward(primals: Pair, cotangents: list[mx.array], outputs: list[mx.array]) -> Pair:
-            slope = outputs[2]
-            return (cotangents[0][:, None] * slope).astype(slope.dtype), mx.zeros_like(primals[1])
-
+        losses.vjp(_slope_backward)
         nats, correct, _ = losses(hidden, labels)
         return nats, correct
+
+
+def _slope_backward(primals: Pair, cotangents: list[mx.array], outputs: list[mx.array]) -> Pair:
+    slope = outputs[2]
+    return (cotangents[0][:, None] * slope).astype(slope.dtype), mx.zeros_like(primals[1])
 
 
 def _at_argmax(logits: mx.array, labels: mx.array) -> mx.array:

@@ -89,3 +89,20 @@ def test_swiglu_is_that_of_mlx() -> None:
     mlx = mx.value_and_grad(lambda g, y: (g * mx.sigmoid(g) * y).sum(), argnums=(0, 1))(gate, x)
     assert mx.allclose(own[0], mlx[0], rtol=1e-5).item()
     assert all(mx.allclose(a, b, atol=1e-5).item() for a, b in zip(own[1], mlx[1], strict=True))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 50, 64])
+def test_the_head_in_parts(columns: int) -> None:
+    hidden, weight = mx.random.normal((9, 8)) * 3, mx.random.normal((50, 8))
+    weight[3] = weight[41] = mx.ones(8) * 4  # tokens that tie
+    labels = mx.array([0, 3, 41, 49, 7, 7, 12, 30, 44])
+    hidden[1:3] = mx.ones(8)
+
+    def usual(hidden: Any) -> Any:
+        logits = hidden @ weight.T
+        return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+    nats, best, slope = cpu_math.head_losses(hidden, weight, labels, columns)
+    assert mx.allclose(nats, usual(hidden), atol=1e-5)
+    assert mx.allclose(slope, mx.grad(lambda h: usual(h).sum())(hidden), atol=1e-5)
+    assert best.tolist() == mx.argmax(hidden @ weight.T, axis=-1).tolist() and best[1:3].tolist() == [3, 3]
