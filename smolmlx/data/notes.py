@@ -33,6 +33,8 @@ TOPICS = (
     "alignment",
     "systems",
 )
+MORE_TOPICS = ("databases", "hardware", "language", "networks", "numerics", "security", "software", "statistics")
+"""Topics from outside machine learning that only the `train` split holds, for the number of its subjects."""
 OTHER_TOPIC = "other"
 """The topic of rows from outside machine learning, which only the `ood` split may hold."""
 DIFFICULTIES = ("introductory", "intermediate", "advanced")
@@ -154,7 +156,8 @@ def _field_messages(row: Mapping[str, object]) -> list[str]:
 
 
 def _value_messages(row: Mapping[str, str]) -> list[str]:
-    topics = (OTHER_TOPIC,) if row.get("split") == OOD_SPLIT else TOPICS
+    only = {OOD_SPLIT: (OTHER_TOPIC,), "train": TOPICS + MORE_TOPICS}
+    topics = only.get(row.get("split", ""), TOPICS)
     messages = [
         f"unknown {name} '{row[name]}' (known: {', '.join(known)})"
         for name, known in {**_CHOICES, "topic": topics}.items()

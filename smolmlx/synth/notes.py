@@ -1,6 +1,6 @@
 """Notes rows by rule, so that a data set for the notes task exists that nobody else owns and anyone can rebuild.
 
-A row is a concept (five facts, each in two long wordings and a short one) seen through an input pattern (order and
+A row is a concept (five facts, each in one or two long wordings and a short one) seen through an input pattern (order and
 connecting words of the passage). The notes say only what the passage says, mostly in its words and always in its order: its first fact is the
 summary. `python -m smolmlx.synth.notes --out data/notes [--check]` rebuilds the files.
 """
@@ -21,14 +21,15 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
-from smolmlx.data.notes import DIFFICULTIES, FIELDS, INSTRUCTION, SPLITS, TOPICS, Notes, input_sha256
+from smolmlx.data.notes import DIFFICULTIES, FIELDS, INSTRUCTION, MORE_TOPICS, SPLITS, TOPICS, Notes, input_sha256
 from smolmlx.errors import DataError, SmolError, VerificationError
 
 SEED = 17
 SPLIT_ROWS = {"train": 400, "validation": 75, "test": 125}
 SPLIT_CONCEPTS = {"train": 64, "validation": 12, "test": 20}
+"""Concepts of the bank that each split is dealt; those under `concepts/train` go to train besides."""
 INPUT_WORDS = (50, 110)
-OUTPUT_WORDS = (40, 75)
+OUTPUT_WORDS = (40, 80)
 """Bounds on `note_words`: the text of an answer, its headers and bullet marks not counted."""
 FACTS = ("what", "how", "gain", "when", "limit")
 ASIDE = "aside"
@@ -62,7 +63,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact of a concept: the same thing said twice at length and once in brief."""
+    """One fact of a concept: the same thing said once or twice at length and once in brief."""
 
     long: tuple[str, ...]
     short: str
@@ -136,6 +137,8 @@ class Source:
     """What the data set is made from: the concept bank, the phrasebook, and the hand-written rows of each concept."""
 
     concepts: tuple[Concept, ...]
+    more: tuple[Concept, ...]
+    """Concepts for the train split alone: a model that has seen few subjects remembers them instead of reading."""
     phrasebook: Phrasebook
     gold: Mapping[str, tuple[Mapping[str, str], ...]]
 
@@ -143,7 +146,7 @@ class Source:
 class Dice:
     """Seeded choices, made from `Generator.random` alone: numpy keeps its stream, but not `choice`'s, over versions."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, *seed: int) -> None:
         self._generator = np.random.Generator(np.random.PCG64(seed))
 
     def share(self) -> float:
@@ -173,19 +176,23 @@ class _Usage:
 
 def read_source(folder: Path) -> Source:
     """Read `concepts/*.yaml`, `gold/*.jsonl` and `patterns.yaml` under `folder`; raise DataError listing all faults."""
-    concepts = read_concepts(folder / "concepts")
+    concepts, more = read_concepts(folder / "concepts", TOPICS), read_concepts(folder / "concepts/train", MORE_TOPICS)
+    if shared := {concept.id for concept in concepts} & {concept.id for concept in more}:
+        raise DataError(f"{folder}: concepts of train alone that the bank has, too", sorted(shared))
     gold = read_gold(folder / "gold", {concept.id: concept for concept in concepts})
-    return Source(concepts, read_phrasebook(folder / "patterns.yaml", concepts), gold)
+    return Source(concepts, more, read_phrasebook(folder / "patterns.yaml", concepts, more), gold)
 
 
-def read_concepts(folder: Path) -> tuple[Concept, ...]:
-    """Read the concept bank, one YAML list per topic, sorted by id."""
+def read_concepts(folder: Path, topics: Sequence[str]) -> tuple[Concept, ...]:
+    """Read a concept bank, one YAML list per topic, sorted by id."""
     entries = [
         (f"{path.name}[{index}]", path.stem, entry)
         for path in sorted(folder.glob("*.yaml"))
         for index, entry in enumerate(_yaml(path) or ())
     ]
-    problems = [f"{place}: {message}" for place, topic, entry in entries for message in _entry_faults(topic, entry)]
+    problems = [
+        f"{place}: {message}" for place, topic, entry in entries for message in _entry_faults(topic, entry, topics)
+    ]
     counts = Counter(entry.get("id") for _, _, entry in entries if isinstance(entry, dict))
     problems += [f"concept id '{name}' used {count} times" for name, count in counts.items() if count > 1]
     if problems or not entries:
@@ -205,14 +212,14 @@ def _concept(topic: str, entry: Mapping[str, Any]) -> Concept:
     return Concept(entry["id"], entry["name"], topic, entry["difficulty"], facts, tuple(entry["ask"]))
 
 
-def _entry_faults(topic: str, entry: object) -> list[str]:
+def _entry_faults(topic: str, entry: object, topics: Sequence[str]) -> list[str]:
     if not isinstance(entry, dict):
         return [f"expected a mapping, found {type(entry).__name__}"]
     faults = [f"missing '{key}'" for key in ("id", "name", "difficulty", *FACTS, "ask") if key not in entry]
     if faults:
         return faults
-    if topic not in TOPICS:
-        faults.append(f"unknown topic '{topic}' (known: {', '.join(TOPICS)})")
+    if topic not in topics:
+        faults.append(f"unknown topic '{topic}' (known: {', '.join(topics)})")
     if entry["difficulty"] not in DIFFICULTIES:
         faults.append(f"unknown difficulty {entry['difficulty']!r} (known: {', '.join(DIFFICULTIES)})")
     for name in FACTS:
@@ -224,8 +231,8 @@ def _entry_faults(topic: str, entry: object) -> list[str]:
 
 def _fact_faults(fact: object) -> list[str]:
     if not isinstance(fact, dict) or not isinstance(fact.get("long"), list) or "short" not in fact:
-        return ["expected `long` (a list of two sentences) and `short`"]
-    faults = [] if len(fact["long"]) == 2 else [f"expected 2 long wordings, found {len(fact['long'])}"]
+        return ["expected `long` (a list of one or two sentences) and `short`"]
+    faults = [] if len(fact["long"]) in (1, 2) else [f"expected 1 or 2 long wordings, found {len(fact['long'])}"]
     return faults + [fault for text in (*fact["long"], fact["short"]) for fault in _sentence_faults(text, ".")]
 
 
@@ -273,8 +280,8 @@ def _gold_faults(row: Mapping[str, str], topic: str, concepts: Mapping[str, Conc
     return []
 
 
-def read_phrasebook(path: Path, concepts: Sequence[Concept]) -> Phrasebook:
-    """Read the patterns, and learn from the bank which sentence openings may be written small."""
+def read_phrasebook(path: Path, concepts: Sequence[Concept], more: Sequence[Concept] = ()) -> Phrasebook:
+    """Read the patterns, and learn from the concepts which sentence openings may be written small."""
     content = _yaml(path)
     briefs, kin = content["briefs"], tuple(map(tuple, content["kin"]))
     named = {*briefs, *(name for group in kin for name in group)} - {concept.id for concept in concepts}
@@ -284,7 +291,7 @@ def read_phrasebook(path: Path, concepts: Sequence[Concept]) -> Phrasebook:
     if problems:
         raise DataError(str(path), problems)
     slots = {name: tuple(map(str, options)) for name, options in content["slots"].items()}
-    return Phrasebook(tuple(map(_pattern, content["patterns"])), slots, _lowerable(concepts), briefs, kin)
+    return Phrasebook(tuple(map(_pattern, content["patterns"])), slots, _lowerable([*concepts, *more]), briefs, kin)
 
 
 def _pattern(entry: Mapping[str, Any]) -> Pattern:
@@ -349,11 +356,11 @@ def _is_spread(splits: Mapping[str, str], source: Source) -> bool:
 
 def build_rows(source: Source, seed: int = SEED) -> list[dict[str, str]]:
     """Make all rows, split after split; the same source and seed give the same rows on any machine."""
-    dice = Dice(seed)
-    splits = assign_splits(source, dice)
+    splits = assign_splits(source, Dice(seed)) | {concept.id: "train" for concept in source.more}
     rows: list[dict[str, str]] = []
-    for split in SPLITS:
-        members = dice.shuffled(concept for concept in source.concepts if splits[concept.id] == split)
+    for place, split in enumerate(SPLITS):
+        dice = Dice(seed, place)  # of its own, so that a change to one split leaves the others as they are
+        members = dice.shuffled(c for c in (*source.concepts, *source.more) if splits[c.id] == split)
         rows += dice.shuffled(_split_rows(members, split, source, dice))
     return [{"id": f"notes-{number:04d}", **row} for number, row in enumerate(rows, start=1)]
 
@@ -527,7 +534,7 @@ def _json_lines(rows: Iterable[Mapping[str, str]]) -> str:
 
 def _manifest(folder: Path, rows: Sequence[Mapping[str, str]], files: Mapping[str, str], seed: int) -> dict[str, Any]:
     # ood.jsonl is written by hand and never rebuilt, but the manifest pins it with the sources.
-    names = ("concepts/*.yaml", "gold/*.jsonl", "patterns.yaml", "ood.jsonl")
+    names = ("concepts/*.yaml", "concepts/train/*.yaml", "gold/*.jsonl", "patterns.yaml", "ood.jsonl")
     sources = {path.relative_to(folder).as_posix(): path for name in names for path in sorted(folder.glob(name))}
     counted = ("split", "source", "topic", "difficulty", "pattern")
     return {
