@@ -131,7 +131,7 @@ def test_files_name_what_was_drawn(tmp_path: Path) -> None:
     assert made["sampling"]["adapter"] == "runs/x/adapter" and made["sampling"]["samples"] == 3
     first = json.loads((tmp_path / "pairs" / "train.jsonl").read_text().splitlines()[0])
     assert first["issues"] == ["Key Points: 4 bullets, 3 expected"] and first["chosen"] != first["rejected"]
-    assert len(made["files"]["train"]["topic"]) == 8  # one of each topic in turn
+    assert max(made["files"]["train"]["topic"].values()) <= 2  # one of each of 16 topics in turn
     whole = write_sampled([str(NOTES)], tmp_path / "all", None, sampling, drawer(fourth_bullet))
     assert (whole["files"]["train"]["pairs"], whole["files"]["validation"]["pairs"]) == (400, 75)
     half = write_sampled([str(NOTES / "validation.jsonl")], tmp_path / "half", None, sampling, drawer(fourth_bullet))

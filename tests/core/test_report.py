@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from run_folders import INJECTED, make_pipeline, make_run, make_sweep
+from run_folders import INJECTED, NOTES, make_pipeline, make_run, make_sweep
 from smolmlx.adapters.analysis import DATA_FILE, analyze, keep
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.evals import headlines
@@ -36,6 +36,7 @@ from smolmlx.reports.sweeps import open_sweeps
 from smolmlx.reports.weights import weight_changes
 from smolmlx.rundir import RunDir
 
+TEST_ROWS_SHA = hashlib.sha256((NOTES / "test.jsonl").read_bytes()).hexdigest()[:12]
 needs_vega = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("vl_convert"), reason="vl-convert is not installed"
 )
@@ -69,7 +70,7 @@ def test_an_evaluation_has_every_figure_of_every_set_in_its_csv_files(runs: Path
     scored = next(runs.glob("*b00e")) / "eval"
     with (scored / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert {line["set"] for line in lines} == {"test", "ood"} and lines[0]["sha256"].startswith("6148dd341dc2")
+    assert {line["set"] for line in lines} == {"test", "ood"} and lines[0]["sha256"].startswith(TEST_ROWS_SHA)
     with (scored / "test-rows.csv").open() as file:
         row = next(csv.DictReader(file))
     parts = [f"rubric_{part}" for part in ("summary", "key_points", "limitation", "follow_up")]
@@ -498,7 +499,7 @@ def test_one_run_leaves_page_card_and_charts(tmp_path: Path) -> None:
     card = (run / "README.md").read_text(encoding="utf-8")
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head)["tags"] == ["smolmlx", "sft", "lora"]
-    assert "8 rows of test.jsonl (sha256 6148dd341dc2)." in body and str(run) not in body
+    assert f"8 rows of test.jsonl (sha256 {TEST_ROWS_SHA})." in body and str(run) not in body
     assert "| data | data/notes/train.jsonl; validation: none |" in body and "datasets" not in head
     for text in ("| test (n=8) |", "![loss](charts/loss.svg)", "| copy control |", "learning rate", "rows are few"):
         assert text in body
