@@ -421,6 +421,7 @@ def machine() -> Tree:
         "platform": platform.platform(),
         "load": os.getloadavg()[0],
         "gpu": _gpu(),
+        "openblas": os.environ.get("OPENBLAS_CORETYPE", "its own choice of kernels"),
     }
 
 
