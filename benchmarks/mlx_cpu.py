@@ -45,6 +45,7 @@ VARIANTS = {
     "MLX's own exp, softmax, SiLU": "math",
     "attention in one block": "blocks",
     "feed-forward's product kept": "product",
+    "vocabulary in parts": "columns",
     "logits of 8 MB a piece (16)": "pieces16",
     "logits of 8 MB a piece (4)": "pieces4",
     "freed memory back to the kernel": "memory",
@@ -137,6 +138,8 @@ def measure(folder: Path, without: str, steps: int, tokens: int) -> dict[str, An
         cpu_math._is_same = lambda one, other: False
     if without.startswith("pieces"):
         losses._CPU_PIECE = int(without.removeprefix("pieces")) << 20
+    if without == "columns":
+        losses.Losses._by_columns = lambda _: False  # type: ignore[method-assign]
     if without == "slope":
         losses.Losses._head_is_frozen = lambda _: False  # type: ignore[method-assign]
     if without == "lora":

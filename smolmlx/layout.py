@@ -60,7 +60,8 @@ def choose_sharing(recipe: Recipe, store: TokenStore, model: BaseModel, pad_id: 
         return plan_pairs(store, **options)
     if wanted != "auto":
         return plan_pairs(store, shared=wanted, **options)
-    plans = [plan_pairs(store, shared=shared, **options) for shared in (False, True)]
+    together = plan_pairs(store, shared=True, **options)
+    plans = [together.apart(), together]
     costs = [pair_epoch_cost(plan, model) for plan in plans]
     chosen = plans[costs[1] < costs[0]]
     name = "prompts computed once for both answers" if chosen.shared else "prompts computed with each answer"

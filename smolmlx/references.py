@@ -17,7 +17,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
-from smolmlx.data.pair_batches import PairBatch, PairPlan, plan_pairs
+from smolmlx.data.pair_batches import PairBatch, PairPlan
 from smolmlx.data.store import TokenStore, cache_folder
 from smolmlx.errors import DataError, RunError
 from smolmlx.models import read_header
@@ -230,10 +230,9 @@ def check_sharing(plan: Plan, score: ScoreBatch) -> None:
     pairs = plan.pairs
     if pairs is None or not pairs.shared:
         return
-    apart = plan_pairs(pairs.order.store, batch_size=pairs.order.batch_size, pad_id=pairs.order.pad_id)
     rows = pairs.order.epoch_order(0)[0][:2]
     advice = "Set dpo.shared_prompt: false."
-    together, alone = pairs.build(rows), apart.build(rows)
+    together, alone = pairs.build(rows), pairs.apart().build(rows)
     try:
         one, two = (score(batch)[: 2 * len(rows)] for batch in (together, alone))
     except (AttributeError, TypeError) as error:

@@ -70,10 +70,9 @@ class Losses:
             hidden: [S, D], what the body gives at the positions before the labels [S].
         """
         size = hidden.shape[0]
-        by_columns = self.model.training and self._head_is_frozen() and self._head_is_plain()
-        count = max(len(self.lanes), -(-size // (_CPU_ROWS if by_columns else self._piece_rows)))
+        count = max(len(self.lanes), -(-size // (_CPU_ROWS if self._by_columns() else self._piece_rows)))
         pieces = [(hidden[rows], labels[rows]) for rows in even_slices(size, count)]
-        piece, done = self._by_columns if by_columns else self._piece(count), list[Pair]()
+        piece, done = self._piece(count), list[Pair]()
 
         def in_turn(hidden: mx.array, labels: mx.array) -> Pair:
             if len(done) >= len(self.lanes):  # logits of one piece a core: MLX would begin them all
@@ -102,23 +101,11 @@ class Losses:
         paths = (path for path, _ in tree_flatten(self.model.trainable_parameters()))
         return self.body is not self.model and not any("lm_head" in path or "embed_tokens" in path for path in paths)
 
-    def _head_is_plain(self) -> bool:
+    def _by_columns(self) -> bool:
+        """Whether a piece goes through the vocabulary in parts: in training, with a frozen head of plain weights on a CPU."""
         owner = self._owner
-        kind = type(owner) in (nn.Embedding, nn.Linear) and "bias" not in owner
-        return self._on_cpu and kind and owner.weight.dtype == mx.float32
-
-    def _by_columns(self, hidden: mx.array, labels: mx.array) -> Pair:
-        """Like `_with_slope`, through the vocabulary in parts; for a plain head on a CPU."""
-        weight, columns = self._owner.weight, max(_FEWEST_COLUMNS, _CPU_PIECE // (4 * hidden.shape[0]))
-
-        @mx.custom_function
-        def losses(hidden: mx.array, labels: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            nats, best, slope = cpu_math.head_losses(hidden, weight, labels, columns)
-            return mx.depends(nats, slope), best == labels, slope
-
-        losses.vjp(_slope_backward)
-        nats, correct, _ = losses(hidden, labels)
-        return nats, correct
+        plain = type(owner) in (nn.Embedding, nn.Linear) and "bias" not in owner and owner.weight.dtype == mx.float32
+        return self._on_cpu and self.model.training and plain and self._head_is_frozen()
 
     def _plain(self, hidden: mx.array, labels: mx.array) -> Pair:
         labels = mx.stop_gradient(labels)  # mx.checkpoint would ask for a gradient of these indices
@@ -128,29 +115,37 @@ class Losses:
 
     def _with_slope(self, hidden: mx.array, labels: mx.array) -> Pair:
         """Like `_plain`, with d loss / d hidden made at once, so that no logits are kept or made twice."""
+        make = self._in_parts if self._by_columns() else self._at_once
 
         @mx.custom_function
         def losses(hidden: mx.array, labels: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            logits = self.head(hidden)
-            wide = logits.astype(mx.float32)
-            total = self._logsumexp(wide)
-            target = mx.take_along_axis(wide, labels[:, None], axis=-1)
-            shares = self._exp(wide - total[:, None])
-            at_target = mx.take_along_axis(shares, labels[:, None], axis=-1)
-            rest = mx.put_along_axis(shares, labels[:, None], at_target - 1.0, axis=-1).astype(logits.dtype)
-            _, (slope,) = mx.vjp(self.head, [hidden], [rest])
-            target = target.squeeze(-1)
-            nats = mx.depends(total - target, slope)  # what waits for the nats waits for the last use of the logits
-            return nats, _at_argmax(wide, labels), slope
+            nats, correct, slope = make(hidden, labels)
+            # What waits for the nats waits for the last use of the logits.
+            return mx.depends(nats, slope), correct, slope
 
-        losses.vjp(_slope_backward)
+        @losses.vjp
+        def backward(primals: Pair, cotangents: list[mx.array], outputs: list[mx.array]) -> Pair:
+            slope = outputs[2]
+            return (cotangents[0][:, None] * slope).astype(slope.dtype), mx.zeros_like(primals[1])
+
         nats, correct, _ = losses(hidden, labels)
         return nats, correct
 
+    def _in_parts(self, hidden: mx.array, labels: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        columns = max(_FEWEST_COLUMNS, _CPU_PIECE // (4 * hidden.shape[0]))
+        nats, best, slope = cpu_math.head_losses(hidden, self._owner.weight, labels, columns)
+        return nats, best == labels, slope
 
-def _slope_backward(primals: Pair, cotangents: list[mx.array], outputs: list[mx.array]) -> Pair:
-    slope = outputs[2]
-    return (cotangents[0][:, None] * slope).astype(slope.dtype), mx.zeros_like(primals[1])
+    def _at_once(self, hidden: mx.array, labels: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        logits = self.head(hidden)
+        wide = logits.astype(mx.float32)
+        total = self._logsumexp(wide)
+        target = mx.take_along_axis(wide, labels[:, None], axis=-1)
+        shares = self._exp(wide - total[:, None])
+        at_target = mx.take_along_axis(shares, labels[:, None], axis=-1)
+        rest = mx.put_along_axis(shares, labels[:, None], at_target - 1.0, axis=-1).astype(logits.dtype)
+        _, (slope,) = mx.vjp(self.head, [hidden], [rest])
+        return total - target.squeeze(-1), _at_argmax(wide, labels), slope
 
 
 def _at_argmax(logits: mx.array, labels: mx.array) -> mx.array:

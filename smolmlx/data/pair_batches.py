@@ -68,8 +68,10 @@ class PairPlan:
     """[pairs]; how many tokens of each pair both answers share; 0 where prompts are not shared."""
     prefix_widths: tuple[int, ...]
     tail_widths: tuple[int, ...]
-    gather: int
-    """S is a multiple of this."""
+
+    def apart(self) -> PairPlan:
+        """Return the same steps with prompts that are not shared."""
+        return _lay_out(self.order, None)
 
     def __len__(self) -> int:
         return self.order.num_rows
@@ -118,7 +120,7 @@ class PairPlan:
             prefix[slot, width - cut :] = ids[:cut]
         pairs = np.full(size, -1, np.int64)
         pairs[: len(rows)] = rows
-        return PairBatch(pairs, prefix, starts, tails, *_supervised(targets, self.gather))
+        return PairBatch(pairs, prefix, starts, tails, *_supervised(targets, self.order.gather))
 
 
 def _width(widths: tuple[int, ...], longest: int) -> int:
@@ -166,17 +168,24 @@ def plan_pairs(
     """Choose shapes and order for a store of pairs; every pair is seen exactly once an epoch."""
     batch_size = min(batch_size, max(1, len(store) // 2))  # as in plan_batches
     longest, common = store.lengths.reshape(-1, 2).max(axis=1), prefix_lengths(store)
+    most = int(np.sort(store.supervised.reshape(-1, 2).sum(axis=1))[-batch_size:].sum())
+    gather = max(32, math.ceil(most / _MAX_WIDTHS / 32) * 32)
     # Prompts and answers of one batch are alike in length; the order is the same whether prompts are shared or not.
     sort_by = common, longest - common
     rows = tuple(np.arange(len(store), dtype=np.int32).reshape(-1, 2))
-    order = BatchPlan(store, rows, batch_size, accumulation, seed, shuffle, (), 1, pad_id, sort_by)
-    prefixes = common if shared else np.zeros_like(common)
-    prefix_widths = _choose_widths(prefixes, order) if shared else ()
+    order = BatchPlan(store, rows, batch_size, accumulation, seed, shuffle, (), gather, pad_id, sort_by)
+    return _lay_out(order, common if shared else None)
+
+
+def _lay_out(order: BatchPlan, common: LongArray | None) -> PairPlan:
+    """Choose widths for an order of pairs; `common` says how much each pair shares, None that prompts are not shared."""
+    longest = order.store.lengths.reshape(-1, 2).max(axis=1)
+    prefixes = np.zeros_like(longest) if common is None else common
+    prefix_widths = () if common is None else _choose_widths(common, order)
     tail_widths = _choose_widths(longest - prefixes, order)
-    most = int(np.sort(store.supervised.reshape(-1, 2).sum(axis=1))[-batch_size:].sum())
-    gather = max(32, math.ceil(most / _MAX_WIDTHS / 32) * 32)
     widest = max(prefix_widths, default=0) + 2 * max(tail_widths)
-    return PairPlan(replace(order, widths=(widest,)), shared, prefixes, prefix_widths, tail_widths, gather)
+    order = replace(order, widths=(widest,))
+    return PairPlan(order, common is not None, prefixes, prefix_widths, tail_widths)
 
 
 def _choose_widths(lengths: LongArray, order: BatchPlan) -> tuple[int, ...]:

@@ -129,9 +129,11 @@ def test_files_name_what_was_drawn(tmp_path: Path) -> None:
     made = write_sampled([str(NOTES)], tmp_path / "pairs", (20, 10), sampling, drawer(fourth_bullet))
     assert (made["files"]["train"]["pairs"], made["files"]["validation"]["pairs"]) == (20, 10)
     assert made["sampling"]["adapter"] == "runs/x/adapter" and made["sampling"]["samples"] == 3
-    first = json.loads((tmp_path / "pairs" / "train.jsonl").read_text().splitlines()[0])
+    pairs = [json.loads(line) for line in (tmp_path / "pairs" / "train.jsonl").read_text().splitlines()]
+    first = pairs[0]
     assert first["issues"] == ["Key Points: 4 bullets, 3 expected"] and first["chosen"] != first["rejected"]
-    assert max(made["files"]["train"]["topic"].values()) <= 2  # one of each of 16 topics in turn
+    cells = {(pair["topic"], pair["difficulty"]) for pair in pairs}
+    assert len(cells) == 20 and len(made["files"]["train"]["topic"]) > 12  # one of each topic and difficulty in turn
     whole = write_sampled([str(NOTES)], tmp_path / "all", None, sampling, drawer(fourth_bullet))
     assert (whole["files"]["train"]["pairs"], whole["files"]["validation"]["pairs"]) == (400, 75)
     half = write_sampled([str(NOTES / "validation.jsonl")], tmp_path / "half", None, sampling, drawer(fourth_bullet))

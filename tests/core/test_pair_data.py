@@ -188,6 +188,7 @@ class TestBatches:
         shapes = {(b.prefix.shape, b.tails.shape, b.index.shape) for step in range(36) for b in plan.step(step)}
         assert len(plan.prefix_widths) <= 4 and len(plan.tail_widths) <= 4 and len(shapes) <= 16
         assert plan.padded_tokens() == sum(b.prefix.size + b.tails.size for s in range(12) for b in plan.step(s))
+        assert plan.order.gather >= 32, "the memory of the logits is estimated from it"
 
     def test_prompts_and_answers_of_a_batch_are_alike_in_length(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
@@ -198,9 +199,11 @@ class TestBatches:
             for side, size in enumerate(sizes)
         ]
         store = from_rows(rows, tmp_path / "store")
-        plans = [plan_pairs(store, batch_size=4, shared=shared) for shared in (True, False)]
+        together = plan_pairs(store, batch_size=4, shared=True)
+        plans = [together, together.apart(), plan_pairs(store, batch_size=4, shared=False)]
         orders = [[rows.tolist() for rows in plan.order.epoch_order(1)] for plan in plans]
-        assert orders[0] == orders[1], "sharing prompts changes the work, not the steps"
+        assert orders[0] == orders[1] == orders[2], "sharing prompts changes the work, not the steps"
+        assert plans[1].tail_widths == plans[2].tail_widths and not plans[1].shared
         once = replace(plans[0].order, sort_by=())
         assert [sorted(rows) for rows in orders[0]] != [sorted(rows) for rows in once.epoch_order(1)]
         tokens = prompts.sum() + 2 * answers.max(axis=1).sum()
