@@ -21,6 +21,7 @@ class Lanes:
 
     def __init__(self, count: int = 1) -> None:
         self.streams = [mx.new_stream(mx.cpu) for _ in range(count)] if count > 1 else [mx.default_stream(mx.cpu)]
+        _LANES.update((str(stream), lane) for lane, stream in enumerate(self.streams))
 
     def __len__(self) -> int:
         return len(self.streams)
@@ -34,6 +35,14 @@ class Lanes:
             with mx.stream(self.streams[i % len(self)]):
                 results.append(function(*arguments))
         return results
+
+
+_LANES: dict[str, int] = {}
+
+
+def lane_here() -> int:
+    """Return which lane the present stream is; 0 where there are none."""
+    return _LANES.get(str(mx.default_stream(mx.default_device())), 0)
 
 
 def in_this_stream(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,8 +39,7 @@ class EagerLoRALinear(LoRALinear):  # type: ignore[misc]
         ) -> tuple[mx.array, mx.array, mx.array]:
             x, a, b = primals
             low, low_slope = scale * (x @ a), scale * (slope @ b.T)  # [T, R]
-            at_a = x.reshape(-1, x.shape[-1]).T @ low_slope.reshape(-1, a.shape[1])  # [I, R]
-            at_b = low.reshape(-1, b.shape[0]).T @ slope.reshape(-1, slope.shape[-1])  # [R, O]
+            at_a, at_b = x.T @ low_slope, low.T @ slope  # [I, R], [R, O]
             _, (at_x,) = mx.vjp(linear, [x], [slope])
             at_x = at_x + (low_slope @ a.T).astype(x.dtype)
             (at_x,) = mx.depends([at_x], [at_a, at_b])
@@ -48,8 +47,9 @@ class EagerLoRALinear(LoRALinear):  # type: ignore[misc]
 
         function = mx.custom_function(forward)
         function.vjp(in_this_stream(backward))
-        result: mx.array = function(x, self.lora_a, self.lora_b)
-        return result
+        # As a matrix, or every product would flatten its input and unflatten its result.
+        result: mx.array = function(x.reshape(-1, x.shape[-1]), self.lora_a, self.lora_b)
+        return result.reshape(*x.shape[:-1], -1)
 
 
 class DropoutKeys:

@@ -40,13 +40,18 @@ class Stepper:
         self._whole: Any = wrap(self._whole_step)
         self._gradients: Any = wrap(self._micro_step)
         self._update: Any = wrap(self._apply)
-        self._evaluate: Any = wrap(lambda *inputs: self.objective(*inputs))
+        self._wrap = wrap
+        self.forget_evaluation()
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         # Lists are read when the step runs, so `update` on the model and new moments are seen and written back.
         state = [self.model.state, list(self.optimizer.moments.values()), mx.random.state]
         compiled: Callable[..., Any] = mx.compile(function, inputs=state, outputs=state)
         return compiled
+
+    def forget_evaluation(self) -> None:
+        """Let go of what evaluation has compiled: a graph for each shape, of the size of tens of megabytes."""
+        self._evaluate: Any = self._wrap(lambda *inputs: self.objective(*inputs))
 
     def step(
         self, batches: Sequence[Inputs], denominator: float, learning_rate: float

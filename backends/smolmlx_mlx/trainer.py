@@ -36,6 +36,7 @@ class MlxTrainer:
     def _fit(self, plan: Plan, session: Session) -> None:
         engine = Engine(plan, session)
         session.attach(engine, engine.score)
+        engine.stepper.forget_evaluation()  # the reference is made
         work = engine.work
         made = work.make(session.state.step) if session.wants_step else None
         while session.wants_step and made is not None:

@@ -20,7 +20,9 @@ from smolmlx.data.batches import BatchPlan, choose_widths
 from smolmlx.data.store import IntArray, LongArray, TokenStore
 
 _MAX_WIDTHS = 4
-"""Widths of prefixes, widths of tails and sizes of S; a compiled step is made for each combination that occurs."""
+"""Widths of prefixes and of tails; a compiled step is made for each combination that occurs."""
+_SHAPE_COST = 0.35
+"""Steps that the compilation of one costs (MLX on a CPU: 2.2 s beside 6.2 s, docs/log.md)."""
 _MULTIPLE = 8  # of which widths are; tails are short
 
 
@@ -169,7 +171,7 @@ def plan_pairs(
     batch_size = min(batch_size, max(1, len(store) // 2))  # as in plan_batches
     longest, common = store.lengths.reshape(-1, 2).max(axis=1), prefix_lengths(store)
     most = int(np.sort(store.supervised.reshape(-1, 2).sum(axis=1))[-batch_size:].sum())
-    gather = max(32, math.ceil(most / _MAX_WIDTHS / 32) * 32)
+    gather = max(32, math.ceil(most / 2 / 32) * 32)  # two sizes of S at most
     # Prompts and answers of one batch are alike in length; the order is the same whether prompts are shared or not.
     sort_by = common, longest - common
     rows = tuple(np.arange(len(store), dtype=np.int32).reshape(-1, 2))
@@ -181,14 +183,16 @@ def _lay_out(order: BatchPlan, common: LongArray | None) -> PairPlan:
     """Choose widths for an order of pairs; `common` says how much each pair shares, None that prompts are not shared."""
     longest = order.store.lengths.reshape(-1, 2).max(axis=1)
     prefixes = np.zeros_like(longest) if common is None else common
-    prefix_widths = () if common is None else _choose_widths(common, order)
-    tail_widths = _choose_widths(longest - prefixes, order)
-    widest = max(prefix_widths, default=0) + 2 * max(tail_widths)
-    order = replace(order, widths=(widest,))
-    return PairPlan(order, common is not None, prefixes, prefix_widths, tail_widths)
-
-
-def _choose_widths(lengths: LongArray, order: BatchPlan) -> tuple[int, ...]:
-    """Choose widths that fit the longest of each micro-batch of the first epoch, and the longest of all in any other."""
-    longest = [lengths[rows].max() for rows in order.epoch_order(0)]
-    return choose_widths(np.array([*longest, lengths.max()]), _MAX_WIDTHS, _MULTIPLE)
+    batches = order.epoch_order(0)
+    # Widths fit the longest of each micro-batch of the first epoch, and the longest of all in any other.
+    ends = [np.array([lengths[rows].max() for rows in batches]) for lengths in (prefixes, longest - prefixes)]
+    tops = [int(lengths.max()) for lengths in (prefixes, longest - prefixes)]
+    options = []
+    for most in range(1, _MAX_WIDTHS + 1):
+        widths = [choose_widths(np.append(end, top), most, _MULTIPLE) for end, top in zip(ends, tops, strict=True)]
+        taken = np.array([np.array(w)[np.searchsorted(w, end)] for w, end in zip(widths, ends, strict=True)])
+        shapes = len(np.unique(taken, axis=1).T)
+        options.append((float((taken[0] + 2 * taken[1]).sum()) * (1 + _SHAPE_COST * shapes / len(batches)), widths))
+    prefix_widths, tail_widths = min(options)[1]
+    order = replace(order, widths=(prefix_widths[-1] + 2 * tail_widths[-1],))
+    return PairPlan(order, common is not None, prefixes, prefix_widths if common is not None else (), tail_widths)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("smolmlx_mlx.blas", reason="the MLX engine is not installed").ensure()
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
+import mlx.nn as nn  # noqa: E402
+
 from smolmlx_mlx import cpu_math  # noqa: E402
+from smolmlx_mlx.lanes import Lanes, lane_here  # noqa: E402
 from smolmlx_mlx.model import PackedMask  # noqa: E402
 from smolmlx_mlx.pairs import Behind, Prefix  # noqa: E402
 
@@ -106,3 +110,49 @@ def test_the_head_in_parts(columns: int) -> None:
     assert mx.allclose(nats, usual(hidden), atol=1e-5)
     assert mx.allclose(slope, mx.grad(lambda h: usual(h).sum())(hidden), atol=1e-5)
     assert best.tolist() == mx.argmax(hidden @ weight.T, axis=-1).tolist() and best[1:3].tolist() == [3, 3]
+
+
+def test_exp_is_that_of_numpy() -> None:
+    x = np.concatenate([np.linspace(-87, 88, 200001), np.linspace(-1, 1, 20001)]).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs(np.array(cpu_math.exp(mx.array(x))) / exact - 1).max() < 3e-7
+    assert cpu_math.exp(mx.array(0.0)).item() == 1
+    far = np.array(cpu_math.exp(mx.array([-3e38, -1e9, -mx.inf, mx.nan])))
+    assert (far[:3] < 2e-38).all() and np.isnan(far[3])
+
+
+@pytest.mark.parametrize("offset", [0, 7])
+def test_rotary_positions_are_those_of_mlx(offset: int) -> None:
+    usual, model = nn.RoPE(16, base=1e5, scale=0.5), nn.Sequential(nn.RoPE(16, base=1e5, scale=0.5))
+    cpu_math.use_fast_math(model)
+    ours = model.layers[0]
+    assert type(ours) is not nn.RoPE
+    mx.random.seed(0)
+    x, weights = mx.random.normal((2, 3, 30, 16)), mx.random.normal((2, 3, 30, 16))
+    compare(
+        lambda x: (ours(x, offset=offset) * weights).sum(), lambda x: (usual(x, offset=offset) * weights).sum(), [x]
+    )
+    assert mx.allclose(ours(x[:, :, :1], mx.array(offset)), usual(x[:, :, :1], offset), atol=1e-6).item()
+
+
+def test_lanes_compile_to_the_same() -> None:
+    """Each lane has arrays of a rank of its own while constants are met, so that mx.compile merges none of theirs."""
+    mx.random.seed(0)
+    gates = [4 * mx.random.normal((6, 40)) for _ in range(2)]
+    lanes = Lanes(2)
+
+    def summed(one: Any, two: Any) -> Any:
+        return mx.concatenate(lanes.spread(lambda gate: cpu_math.swiglu(gate, gate), [(one,), (two,)])).sum()
+
+    assert [lane_in(stream) for stream in lanes.streams] == [0, 1]
+    plain = mx.value_and_grad(lambda *gates: sum((g * mx.sigmoid(g) * g).sum() for g in gates), argnums=(0, 1))(*gates)
+    made = mx.compile(mx.value_and_grad(summed, argnums=(0, 1)))(*gates)
+    assert mx.allclose(made[0], plain[0], rtol=1e-5).item()
+    assert all(
+        a.shape == b.shape and mx.allclose(a, b, atol=1e-5).item() for a, b in zip(made[1], plain[1], strict=True)
+    )
+
+
+def lane_in(stream: Any) -> int:
+    with mx.stream(stream):
+        return lane_here()
