@@ -43,6 +43,8 @@ VARIANTS = {
     "all of them": "",
     "rows on one core (BLAS on all)": "lanes",
     "MLX's own exp, softmax, SiLU": "math",
+    "arrays of both lanes of one rank": "ranks",
+    "MLX's own rotary positions": "rotary",
     "attention in one block": "blocks",
     "feed-forward's product kept": "product",
     "vocabulary in parts": "columns",
@@ -125,6 +127,7 @@ def measure(folder: Path, without: str, steps: int, tokens: int) -> dict[str, An
         blas._keep_freed_memory = lambda: None
     blas.ensure()
     import mlx.core as mx
+    from mlx import nn
     from mlx.utils import tree_flatten
 
     from smolmlx_mlx import cpu_math, lanes, losses, model, step
@@ -132,6 +135,10 @@ def measure(folder: Path, without: str, steps: int, tokens: int) -> dict[str, An
 
     if without == "math":
         model.use_fast_math = lambda _: None
+    if without == "ranks":
+        cpu_math.lane_here = lambda: 0
+    if without == "rotary":
+        cpu_math._Rope.__call__ = nn.RoPE.__call__  # type: ignore[method-assign]
     if without == "blocks":
         cpu_math._BLOCK = 1 << 30
     if without == "product":

@@ -33,7 +33,10 @@ TOPICS = (
     "alignment",
     "systems",
 )
-MORE_TOPICS = ("databases", "hardware", "language", "networks", "numerics", "security", "software", "statistics")
+MORE_TOPICS = (
+    "biology", "compilers", "databases", "graphics", "hardware", "language", "logistics", "networks", "numerics", "robotics", "security",
+    "signals", "software", "statistics",
+)  # fmt: skip
 """Topics from outside machine learning that only the `train` split holds, for the number of its subjects."""
 OTHER_TOPIC = "other"
 """The topic of rows from outside machine learning, which only the `ood` split may hold."""

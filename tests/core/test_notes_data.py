@@ -79,7 +79,7 @@ def test_no_concept_is_in_two_splits(rows: list[Row]) -> None:
     for row in rows:
         splits[row["concept"]].add(row["split"])
     assert all(len(found) == 1 for found in splits.values())
-    assert Counter(next(iter(found)) for found in splits.values()) == SPLIT_CONCEPTS | {"train": 256}
+    assert Counter(next(iter(found)) for found in splits.values()) == SPLIT_CONCEPTS | {"train": 400}
 
 
 def test_every_split_holds_all_topics_and_difficulties(rows: list[Row]) -> None:
