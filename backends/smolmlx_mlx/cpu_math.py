@@ -1,7 +1,7 @@
-"""Fast exponentials for training on an x86 or Arm CPU.
+"""Exponentials, attention, the head's loss and rotary positions for training on an x86 or Arm CPU, faster than MLX's own.
 
 MLX's CPU backend calls the scalar `expf` for every element, which makes softmax and SiLU cost more than the matrix
-products of a small model. Here e^x is built from additions, multiplications and one shift, which MLX's compiled kernels
+products of a small model. Here e^x is built from additions, multiplications and one cast, which MLX's compiled kernels
 vectorize. On a GPU nothing of this is used. It can go once MLX vectorizes exp on the CPU.
 
 B batch, H query heads, K key-value heads, G = H/K, T queries, U keys, D head width.
