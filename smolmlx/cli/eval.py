@@ -203,7 +203,7 @@ def show(evaluation: Evaluation) -> None:
     """Print the figures that decide, per row set and system, with 95 % intervals."""
     from smolmlx import console
     from smolmlx.evals import headlines, research
-    from smolmlx.evals.suites import sum_up
+    from smolmlx.evals.suites import CONTROLS, sum_up
 
     if evaluation.missing_controls:
         console.note(evaluation.missing_controls, style="yellow")
@@ -223,7 +223,7 @@ def show(evaluation: Evaluation) -> None:
             ("mean, 95 % interval", *systems),
             title=f"{name}: {report.num_rows} rows of {evaluation.files[name].path}",
         )
-        for sentence in sum_up([d for d in report.differences if d.metric in headlines.SUMMED_UP]):
+        for sentence in sum_up([d for d in report.differences if headlines.is_said(d.metric, d.control in CONTROLS)]):
             console.result(f"  {sentence}")
     for name, found in evaluation.research.items():
         head, *body = research.table(found)

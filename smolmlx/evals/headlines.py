@@ -45,6 +45,11 @@ FORM = ("compliance", "valid", "ended")
 """Of those, the ones that say nothing about content."""
 
 
+def is_said(key: str, with_control: bool) -> bool:
+    """Whether the terminal says a metric's difference in a sentence; what a stage adds that no text supports only beside the stage before."""
+    return key in SUMMED_UP or (key == "unsupported" and not with_control)
+
+
 def label(key: str) -> str:
     """Return what a metric is called in words."""
     return BY_KEY[key].label if key in BY_KEY else key.replace("_", " ")

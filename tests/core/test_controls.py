@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from smolmlx.evals import headlines
 from smolmlx.evals.bootstrap import (
     MIN_ROWS,
     Interval,
@@ -192,3 +193,8 @@ def test_equal_values_give_a_point() -> None:
 )
 def test_sentences_claim_only_what_the_interval_shows(interval: Interval, sentence: str) -> None:
     assert difference_sentence(interval, "f1", "sft", "base") == sentence
+
+
+def test_what_the_terminal_says_of_two_systems() -> None:
+    assert headlines.is_said("compliance", with_control=True) and headlines.is_said("unsupported", with_control=False)
+    assert not headlines.is_said("unsupported", with_control=True) and not headlines.is_said("f1", with_control=False)
