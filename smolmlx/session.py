@@ -157,8 +157,12 @@ class Session:
         self.references = references.obtain(plan, self.run, score, self.note)
         if fresh and self.references.train is not None:
             scored = Scored.collect((batch.pairs, score(batch)) for batch in plan.pairs.step(0))
-            exact = plan.dtype if plan.recipe.model.quantize == "none" else plan.recipe.model.quantize
-            check_start(plan.recipe.dpo, self._compare(scored), exact, made=self.references.made)
+            self._check_start(scored, made=self.references.made)
+
+    def _check_start(self, scored: Scored, made: bool) -> None:
+        plan = self.plan
+        exact = plan.dtype if plan.recipe.model.quantize == "none" else plan.recipe.model.quantize
+        check_start(plan.recipe.dpo, self._compare(scored), exact, made=made)
 
     def _compare(self, scored: Scored, *, validation: bool = False) -> Pairs:
         plan, known = self.plan.pairs, self.references.train
@@ -212,6 +216,13 @@ class Session:
             values |= metrics(self.plan.recipe.dpo, self._compare(result.scored))
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
             raise RunError(self._not_finite(f"the loss is {result.loss} with gradient norm {result.grad_norm}"))
+        if (
+            result.scored is not None
+            and not self.state.step
+            and self.references.train is not None
+            and not _drops(self.plan)
+        ):
+            self._check_start(result.scored, made=False)  # training computes it by other code than scoring does
         if (
             result.scored is not None
             and not self.state.step
@@ -432,3 +443,8 @@ def _to_array(info: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[Any]]:
     elif info["dtype"] == "F16":
         raw = raw.astype(np.float32)
     return raw.reshape(info["shape"]).copy()
+
+
+def _drops(plan: Plan) -> bool:
+    """Whether anything is dropped out in training, so that its forward pass is not that of scoring."""
+    return plan.recipe.lora.dropout > 0 or any(value for key, value in plan.model.config.items() if "dropout" in key)

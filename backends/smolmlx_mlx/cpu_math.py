@@ -58,12 +58,12 @@ def _scaled_power(x: mx.array, power: mx.array) -> mx.array:
 
 
 def _exp(x: mx.array) -> mx.array:
-    x = mx.where(x < -87.0, -87.0, x)  # as a loop faster than a maximum, and NaN stays NaN
+    x = mx.where(x < -87.0, -87.0, mx.where(x > 88.0, 88.0, x))  # as a loop faster than a minimum, and NaN stays NaN
     return _scaled_power(x, mx.view(_power_bits(x), mx.float32))
 
 
 def _sigmoid(x: mx.array) -> mx.array:
-    return 1.0 / (1.0 + _exp(mx.where(x < -88.0, 88.0, -x)))
+    return 1.0 / (1.0 + _exp(-x))
 
 
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +87,7 @@ def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_apart
 def exp(x: mx.array) -> mx.array:
-    """Return e^x of a float32 array of at most 88; what is below -87 counts as -87. Not differentiable: see the functions below."""
+    """Return e^x of a float32 array, clamped to [e^-87, e^88]. Not differentiable: see the functions below."""
     return _exp(x)
 
 
@@ -191,7 +191,7 @@ def attention(
     shared = heads // groups
     bias = _bias(mask, length, total)
     if bias is not None:
-        bias = mx.repeat(bias, shared, axis=-2)
+        bias = mx.repeat(mx.broadcast_to(bias, (*bias.shape[:-2], length, total)), shared, axis=-2)
     is_causal = mask == "causal" if isinstance(mask, str) else getattr(cache, "is_causal", False)
     edges = [*range(0, max(1, length - _BLOCK // 2), _BLOCK), length] if is_causal else [0, length]
     # Rows from start to stop, and the keys that they may see.
@@ -311,9 +311,8 @@ def _turn(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 @functools.lru_cache(64)
 def _angles(dims: int, base: float, scale: float, offset: int, length: int) -> tuple[mx.array, mx.array]:
     """Return the cosines and sines of the angles of `length` positions from `offset`, [T, D/2] each."""
-    place = np.arange(offset, offset + length, dtype=np.float32) * np.float32(scale)
-    angles = np.outer(place, np.float32(base) ** (-np.arange(0, dims, 2, dtype=np.float32) / dims))
-    return mx.array(np.cos(angles)), mx.array(np.sin(angles))
+    angles = np.outer(np.arange(offset, offset + length) * scale, base ** (-np.arange(0, dims, 2) / dims))
+    return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
 
 
 def use_fast_math(model: nn.Module) -> None:

@@ -21,8 +21,9 @@ from smolmlx.data.store import IntArray, LongArray, TokenStore
 
 _MAX_WIDTHS = 4
 """Widths of prefixes and of tails; a compiled step is made for each combination that occurs."""
+_MAX_LABEL_COUNTS = 2
 _SHAPE_COST = 0.35
-"""Steps that the compilation of one costs (MLX on a CPU: 2.2 s beside 6.2 s, docs/log.md)."""
+"""Steps that the compilation of one costs (MLX on a CPU: 2 to 3 s beside 6 s, benchmarks/README.md); widths are chosen for one epoch."""
 _MULTIPLE = 8  # of which widths are; tails are short
 
 
@@ -70,6 +71,8 @@ class PairPlan:
     """[pairs]; how many tokens of each pair both answers share; 0 where prompts are not shared."""
     prefix_widths: tuple[int, ...]
     tail_widths: tuple[int, ...]
+    label_counts: tuple[int, ...]
+    """Sizes of S."""
 
     def apart(self) -> PairPlan:
         """Return the same steps with prompts that are not shared."""
@@ -122,18 +125,20 @@ class PairPlan:
             prefix[slot, width - cut :] = ids[:cut]
         pairs = np.full(size, -1, np.int64)
         pairs[: len(rows)] = rows
-        return PairBatch(pairs, prefix, starts, tails, *_supervised(targets, self.order.gather))
+        return PairBatch(pairs, prefix, starts, tails, *_supervised(targets, self.label_counts))
 
 
 def _width(widths: tuple[int, ...], longest: int) -> int:
     return widths[bisect.bisect_left(widths, longest)]
 
 
-def _supervised(targets: IntArray, multiple: int) -> tuple[IntArray, IntArray, npt.NDArray[np.float32], IntArray]:
+def _supervised(
+    targets: IntArray, sizes: tuple[int, ...]
+) -> tuple[IntArray, IntArray, npt.NDArray[np.float32], IntArray]:
     """Return index, labels, weights and owners; targets are -1 where nothing is supervised."""
     flat = targets.reshape(-1)
     found = np.flatnonzero(flat >= 0)
-    size = max(1, math.ceil(len(found) / multiple)) * multiple
+    size = _width(sizes, len(found))
     index, labels, owners = (np.zeros(size, np.int32) for _ in range(3))
     weights = np.zeros(size, np.float32)
     index[: len(found)] = found
@@ -171,7 +176,7 @@ def plan_pairs(
     batch_size = min(batch_size, max(1, len(store) // 2))  # as in plan_batches
     longest, common = store.lengths.reshape(-1, 2).max(axis=1), prefix_lengths(store)
     most = int(np.sort(store.supervised.reshape(-1, 2).sum(axis=1))[-batch_size:].sum())
-    gather = max(32, math.ceil(most / 2 / 32) * 32)  # two sizes of S at most
+    gather = max(32, math.ceil(most / 32) * 32)
     # Prompts and answers of one batch are alike in length; the order is the same whether prompts are shared or not.
     sort_by = common, longest - common
     rows = tuple(np.arange(len(store), dtype=np.int32).reshape(-1, 2))
@@ -187,12 +192,17 @@ def _lay_out(order: BatchPlan, common: LongArray | None) -> PairPlan:
     # Widths fit the longest of each micro-batch of the first epoch, and the longest of all in any other.
     ends = [np.array([lengths[rows].max() for rows in batches]) for lengths in (prefixes, longest - prefixes)]
     tops = [int(lengths.max()) for lengths in (prefixes, longest - prefixes)]
+    labels = np.array([order.store.supervised.reshape(-1, 2)[rows].sum() for rows in batches])
+    label_counts = choose_widths(np.append(labels, order.gather), _MAX_LABEL_COUNTS, 32)
+    sizes = np.array(label_counts)[np.searchsorted(label_counts, labels)]
     options = []
     for most in range(1, _MAX_WIDTHS + 1):
         widths = [choose_widths(np.append(end, top), most, _MULTIPLE) for end, top in zip(ends, tops, strict=True)]
         taken = np.array([np.array(w)[np.searchsorted(w, end)] for w, end in zip(widths, ends, strict=True)])
-        shapes = len(np.unique(taken, axis=1).T)
+        shapes = len(np.unique([*taken, sizes], axis=1).T)
         options.append((float((taken[0] + 2 * taken[1]).sum()) * (1 + _SHAPE_COST * shapes / len(batches)), widths))
     prefix_widths, tail_widths = min(options)[1]
     order = replace(order, widths=(prefix_widths[-1] + 2 * tail_widths[-1],))
-    return PairPlan(order, common is not None, prefixes, prefix_widths if common is not None else (), tail_widths)
+    return PairPlan(
+        order, common is not None, prefixes, prefix_widths if common is not None else (), tail_widths, label_counts
+    )

@@ -32,12 +32,14 @@ def make_mask(name: str, length: int) -> tuple[Any, Any]:
     cache = {
         "packed": PackedMask(segments), "window": PackedMask(segments), "prefix": Prefix(mx.array([0, length // 3]))
     }.get(name)  # fmt: skip
+    if name == "keys":
+        return None, mx.arange(length)[None] < length - 3
     if cache is None:
         return None, "causal" if name == "causal" else None
     return cache, cache.make_mask(length, window_size=40 if name == "window" else None)
 
 
-@pytest.mark.parametrize("name", ["causal", "none", "packed", "prefix", "window"])
+@pytest.mark.parametrize("name", ["causal", "keys", "none", "packed", "prefix", "window"])
 @pytest.mark.parametrize("length", [30, 192, 301])
 def test_attention_is_that_of_mlx(name: str, length: int) -> None:
     cache, mask = make_mask(name, length)
@@ -117,8 +119,8 @@ def test_exp_is_that_of_numpy() -> None:
     exact = np.exp(x.astype(np.float64))
     assert np.abs(np.array(cpu_math.exp(mx.array(x))) / exact - 1).max() < 3e-7
     assert cpu_math.exp(mx.array(0.0)).item() == 1
-    far = np.array(cpu_math.exp(mx.array([-3e38, -1e9, -mx.inf, mx.nan])))
-    assert (far[:3] < 2e-38).all() and np.isnan(far[3])
+    far = np.array(cpu_math.exp(mx.array([-3e38, -1e9, -mx.inf, mx.nan, 100, mx.inf])))
+    assert (far[:3] < 2e-38).all() and np.isnan(far[3]) and (far[4:] > 1e38).all()
 
 
 @pytest.mark.parametrize("offset", [0, 7])
