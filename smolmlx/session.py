@@ -164,6 +164,16 @@ class Session:
         exact = plan.dtype if plan.recipe.model.quantize == "none" else plan.recipe.model.quantize
         check_start(plan.recipe.dpo, self._compare(scored), exact, made=made)
 
+    def _check_first(self, result: StepResult, scored: Scored) -> None:
+        """Hold the first step over pairs to what the reference says, and to a gradient that is one."""
+        if self.references.train is not None and not _drops(self.plan):
+            self._check_start(scored, made=False)  # training computes it by other code than scoring does
+        if result.grad_norm <= least_gradient(self.plan.recipe.dpo):
+            raise RunError(
+                f"the gradient of the first step is nothing but rounding ({result.grad_norm:.2g}): nothing would be trained. "
+                "Check lora.targets and dpo, and whether the two answers of each pair differ."
+            )
+
     def _compare(self, scored: Scored, *, validation: bool = False) -> Pairs:
         plan, known = self.plan.pairs, self.references.train
         if validation:
@@ -216,22 +226,8 @@ class Session:
             values |= metrics(self.plan.recipe.dpo, self._compare(result.scored))
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
             raise RunError(self._not_finite(f"the loss is {result.loss} with gradient norm {result.grad_norm}"))
-        if (
-            result.scored is not None
-            and not self.state.step
-            and self.references.train is not None
-            and not _drops(self.plan)
-        ):
-            self._check_start(result.scored, made=False)  # training computes it by other code than scoring does
-        if (
-            result.scored is not None
-            and not self.state.step
-            and result.grad_norm <= least_gradient(self.plan.recipe.dpo)
-        ):
-            raise RunError(
-                f"the gradient of the first step is nothing but rounding ({result.grad_norm:.2g}): nothing would be trained. "
-                "Check lora.targets and dpo, and whether the two answers of each pair differ."
-            )
+        if result.scored is not None and not self.state.step:
+            self._check_first(result, result.scored)
         self.state.step += 1
         self.state.num_tokens += tokens
         self.state.num_supervised += supervised
