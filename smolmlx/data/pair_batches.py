@@ -23,7 +23,7 @@ _MAX_WIDTHS = 4
 """Widths of prefixes and of tails; a compiled step is made for each combination that occurs."""
 _MAX_LABEL_COUNTS = 2
 _SHAPE_COST = 0.35
-"""Steps that the compilation of one costs (MLX on a CPU: 2 to 3 s beside 6 s, benchmarks/README.md); widths are chosen for one epoch."""
+"""Steps that the compilation of one costs (MLX on a CPU: about 2 s beside 6 s, benchmarks/README.md); widths are chosen for one epoch."""
 _MULTIPLE = 8  # of which widths are; tails are short
 
 
