@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from smolmlx.data.corpus_pages import (
-    WORD,
     Document,
     Page,
     Passage,
@@ -20,109 +18,40 @@ from smolmlx.data.corpus_pages import (
     passages,
     split_sentences,
 )
+from smolmlx.data.corpus_sections import Made, ask_of_subject, sections
+from smolmlx.data.corpus_sentences import (
+    NUMBERS,
+    RESTRICTION,
+    ask_about,
+    bullets,
+    disguised,
+    shorten,
+    subject_of,
+    terms_of,
+)
 
+_DISGUISED = 0.35
+"""Share of the views whose passage names its subject by an invented name."""
 _COMMON_TOPICS = (
     *("matrix", "thread", "socket", "image", "graph", "token", "timezone", "polynomial", "password", "directory"),
     *("gradient", "cache", "column", "calendar", "audio", "permutation", "decorator", "checksum", "quantile", "font"),
 )
-_VERBS = (
-    "returns|uses|takes|provides|allows|contains|creates|represents|computes|describes|specifies|controls|determines|supports|"
-    "requires|raises|stores|holds|works|means|defines|converts|accepts|handles|makes|gives|runs|performs|implements|indicates|"
-    "sets|keeps|calls|checks|adds|removes|reads|writes|loads|produces|generates|expects|needs|ensures|includes|replaces|maps"
-)
-_AUXILIARIES = "is|are|was|were|can|will|must|should|may"
-_CLAUSE = re.compile(
-    r"^((?:The|A|An|This|Each|Every|These|All|Any)(?: [\w'-]+| `[^`]+`){1,4}?|`[^`]+`)"
-    rf" ({_AUXILIARIES}|{_VERBS})\b(?: (be|not|also|only))? ?(\w*)"
-)
-_UNFINISHED = re.compile(
-    r"\b(?:that|which|if|when|where|who|it|you|we|they|the|a|an)\b|\b(?:in|of|for|to|and|or|with|by)$"
-)
-_RESTRICTION = re.compile(r"\b(?:not|only|cannot|must|never|unless|except|without|no longer)\b")
-_PLAINWORDS = frozenset(
-    {"True", "False", "None", "If", "The", "should", "before", "return", "returns", "because", "whether"}
-)
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-
-
-def _terms(passage: Passage) -> list[str]:
-    """Return up to five names, code spans and repeated long words of a passage, in order of appearance."""
-    text = passage.text
-    counts = Counter(WORD.findall(text.lower()))
-    found: dict[str, None] = {}
-    for match in re.finditer(r"`([^`]+)`|(?<=[a-z,] )([A-Z][\w-]+)|\b([a-z][a-z-]{5,})\b", text):
-        term = next(group for group in match.groups() if group)
-        if term not in _PLAINWORDS and (not match.group(3) or counts[term] > 1):
-            found.setdefault(term)
-    return list(found)[:5]
-
-
-def ask_about(sentence: str) -> str | None:
-    """Turn a sentence that opens with a plain subject and verb into a question, or return None."""
-    if not (found := _CLAUSE.match(sentence)):
-        return None
-    subject, verb, adverb, following = found.groups()
-    if _UNFINISHED.search(subject):
-        return None
-    subject = subject if subject.startswith("`") else subject[0].lower() + subject[1:]
-    participle = following.endswith("ed") or following in {
-        "given",
-        "set",
-        "written",
-        "taken",
-        "chosen",
-        "known",
-        "shown",
-    }
-    if verb in {"is", "are", "was", "were"}:
-        return f"How {verb} {subject} {following}?" if participle and adverb != "not" else f"What {verb} {subject}?"
-    if verb in {"can", "will", "must", "should", "may"}:
-        return (
-            f"When {verb} {subject} be {following}?" if adverb == "be" and participle else f"What {verb} {subject} do?"
-        )
-    base = re.sub(r"ie$", "y", verb[:-1])
-    return f"How does {subject} work?" if len(sentence) % 3 == 0 else f"What does {subject} {base}?"
-
-
-def shorten(sentence: str) -> str | None:
-    """Drop a sentence's parentheses and its subordinate clause; None if that changes too little or too much."""
-    short = re.sub(r"\s*\([^()]*\)", "", sentence)
-    if short.count(",") == 1:
-        short = re.sub(
-            r"^(?:If|When|For|By|Since|While|Although|After|Before|Unless|In|Note that) [^,]+, (?:then )?", "", short
-        )
-    short = re.sub(
-        r",? (?:(?:at|in|of|to|for|from|by|with|on|through|after) which|which|"
-        r"because|although|since|while|unless|so that|in order to|whereas|even if)\b.*$",
-        ".",
-        short,
-    )
-    short = short[:1].upper() + short[1:]
-    return short if len(short.split()) >= 5 and len(short) < 0.85 * len(sentence) else None
-
-
-Made = tuple[str, Mapping[str, str]] | None
-"""An answer and what its instruction's wording names (`text`: in place of the passage's), or None where it does not apply."""
 
 
 def _position(index: int, least: int) -> Callable[[Passage, np.random.Generator], Made]:
     return lambda passage, rng: (passage.sentences[index], {}) if len(passage.sentences) >= least else None
 
 
-def _bullets(sentences: Iterable[str], mark: str = "-") -> str:
-    return "\n".join(f"{mark} {sentence}" for sentence in sentences)
-
-
 def _first_bullets(passage: Passage, rng: np.random.Generator) -> Made:
     count = int(rng.choice([2, 3, 3, 3]))
-    return (_bullets(passage.sentences[:count]), {"n": _NUMBERS[count]}) if len(passage.sentences) >= count else None
+    return (bullets(passage.sentences[:count]), {"n": NUMBERS[count]}) if len(passage.sentences) >= count else None
 
 
 def _some_bullets(passage: Passage, rng: np.random.Generator) -> Made:
     if len(passage.sentences) < 4:
         return None
     chosen = np.sort(rng.choice(len(passage.sentences), 3, replace=False))
-    return _bullets(passage.sentences[i] for i in chosen), {}
+    return bullets(passage.sentences[i] for i in chosen), {}
 
 
 def _numbered(passage: Passage, rng: np.random.Generator) -> Made:
@@ -130,7 +59,7 @@ def _numbered(passage: Passage, rng: np.random.Generator) -> Made:
 
 
 def _mention(passage: Passage, rng: np.random.Generator) -> Made:
-    holders = {term: [s for s in passage.sentences if term in s] for term in _terms(passage)}
+    holders = {term: [s for s in passage.sentences if term in s] for term in terms_of(passage)}
     unique = [term for term, sentences in holders.items() if len(sentences) == 1]
     if not unique:
         return None
@@ -184,7 +113,7 @@ def _shortened(passage: Passage, rng: np.random.Generator) -> Made:
 
 
 def _key_terms(passage: Passage, rng: np.random.Generator) -> Made:
-    terms = _terms(passage)
+    terms = terms_of(passage)
     return (", ".join(terms), {}) if len(terms) >= 2 else None
 
 
@@ -193,144 +122,22 @@ def _question(passage: Passage, rng: np.random.Generator) -> Made:
     return (questions[0], {}) if questions else None
 
 
+def _subject(passage: Passage, rng: np.random.Generator) -> Made:
+    return (subject, {}) if (subject := subject_of(passage)) else None
+
+
+def _subject_question(passage: Passage, rng: np.random.Generator) -> Made:
+    return (asked, {}) if (asked := ask_of_subject(passage, rng)) else None
+
+
 def _question_and_answer(passage: Passage, rng: np.random.Generator) -> Made:
     pairs = [(question, sentence) for sentence in passage.sentences if (question := ask_about(sentence))]
     return (pairs[0][1], {"x": pairs[0][0]}) if pairs else None
 
 
 def _restriction(passage: Passage, rng: np.random.Generator) -> Made:
-    found = [sentence for sentence in passage.sentences if _RESTRICTION.search(sentence)]
+    found = [sentence for sentence in passage.sentences if RESTRICTION.search(sentence)]
     return (found[0], {}) if found else None
-
-
-_HEADINGS = {
-    "first": ("Opening", "Start", "Topic", "Gist"),
-    "points": ("Points", "Facts", "Details", "Main Facts"),
-    "restriction": ("Caution", "Restriction", "Exception", "Known Gap"),
-    "terms": ("Terms", "Names", "Vocabulary"),
-    "last": ("Closing", "End", "Outcome"),
-    "question": ("Question", "Open Question", "Ask", "Reader Question"),
-}
-_USUAL = 0.6
-"""Chance of the first of a section's headings, and of the sections' usual order."""
-_LEADS = (
-    *(
-        "First of all, ",
-        "Note: ",
-        "The point is that ",
-        "Background: ",
-        "Bear in mind that ",
-        "Here is why: ",
-        "Detail: ",
-    ),
-    *("It helps to know that ", "To be precise, ", "Also, ", "Consequence: ", "Somebody asked about it: ", "Besides, "),
-)
-_LABELS = (
-    *(
-        "Finding",
-        "Reason",
-        "Scope",
-        "Answer",
-        "Result",
-        "Remark",
-        "Given",
-        "Idea",
-        "Open",
-        "Status",
-        "Claim",
-        "Context",
-    ),
-    *("Observed", "Plan", "Rule", "Effect", "Source", "Cause", "Item", "Summary of the day", "What we saw", "For whom"),
-)
-_WONDERS = (
-    "What happens to {x} when {y} changes?",
-    "Does {x} still hold without {y}?",
-    "How does {x} affect {y}?",
-    "Can {x} be replaced by {y}?",
-    "How should {x} be chosen so that {y} does not depend on {z}?",
-    "Can {x} be computed before {y} without giving up {z}?",
-    "Which part of {x} could be left out without harming {y} or {z}?",
-    "From which size of {x} on does {y} cost more than {z}?",
-    "Would a second {x} improve {y} where {z} is already in use?",
-    "Does {x} still help {y} once {z} has been set by hand?",
-    "How far can {x} be reduced before {y} and {z} disagree?",
-    "What happens to {y} in practice if {x} is missing and {z} is large?",
-    "Could {x} be learned from {y} instead of being taken from {z}?",
-    "How much does {y} change when {x} is replaced by {z} at the end?",
-    "How many kinds of {x} does {y} need before {z} stops changing?",
-    "How can {x} be measured when {y} is unknown and {z} is rare?",
-    "Is there a value of {x} for which {y} no longer affects {z}?",
-    "Who should decide whether {x} or {y} is used to describe {z}?",
-    "When does it pay to give {x} its own {y} rather than sharing {z}?",
-    "Should {x} be checked after every {y}, or only once {z} is known?",
-    "Why would anyone prefer {x} to {y} if {z} comes for free?",
-    "Which {x} works best with {y} when {z} is short?",
-)
-
-
-def _wonder(passage: Passage, rng: np.random.Generator) -> str:
-    """Return a question: about a sentence's subject where one can be made, else about phrases of the passage."""
-    if rng.random() < 0.25 and (made := _question(passage, rng)):
-        return made[0]
-    phrases = [*dict.fromkeys(re.findall(r"(?<=[a-z] )[a-z][a-z-]{4,}(?: [a-z]{5,}){0,2}(?= [a-z])", passage.text))]
-    if len(phrases) < 3:
-        return ""
-    x, y, z = rng.permutation(phrases)[:3]
-    return str(rng.choice(_WONDERS)).format(x=x, y=y, z=z)
-
-
-def _with_leads(passage: Passage, rng: np.random.Generator) -> str:
-    """Return a passage's text with connecting words before its sentences, or as labelled lines; no answer repeats them."""
-    if rng.random() < 0.3:
-        labels = rng.choice(_LABELS, len(passage.sentences), replace=False)
-        mark = str(rng.choice(["", "", "- ", "* "]))
-        return "\n".join(f"{mark}{label}: {text}" for label, text in zip(labels, passage.sentences, strict=True))
-
-    def led(sentence: str) -> str:
-        if rng.random() < 0.5:
-            return sentence
-        lead, (first, _, rest) = str(rng.choice(_LEADS)), sentence.partition(" ")
-        small = first in {"The", "A", "An", "This", "These", "It", "If", "When", "In", "For", "By", "Each"}
-        return f"{lead}{first.lower() if small and not lead.endswith(': ') else first} {rest}"
-
-    return " ".join(map(led, passage.sentences))
-
-
-def _sections(passage: Passage, rng: np.random.Generator) -> Made:
-    """Answer under headings that the instruction names; no sentence is used twice, and points keep the passage's order.
-
-    Points are marked with asterisks, so that a base model does not already know the notes' own form (dashes).
-    """
-    sentences = passage.sentences
-    if len(sentences) < 4:
-        return None
-    places = {"first": 0, "last": len(sentences) - 1}
-    if warnings := [i for i, sentence in enumerate(sentences) if i > 0 and _RESTRICTION.search(sentence)]:
-        places["restriction"] = warnings[0]
-    taken: dict[str, int] = {}
-    for kind in rng.permutation(sorted(places)):
-        # A list is the harder half: it keeps at least two sentences.
-        if places[kind] not in taken.values() and len(sentences) - len(taken) > 2 and rng.random() < 0.7:
-            taken[str(kind)] = places[kind]
-    free = [i for i in range(len(sentences)) if i not in taken.values()]
-    count = min(len(free), int(rng.choice([2, 3, 3, 3, 3, 4])))
-    points = [sentences[i] for i in np.sort(rng.permutation(free)[:count])] if rng.random() < 0.3 else [
-        sentences[i] for i in free[:count]
-    ]  # fmt: skip
-    brief = [(shorten(sentence) if rng.random() < 0.4 else None) or sentence for sentence in points]
-    made = {kind: sentences[taken[kind]] if kind in taken else "" for kind in _HEADINGS}
-    made["points"] = _bullets(brief, "*")
-    made["terms"] = (_key_terms(passage, rng) or ("", {}))[0] if rng.random() < 0.1 else ""
-    made["question"] = _wonder(passage, rng) if rng.random() < 0.9 else ""
-    kinds = [kind for kind, text in made.items() if text]
-    if rng.random() > _USUAL:
-        kinds = [kinds[i] for i in rng.permutation(len(kinds))]
-    names = {
-        kind: _HEADINGS[kind][0] if rng.random() < _USUAL else str(rng.choice(_HEADINGS[kind][1:])) for kind in kinds
-    }
-    asked = [f"{names[kind]} ({_NUMBERS[count]} bullets)" if kind == "points" else names[kind] for kind in kinds]
-    text = _with_leads(passage, rng) if rng.random() < 0.5 else passage.text
-    return "\n".join(f"{names[kind]}:\n{made[kind]}" for kind in kinds), {"x": ", ".join(asked), "text": text}
 
 
 def _json(passage: Passage, rng: np.random.Generator) -> Made:
@@ -373,7 +180,7 @@ VIEWS = (
     View(1, _numbered, ("Number the sentences.", "Write this passage as a numbered list.")),
     View(
         1,
-        lambda p, rng: (_bullets(p.sentences), {}),
+        lambda p, rng: (bullets(p.sentences), {}),
         ("Turn every sentence into a bullet.", "Write each sentence on its own line with a dash."),
     ),
     View(
@@ -398,10 +205,22 @@ VIEWS = (
             "Write one question that this text answers.",
         ),
     ),
+    View(
+        2, _subject, ("What is this mostly about?", "Name the subject of the passage.", "Which phrase comes back most?")
+    ),
+    View(
+        3,
+        _subject_question,
+        (
+            "Ask a short question about its subject.",
+            "Ask about the main subject of this passage.",
+            "Ask one more thing.",
+        ),
+    ),
     View(2, _question_and_answer, ("{x}", "Answer from the passage: {x}", "Use the text to answer. {x}")),
     View(2, _restriction, ("Which sentence states a restriction?", "What should the reader be careful about?")),
     *(
-        View(40, _sections, (wording,))
+        View(40, sections, (wording,))
         for wording in (
             "Write these sections: {x}.",
             "Fill in these headings: {x}",
@@ -416,7 +235,7 @@ VIEWS = (
     View(0.5, _extreme(min), ("Which sentence is the shortest?", "Copy the shortest sentence.")),
     View(
         0.5,
-        lambda p, rng: (f"The passage has {_NUMBERS[min(12, len(p.sentences))]} sentences.", {}),
+        lambda p, rng: (f"The passage has {NUMBERS[min(12, len(p.sentences))]} sentences.", {}),
         ("How many sentences are there?",),
     ),
     View(1, lambda p, rng: (p.text, {}), ("Copy this text.", "Repeat the passage word for word.")),
@@ -442,10 +261,13 @@ def _passage_views(passage: Passage, rng: np.random.Generator, count: int) -> It
     made = 0
     for index in rng.choice(len(VIEWS), len(VIEWS), replace=False, p=weights / weights.sum()):
         view = VIEWS[index]
-        if made < count and (found := view.make(passage, rng)):
+        if made == count:
+            return
+        told = disguised(passage, rng) if rng.random() < _DISGUISED else passage
+        if found := view.make(told, rng):
             ask = str(rng.choice(view.wordings)).format(**found[1])
             layout = str(rng.choice(_LAYOUTS))
-            yield chat_text(layout.format(ask=ask, text=found[1].get("text", passage.text)), found[0])
+            yield chat_text(layout.format(ask=ask, text=found[1].get("text", told.text)), found[0])
             made += 1
 
 
@@ -474,7 +296,7 @@ def _lookup(page: Page, rng: np.random.Generator) -> Iterator[str]:
         ask = str(rng.choice(["What is `{}`?", "What does `{}` mean?", "Explain the parameter `{}`."])).format(
             chosen.group(1)
         )
-        listing = _bullets(found.group() for found in fields)
+        listing = bullets(found.group() for found in fields)
         layout = str(rng.choice(_LAYOUTS[:3]))
         yield chat_text(layout.format(ask=ask, text=listing), chosen.group(3))
 

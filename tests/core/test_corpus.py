@@ -21,7 +21,9 @@ from smolmlx.data.corpus_pages import (
     passages,
     split_sentences,
 )
-from smolmlx.data.corpus_views import VIEWS, ask_about, chat_views, shorten
+from smolmlx.data.corpus_sections import sections
+from smolmlx.data.corpus_sentences import ask_about, disguised, invented_name, shorten, subject_of
+from smolmlx.data.corpus_views import VIEWS, chat_views
 from smolmlx.data.tokenizer_training import train_tokenizer
 
 EXCHANGE = re.compile(r"<\|im_start\|>user\n(.+?)<\|im_end\|>\n<\|im_start\|>assistant\n(.+?)<\|im_end\|>\n", re.DOTALL)
@@ -174,6 +176,45 @@ def test_each_view_answers_and_fills_its_wordings(passage: Passage, index: int) 
         assert answer == answer.strip() != ""
         assert not any(header in answer for header in FORBIDDEN)
         assert all("{" not in wording.format(**slots) for wording in view.wordings)
+
+
+SUBJECT = (
+    "A paint mixer keeps one bucket for each colour.",
+    "Paint mixer owners clean the paint mixer daily.",
+    "It never empties a bucket before the paint mixer stops.",
+    "Readings come in litres.",
+    "Nobody stirs twice.",
+)
+
+
+def test_a_subject_goes_by_another_name_throughout() -> None:
+    page = Page("toy.py", "", ())
+    passage = Passage(page, SUBJECT)
+    assert subject_of(passage) == "paint mixer"
+    assert subject_of(Passage(page, ("Readings come in litres.",))) is None
+    seen = {invented_name(np.random.default_rng(seed)) for seed in range(50)}
+    assert len(seen) > 40 and all(name == name.strip().lower() for name in seen)
+    for seed in range(20):
+        told = disguised(passage, np.random.default_rng(seed))
+        assert "paint mixer" not in told.text.lower()
+        assert len(told.sentences) == len(SUBJECT)
+        assert told.sentences[1][0].isupper()
+        assert told.text.split()[:1] == ["A"]
+
+
+def test_sections_stand_under_the_headings_asked_for() -> None:
+    passage = Passage(Page("toy.py", "", ()), SUBJECT)
+    made = [found for seed in range(60) if (found := sections(passage, np.random.default_rng(seed)))]
+    assert len(made) > 30
+    for answer, slots in made:
+        headings = [line[:-1] for line in answer.split("\n") if line.endswith(":")]
+        assert [re.sub(r" \(.*", "", asked) for asked in slots["x"].split(", ")] == headings
+        bullets = [line for line in answer.split("\n") if line.startswith("* ")]
+        asked = re.search(r"\((\w+) bullets\)", slots["x"])
+        assert asked and {"two": 2, "three": 3, "four": 4}[asked[1]] == len(bullets)
+        points = [answer.index(bullet) for bullet in bullets]
+        assert points == sorted(points) and len(set(bullets)) == len(bullets)
+    assert any("paint mixer?" in answer for answer, _ in made), "some questions end with the passage's subject"
 
 
 def test_validation_holds_whole_sources(site: Path, tmp_path: Path) -> None:
