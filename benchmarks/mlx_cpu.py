@@ -121,10 +121,11 @@ def table(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace) 
 
 def measure(folder: Path, without: str, steps: int, tokens: int) -> dict[str, Any]:
     """Return the median time of a step, the peak memory of this process, and the last loss."""
+    from smolmlx import memory
     from smolmlx_mlx import blas
 
     if without == "memory":
-        blas._keep_freed_memory = lambda: None
+        memory.keep_freed = lambda: None
     blas.ensure()
     import mlx.core as mx
     from mlx import nn

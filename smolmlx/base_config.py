@@ -17,6 +17,10 @@ def is_size(value: Any) -> bool:
     return type(value) is int and 0 < value < _LARGEST
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _LARGEST
+
+
 def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value < _LARGEST
 
@@ -38,6 +42,9 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         ),
         (is_size, "a positive integer"),
     ),
+    "intermediate_size": (lambda value: is_size(value) or isinstance(value, list), "a positive integer"),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps"), (_is_positive, "a number above 0")),
+    "rope_scaling": (lambda value: isinstance(value, dict), "an object"),
     "eos_token_id": (_is_ids, "a token id or a list of them"),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
 }

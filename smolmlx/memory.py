@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import math
 import os
@@ -32,6 +33,17 @@ def host_bytes() -> int | None:
         return None
     size, pages = map(os.sysconf, names)
     return size * pages
+
+
+def keep_freed() -> None:
+    """Tell glibc to reuse freed buffers instead of handing them back to the kernel.
+
+    The CPU allocators of MLX and PyTorch are plain malloc, which maps every large buffer afresh and pays for its page faults.
+    """
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if libc and hasattr(libc, "mallopt"):  # not with musl, nor on macOS
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest that glibc takes
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def estimate(plan: Plan) -> int:
@@ -75,7 +87,7 @@ def check(plan: Plan) -> str | None:
     if limit is None:
         return None
     if bare > limit:
-        knobs = ["a smaller model", "train.method: lora"]
+        knobs = ["a smaller model", "train.method: lora" if plan.full else "a smaller lora.r"]
         knobs += ["model.quantize: 4bit"] if can_pack(plan) else []
         raise RecipeError(
             f"{plan.loaded.source}: weights, gradients and moments alone take {bare / 1e9:.1f} GB, the device has {limit / 1e9:.1f} GB. "

@@ -276,11 +276,35 @@ def open_model(folder: Path, name: str | None = None, revision: str | None = Non
     if not weight_files(folder):
         _refuse_no_weights(folder, name)
     model = BaseModel(name, folder, revision, with_rope_theta(config))
-    problems = config_problems(model.config, model.shapes)
+    problems = config_problems(model.config, model.shapes) or _weight_problems(model)
     if problems:
         raise DataError(f"{config_file}", problems)
     _refuse_two_heads(model)
     return model
+
+
+def _weight_problems(model: BaseModel) -> list[str]:
+    """Hold the stored weights of a Llama-type base to its config: what a loader finds missing, it may draw at random."""
+    packed = model.quantization or "quantization_config" in model.config
+    if model.config.get("model_type") != "llama" or packed or EMBEDDING not in model.shapes:
+        return []
+    try:
+        expected = llama_shapes(model.config)
+    except RecipeError as error:
+        return [*error.problems] or [str(error)]
+    missing = [name for name in expected if name not in model.shapes]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        return [f"its weight files lack {', '.join(missing[:3])}{more}. Fetch the folder again, whole."]
+    other = [name for name, shape in expected.items() if model.shapes[name] != shape]
+    found = [
+        f"{name} is stored as {list(model.shapes[name])}, config.json makes it {list(expected[name])}."
+        for name in other[:3]
+    ]
+    blocks = {int(name.split(".")[2]) for name in model.shapes if name.startswith("model.layers.")}
+    if len(blocks) > model.num_layers:
+        found.append(f"num_hidden_layers: {model.num_layers}, but {len(blocks)} layers are stored.")
+    return found
 
 
 def _why_no_model(folder: Path, name: str) -> str:

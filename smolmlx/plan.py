@@ -23,7 +23,7 @@ from smolmlx import memory
 from smolmlx.backend import Backend, Capabilities, Choice, load
 from smolmlx.data.batches import BatchPlan, padded_tokens, plan_batches
 from smolmlx.data.chat import Tokenizer
-from smolmlx.data.encode import NO_TARGET, TOO_LONG, Account, Encoding
+from smolmlx.data.encode import Encoding
 from smolmlx.data.formats import MissingFile, Source, open_source
 from smolmlx.data.pair_batches import PairPlan, plan_pairs
 from smolmlx.data.store import TokenStore, encode_source
@@ -32,6 +32,7 @@ from smolmlx.held_out import check_held_out, locate
 from smolmlx.layout import choose_packing, choose_sharing
 from smolmlx.models import EMBEDDED, BaseModel, files_root, find_model, llama_shapes
 from smolmlx.recipe import Loaded, Recipe
+from smolmlx.row_checks import beyond_context, check_account, check_ids, unscored
 from smolmlx.schedule import count_steps, learning_rates, moments
 from smolmlx.start_adapter import StartAdapter, find_adapter, with_adapter_lora
 
@@ -245,10 +246,15 @@ def resolve(loaded: Loaded, choice: Choice, on_rows: Callable[[int], None] | Non
     tokenizer = open_tokenizer(loaded, model, adapter)
     if idle := tokenizer.idle_variables(recipe.data.template_args):
         raise RecipeError(f"data.template_args: {', '.join(idle)}: the chat template does not use this. Leave it out.")
+    if taken := tokenizer.taken_variables(recipe.data.template_args):
+        raise RecipeError(
+            f"data.template_args: {', '.join(taken)}: every chat template is given this already. Leave it out."
+        )
     check_held_out(loaded)
     source, train_store, validation_store = _encode(loaded, tokenizer, on_rows)
-    _check_ids(tokenizer, model, train_store)
+    check_ids(tokenizer, model, train_store)
     notes = [*capabilities.notes, *_skipped_files(source), *_other_template(tokenizer, adapter)]
+    notes += [*unscored(validation_store, recipe), *beyond_context(model, train_store)]
     pairs = validation_pairs = None
     if recipe.stage == "dpo":
         pairs = choose_sharing(recipe, train_store, model, tokenizer.pad_id, notes)
@@ -328,6 +334,13 @@ def _without_effect(loaded: Loaded, capabilities: Capabilities, steps: int, batc
     if batch_size < recipe.train.batch_size:
         rows = "pairs" if recipe.stage == "dpo" else "rows"
         yield f"train.batch_size: {recipe.train.batch_size}, but an epoch has {batch_size} {rows}: all are in one batch."
+    if recipe.train.max_steps and "train.max_steps" in loaded.origins and steps < recipe.train.max_steps:
+        yield f"train.max_steps: {recipe.train.max_steps:,}, but train.epochs: {recipe.train.epochs:g} ends the run after {steps:,}."
+    if recipe.train.method == "full" and recipe.model.dtype not in ("auto", "float32"):
+        yield (
+            f"model.dtype: {recipe.model.dtype} with train.method: full loses every update below a rounding step of its weight, which "
+            "at usual rates are most. Take auto with train.mixed_precision: true."
+        )
     if recipe.train.warmup > max(1, steps):
         yield f"train.warmup: {recipe.train.warmup:g} steps, but the run has {steps}: its rate only rises."
     for key, every, instead in (
@@ -466,7 +479,7 @@ def _encode(
         limit=data.limit,
         on_rows=on_rows,
     )
-    _check_account(train, loaded, data.train)
+    check_account(train, loaded, data.train)
     validation = None
     if data.validation is not None:
         other = _open_rows(recipe, data.validation, split="validation", **options)
@@ -508,36 +521,6 @@ def encoding(recipe: Recipe) -> Encoding:
         data.max_length, data.loss_on, data.history, data.overlong,
         chunks=recipe.stage == "pretrain", template_args=data.template_args,
     )  # fmt: skip
-
-
-def _check_account(store: TokenStore, loaded: Loaded, named: str | list[str]) -> None:
-    """Refuse data of which most is not trained: a healthy-looking loss would hide it."""
-    account = store.account
-    name = named if isinstance(named, str) else ", ".join(named)
-    listed = [f"{reason}: {count} rows, first at {account.first[reason]}" for reason, count in account.reasons.items()]
-    advice = _advice(account, loaded.recipe)
-    if not len(store):
-        raise DataError(f"{name}: none of its {account.rows} rows can be trained. {advice}", listed)
-    if account.lost * 2 > account.rows and not loaded.recipe.data.allow_affected:
-        count = f"{account.lost} of {account.rows} rows cannot be trained, more than half"
-        raise DataError(f"{name}: {count}. {advice} Or go on with data.allow_affected: true", listed)
-
-
-def _advice(account: Account, recipe: Recipe) -> str:
-    if account.reasons[TOO_LONG] >= account.reasons[NO_TARGET]:
-        possible = ("truncate_prompt", *(["split"] if recipe.stage != "dpo" else []))
-        others = ", ".join(name for name in possible if name != recipe.data.overlong)
-        return f"Raise data.max_length{f', or choose another data.overlong ({others})' if others else ''}."
-    return "Each row needs an assistant turn that is not empty within data.max_length; see `smolmlx data inspect`."
-
-
-def _check_ids(tokenizer: Tokenizer, model: BaseModel, store: TokenStore) -> None:
-    vocabulary = int(model.config.get("vocab_size", 0))
-    if tokenizer.vocab_size > vocabulary and len(store.ids) and int(np.max(store.ids)) >= vocabulary:
-        raise RecipeError(
-            f"model: the tokenizer in {tokenizer.folder} makes ids up to {int(np.max(store.ids))}, but the model has {vocabulary} "
-            "embeddings. They do not belong together; set model.tokenizer to the model's own."
-        )
 
 
 def initial_adapter(plan: Plan) -> dict[str, npt.NDArray[np.float32]]:

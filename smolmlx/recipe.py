@@ -292,6 +292,8 @@ def _impossible(recipe: Recipe) -> Iterator[str]:
     model, data, train = recipe.model, recipe.data, recipe.train
     if (model.id is None) == (model.config is None):
         yield "model: give either `id` (a model to start from) or `config` (a model made from scratch)."
+    if train.warmup > 1 and train.warmup != int(train.warmup):
+        yield f"train.warmup: {train.warmup:g} is neither a share of the steps (below 1) nor a whole number of them."
     if model.config is not None and recipe.stage != "pretrain":
         yield f"model.config: a model made from scratch knows nothing to fine-tune (stage {recipe.stage}). Use stage: pretrain."
     if model.config is not None and train.method == "lora":

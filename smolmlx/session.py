@@ -135,7 +135,9 @@ class Session:
             self._prepare_pairs(score, fresh=checkpoint is None)
         if checkpoint is not None:
             weights = _load_saved(checkpoint / self.plan.weights_name)
-            engine.load(weights, _load_saved(checkpoint / "optimizer.safetensors"), self.state.step)
+            moments = _load_saved(checkpoint / "optimizer.safetensors")
+            _check_moments(checkpoint, weights, moments, self.state.step)
+            engine.load(weights, moments, self.state.step)
             self._saved_step = self.state.step
         self.state.plan = self.plan.fingerprint()
         self._trim_metrics()
@@ -146,6 +148,11 @@ class Session:
         if state.plan != self.plan.fingerprint():
             raise RecipeError(
                 f"{checkpoint}: made by another plan: {what_changed(self.run, self.plan)}, or start a new run."
+            )
+        if state.step > self.plan.steps:
+            raise RunError(
+                f"{checkpoint}: state.json says step {state.step}, and the run has {self.plan.steps}. Delete this checkpoint folder to go "
+                "on from the one before."
             )
         return state
 
@@ -238,10 +245,11 @@ class Session:
         last = self.run.last_checkpoint()
         kept = f" The last checkpoint is {last}." if last else ""
         rate = self.plan.learning_rates[min(self.state.step, self.plan.steps - 1)]
-        return (
-            f"step {self.state.step + 1}: {what}. Lower train.learning_rate "
-            f"(now {rate:g}), add train.warmup, or set model.dtype: float32.{kept}"
-        )
+        knobs = [f"lower train.learning_rate (now {rate:g})"]
+        knobs += [] if self.plan.recipe.train.warmup else ["add train.warmup"]
+        knobs += [] if self.plan.dtype == "float32" else ["set model.dtype: float32"]
+        tried = f"{', '.join(knobs[:-1])} or {knobs[-1]}" if len(knobs) > 1 else knobs[0]
+        return f"step {self.state.step + 1}: {what}. {tried[0].upper()}{tried[1:]}.{kept}"
 
     def _finite_weights(self) -> Arrays:
         """Return the engine's weights, which a step whose loss was still a number may have thrown out of all bounds."""
@@ -388,11 +396,29 @@ def read_state(checkpoint: Path) -> State:
     """
     try:
         tree = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return State(**{item.name: tree[item.name] for item in fields(State)})
-    except (OSError, ValueError, KeyError) as error:
+        state = State(**{item.name: tree[item.name] for item in fields(State)})
+        if type(state.step) is not int or state.step < 0:
+            raise ValueError(f"step {state.step!r}")
+        return state
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{checkpoint}: state.json is broken ({error!r}). Delete this checkpoint folder to go on from the one before."
         ) from error
+
+
+def _check_moments(checkpoint: Path, weights: Arrays, moments: Arrays, step: int) -> None:
+    """Refuse optimizer moments of which some are missing: an engine would begin those again from zero, without a word."""
+    kinds: dict[str, set[str]] = {}
+    for name in moments:
+        weight, _, kind = name.rpartition(".")
+        kinds.setdefault(weight, set()).add(kind)
+    both = {"exp_avg", "exp_avg_sq"}
+    lacking = [name for name in weights if name not in kinds or kinds[name] & both not in (set(), both)]
+    if step and lacking:
+        raise RunError(
+            f"{checkpoint}: optimizer.safetensors lacks the moments of {lacking[0]} ({len(lacking)} such weights). Delete this checkpoint "
+            "folder to go on from the one before."
+        )
 
 
 def save_arrays(arrays: Arrays, path: Path) -> None:

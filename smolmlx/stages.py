@@ -251,7 +251,7 @@ def save_result(plan: Plan, session: Session) -> None:
         name = "config.json" if plan.full else "adapter_config.json"
         tree = dict(plan.model.config) if plan.full else adapter_config(plan)
         if plan.full:
-            tree["torch_dtype"] = dtype
+            tree |= {"dtype": dtype, "torch_dtype": dtype}  # transformers 5 reads the first, others the second
         write_text(folder / name, json.dumps(tree, indent=2) + "\n")
         copy_tokenizer(plan.tokenizer, folder)
         if not plan.full:

@@ -181,6 +181,11 @@ def _check_attention(plan: Plan) -> Sequence[str]:
         return [f"cuda.attention: 'flash_attention_2' is for NVIDIA, this is {device}. Take sdpa."]
     if importlib.util.find_spec("flash_attn") is None:
         return ["cuda.attention: 'flash_attention_2' needs pip install flash-attn. Or take sdpa."]
+    if plan.train.packed and plan.train.batch_size > 1:
+        why = "keeps packed rows apart in batches of one alone"
+        return [
+            f"cuda.attention: 'flash_attention_2' {why}. Take sdpa, or train.batch_size: 1 with train.accumulation."
+        ]
     if plan.dtype == "float32":
         return ["cuda.attention: 'flash_attention_2' computes in 16 bits, and the weights are float32. Take sdpa."]
     return []

@@ -47,19 +47,25 @@ def load_base(folder: Path, dtype: str, device: str, quantize: str = "none", att
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             local_files_only=True,
+            output_loading_info=True,
             **quantization,
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackendError(f"{folder}: transformers cannot load this model: {str(error).splitlines()[0]}") from error
     except RuntimeError as error:
         if ran_out(error):
             raise
         raise RecipeError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
+    if lacking := sorted(found["missing_keys"]):  # transformers draws them at random, and warns
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise RecipeError(
+            f"{folder}: the weights do not fit config.json: the files lack {', '.join(lacking[:3])}{more}. Fetch the folder again, whole."
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model if quantization else model.to(device)
@@ -120,7 +126,10 @@ def load_adapter(model: Any, folder: Path, name: str = "default") -> Any:
     except (RuntimeError, ValueError) as error:
         if ran_out(error):
             raise
-        raise RecipeError(f"{folder}: made for another base model: {str(error).splitlines()[0]}") from error
+        why = " ".join(str(error).split())[:300]
+        raise RecipeError(
+            f"{folder}: made for another base model. Pass the one that its adapter_config.json names. (PEFT says: {why})"
+        ) from error
     # PEFT leaves out, without a word, tensors of layers that the base lacks. An embedding's factors end in the name.
     adapted = {
         canonical(path).partition(".lora_")[0] for path, _ in found.named_parameters() if f".{name}." in f"{path}."

@@ -35,6 +35,8 @@ class TrlTrainer:
 
     def fit(self, plan: Plan, session: Session) -> None:
         """Train until the session wants no more; see `backend.Trainer`."""
+        if plan.capabilities.device == "cpu":
+            memory.keep_freed()
         with memory.guard(ran_out, lambda: memory.training(plan)):
             engine = Engine(plan, session)
             session.attach(engine, engine.score)

@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from smolmlx import memory
+
 ADVICE = "apt-get install libopenblas0-pthread, or pip install mkl (x86-64)"
 
 
@@ -55,7 +57,7 @@ def _load() -> Blas:
     global _library
     if sys.platform != "linux":
         return Blas("Accelerate", None, True)
-    _keep_freed_memory()
+    memory.keep_freed()
     _feed_all_lanes()
     if "mlx.core" in sys.modules:
         return Blas("unknown (mlx was imported before smolmlx)", None, False)
@@ -75,17 +77,6 @@ def _kernels(library: ctypes.CDLL) -> str:
         return ""
     ask.restype = ctypes.c_char_p
     return f" ({ask().decode()} kernels)"
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to reuse freed buffers instead of handing them back to the kernel.
-
-    MLX's CPU allocator is plain malloc, which maps every buffer over 128 kB afresh and pays for its page faults.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # not with musl
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest that glibc takes
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def _feed_all_lanes() -> None:

@@ -55,7 +55,14 @@ def load_base(folder: Path, config: Mapping[str, Any], dtype: str, quantize: str
             raise BackendError(
                 f"{folder}: mlx-lm has no model of type '{config.get('model_type')}'. Try --backend cuda."
             ) from error
-        raise RecipeError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
+        why = " ".join(str(error).split())[:300]
+        raise RecipeError(
+            f"{folder}: the weights do not fit config.json: {why} Fetch the folder again, whole."
+        ) from error
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise RecipeError(
+            f"{folder}: mlx-lm cannot read config.json ({error}). Try --backend cuda, or mend the file."
+        ) from error
     except SystemExit as error:  # mlx-lm's olmo, where its package is missing
         raise BackendError(
             f"{folder}: mlx-lm's '{config.get('model_type')}' needs the package named above. Install it, or try --backend cuda."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @options.overrides
 @click.option("--max-steps", type=click.IntRange(min=1), help="As for train.")
 @click.option(
-    "--row", default=0, show_default=True, type=click.IntRange(min=0), help="Row to show with its trained tokens."
+    "--row", default=1, show_default=True, type=click.IntRange(min=1), help="Row to show with its trained tokens."
 )
 @options.as_json
 def command(
@@ -37,9 +37,8 @@ def command(
 
     loaded = options.load_recipe(recipe or "quickstart", sets, max_steps)
     plan = options.resolve(loaded, options.choose(backend, device))
-    if row >= plan.num_rows:
-        last = plan.num_rows - 1
-        raise RecipeError(f"--row {row}: the last row that is trained is {last}.")
+    if row > plan.num_rows:
+        raise RecipeError(f"--row {row}: the last row that is trained is {plan.num_rows}.")
     if as_json:
         from smolmlx.recipe import flatten
 
@@ -51,7 +50,7 @@ def command(
         return
     _show_values(plan)
     _show_plan(plan)
-    _show_row(plan, row)
+    _show_row(plan, row - 1)
     for text in plan.notes:
         console.note(text, style="yellow")
     words = ["smolmlx", "train", recipe or "quickstart", "--backend", plan.backend]
@@ -166,9 +165,9 @@ def _show_row(plan: Plan, index: int) -> None:
     from smolmlx import console
     from smolmlx.data.inspection import pieces
 
-    rows = [(f"Row {index}", index)]
+    rows = [(f"Row {index + 1}", index)]
     if plan.pairs:
-        rows = [(f"Pair {index}, {name}", 2 * index + side) for side, name in enumerate(("chosen", "rejected"))]
+        rows = [(f"Pair {index + 1}, {name}", 2 * index + side) for side, name in enumerate(("chosen", "rejected"))]
     for title, row in rows:
         ids, mask = plan.train.store.row(row)
         shown = pieces(ids.tolist(), mask.tolist(), plan.tokenizer)

@@ -225,6 +225,11 @@ class Tokenizer:
         mentioned = set(re.findall(r"\w+", self.template_text or ""))
         return [name for name in names if name not in mentioned]
 
+    @staticmethod
+    def taken_variables(names: Iterable[str]) -> list[str]:
+        """Return which of these names every template is given already."""
+        return [name for name in names if name in ("messages", "add_generation_prompt", *_ROLES)]
+
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False, **variables: Any) -> str:
         """Render messages with the chat template.
 
@@ -245,7 +250,15 @@ class Tokenizer:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=generation_prompt, **specials, **variables
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise DataError(f"the chat template refuses these messages: {error}") from error
 
     def prompt(self, messages: Sequence[Message], /, **variables: Any) -> str:
@@ -283,7 +296,10 @@ def _find_template(folder: Path, config: Mapping[str, Any], asked: str | None) -
         return own.read_text(encoding="utf-8")
     found = config.get("chat_template")
     if isinstance(found, list):  # named templates; "default" is the one served
-        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+        found = next(
+            (entry.get("template") for entry in found if isinstance(entry, dict) and entry.get("name") == "default"),
+            None,
+        )
     return found if isinstance(found, str) else None
 
 

@@ -210,17 +210,18 @@ def _cut_prompt(example: Example, tokenizer: Tokenizer, how: Encoding, encoded: 
 
 
 def shorten_prompt(example: Example, tokenizer: Tokenizer, excess: int) -> Example | None:
-    """Take `excess` tokens off the left of the longest message that is not the assistant's; None where it has too few."""
+    """Take `excess` tokens off the left of the longest message that is not the assistant's; None where it has too few.
+
+    Rules come first in a system message, so it is cut only where no other message is long enough.
+    """
     messages = [dict(message) for message in example.messages]
     prompts = [m for m in messages if m["role"] != "assistant" and isinstance(m.get("content"), str)]
-    if not prompts:
-        return None
-    longest = max(prompts, key=lambda message: len(message["content"]))
-    offsets = tokenizer.fast.encode(longest["content"], add_special_tokens=False).offsets
-    if excess >= len(offsets):
-        return None
-    longest["content"] = longest["content"][offsets[excess][0] :].lstrip()
-    return replace(example, messages=tuple(messages))
+    for message in sorted(prompts, key=lambda m: (m["role"] in ("system", "developer"), -len(m["content"]))):
+        offsets = tokenizer.fast.encode(message["content"], add_special_tokens=False).offsets
+        if excess < len(offsets):
+            message["content"] = message["content"][offsets[excess][0] :].lstrip()
+            return replace(example, messages=tuple(messages))
+    return None
 
 
 def _chunks(examples: Iterable[Example], tokenizer: Tokenizer, length: int, account: Account) -> Iterator[Encoded]:

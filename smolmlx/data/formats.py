@@ -148,7 +148,7 @@ class Source:
         for where, raw in read_rows(self.files, problems):
             count += 1
             try:
-                yield to_example(raw, self.form, where, self.columns, self.system)
+                yield _whole(to_example(raw, self.form, where, self.columns, self.system))
             except DataError as error:
                 problems.append(str(error))
         if problems:
@@ -469,6 +469,18 @@ def to_example(raw: Raw, form: Format, where: str, columns: Mapping[str, str], s
         return _preference(row, where, system)
     messages = _with_system(_turns(row, form, where), _own_system(row, where) or system)
     return Example(where, messages)
+
+
+def _whole(example: Example) -> Example:
+    """Refuse half of a surrogate pair: JSON can say it, but it is no character, and no tokenizer takes it."""
+    try:
+        example.characters().encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("ascii", "backslashreplace").decode()
+        raise DataError(
+            f"{example.where}: holds {half}, half of a character, as text does that was cut inside one. Leave the row out, or make it again"
+        ) from error
+    return example
 
 
 def _turns(row: Raw, form: Format, where: str) -> tuple[Mapping[str, Any], ...]:

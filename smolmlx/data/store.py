@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -25,8 +26,8 @@ from smolmlx.data.pairs import encode_pairs
 from smolmlx.errors import DataError, RunError
 
 _VERSION, _PAIRS_VERSION = (
-    "3",
-    "3.1",
+    "4",
+    "4.1",
 )  # raise when layout, meaning of a mask or what is refused changes: old caches are then not read
 
 IntArray = npt.NDArray[np.int32]
@@ -105,13 +106,14 @@ def encode_source(
     parts = (version, names, source.content_hash(), tokenizer.fingerprint(), options, keep_name, str(limit))
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     folder = cache_folder() / "tokens" / key
-    if not (folder / "meta.json").is_file():
-        account = Account()
-        examples = (
-            example for index, example in enumerate(itertools.islice(source, limit)) if keep is None or keep(index)
-        )
-        encode = encode_pairs if how.loss_on == "pair" else encode_rows
-        write_store(folder, _counted(encode(examples, tokenizer, how, account), account, on_rows), account)
+    if folder.exists():
+        with contextlib.suppress(DataError):  # half deleted or cut off: it is made again
+            return open_store(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    account = Account()
+    examples = (example for index, example in enumerate(itertools.islice(source, limit)) if keep is None or keep(index))
+    encode = encode_pairs if how.loss_on == "pair" else encode_rows
+    write_store(folder, _counted(encode(examples, tokenizer, how, account), account, on_rows), account)
     return open_store(folder)
 
 
@@ -159,14 +161,18 @@ def open_store(folder: Path) -> TokenStore:
     Raises:
         DataError: the files do not belong together.
     """
-    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    offsets = np.fromfile(folder / "offsets.i64", np.int64)
-    ids, mask = _map(folder / "ids.i32", np.int32), _map(folder / "mask.u8", np.uint8)
+    broken = f"{folder}: a broken token cache. Delete the folder; it will be made again."
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        account = Account(meta["rows"])
+        account.reasons.update(meta["reasons"])
+        account.first.update(meta["first"])
+        offsets = np.fromfile(folder / "offsets.i64", np.int64)
+        ids, mask = _map(folder / "ids.i32", np.int32), _map(folder / "mask.u8", np.uint8)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(broken) from error
     if not len(offsets) or len(ids) != offsets[-1] or len(mask) != offsets[-1]:
-        raise DataError(f"{folder}: a broken token cache. Delete the folder; it will be made again.")
-    account = Account(meta["rows"])
-    account.reasons.update(meta["reasons"])
-    account.first.update(meta["first"])
+        raise DataError(broken)
     return TokenStore(folder, ids, mask, offsets, account)
 
 

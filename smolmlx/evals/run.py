@@ -22,7 +22,7 @@ from smolmlx.data.chat import Tokenizer
 from smolmlx.data.encode import Encoding
 from smolmlx.data.formats import Raw, Source, open_source, to_example
 from smolmlx.data.store import encode_source
-from smolmlx.errors import DataError
+from smolmlx.errors import DataError, RunError
 from smolmlx.evals import research
 from smolmlx.evals.bases import Bases, System, generate
 from smolmlx.evals.research import ResearchReport
@@ -96,7 +96,7 @@ class DataFile:
     rows: int
     """Rows scored, after `limit` and `ids`."""
     left_out: int = 0
-    """Rows that do not fit the model's context (suite research)."""
+    """Rows that do not fit the model's context (suite research), or that cannot be scored (suite loss)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,8 @@ class Evaluation:
 
     def _named(self, name: str) -> str:
         file = self.files[name]
-        left_out = f"; {file.left_out:,} left out, longer than the model's context" if file.left_out else ""
+        why = "longer than the model's context" if self.research else "too long, or with nothing to score"
+        left_out = f"; {file.left_out:,} left out, {why}" if file.left_out else ""
         return f"Rows: {file.rows:,} of `{file.path}` (sha256 {file.sha256[:16]}){left_out}"
 
 
@@ -286,17 +287,19 @@ def answer(generator: Generator, tokenizer: Tokenizer, prompts: Sequence[Message
 
 
 def _evaluate_loss(bases: Bases, systems: Sequence[System], tokenizer: Tokenizer, settings: Settings) -> Evaluation:
-    batches = _batches(tokenizer, settings)
+    batches, lost = _batches(tokenizer, settings)
     rows = {
-        system.name: _row_losses(bases.generator(system, tokenizer, settings.loading), batches) for system in systems
+        system.name: _row_losses(system.name, bases.generator(system, tokenizer, settings.loading), batches)
+        for system in systems
     }
     found = {name: summarise_loss(values) for name, values in rows.items()}
     differences = [loss_difference(name, rows[name], earlier, rows[earlier]) for name, earlier in _pairs(systems)]
-    files = {"test": describe_file(settings.data, settings, next(iter(found.values())).num_rows)}
+    files = {"test": describe_file(settings.data, settings, next(iter(found.values())).num_rows, lost)}
     return Evaluation(settings, loss=found, files=files, differences=differences)
 
 
-def _batches(tokenizer: Tokenizer, settings: Settings) -> list[Batch]:
+def _batches(tokenizer: Tokenizer, settings: Settings) -> tuple[list[Batch], int]:
+    """Return the rows whose loss is computed, and how many cannot be scored."""
     source = open_rows(settings.data, settings)
     if settings.ids:
         chosen = choose_rows(source, Choice(settings.ids, settings.limit))
@@ -309,11 +312,16 @@ def _batches(tokenizer: Tokenizer, settings: Settings) -> list[Batch]:
     if not len(store):
         raise DataError(f"{settings.data}: no row has a supervised token within {settings.encoding.max_length} tokens.")
     size = min(8, settings.decoding.batch_size)
-    return list(plan_batches(store, batch_size=size, shuffle=False, pad_id=tokenizer.pad_id).evaluation())
+    batches = plan_batches(store, batch_size=size, shuffle=False, pad_id=tokenizer.pad_id).evaluation()
+    return list(batches), store.account.lost
 
 
-def _row_losses(generator: Generator, batches: Sequence[Batch]) -> list[tuple[float, int, int]]:
-    """Return (sum of nats, supervised tokens, correct tokens) of each row that has any."""
+def _row_losses(name: str, generator: Generator, batches: Sequence[Batch]) -> list[tuple[float, int, int]]:
+    """Return (sum of nats, supervised tokens, correct tokens) of each row that has any.
+
+    Raises:
+        RunError: a loss that is no number.
+    """
     found = []
     for batch, score in zip(batches, generator.score(batches), strict=True):
         size, width = batch.ids.shape
@@ -321,6 +329,10 @@ def _row_losses(generator: Generator, batches: Sequence[Batch]) -> list[tuple[fl
         nats = np.bincount(row, -score.log_probs.astype(np.float64) * batch.weights, size)
         counts = np.bincount(row, batch.weights, size)
         correct = np.bincount(row, score.correct * batch.weights, size)
+        if not np.isfinite(nats).all():
+            raise RunError(
+                f"{name}: the loss of a row is not a number. Its weights or its adapter hold NaN or infinity; train it again."
+            )
         values = zip(nats.tolist(), counts.tolist(), correct.tolist(), strict=True)
         found += [(total, round(count), round(right)) for total, count, right in values if count]
     return found
@@ -336,7 +348,7 @@ def _evaluate_research(
     asking = research.Asking(tokenizer, registry, settings.decoding, settings.constrained, settings.template_args)
     sets = {name: research.fitting(rows, asking, systems[0].model.context) for name, rows in read.items()}
     train = research.read_rows(settings.train, open_rows(settings.train, settings), Choice()) if settings.train else []
-    batches = _batches(tokenizer, settings)
+    batches, _ = _batches(tokenizer, settings)
     answers: dict[str, dict[str, list[research.Answered]]] = {name: {} for name in sets}
     loss = {}
     for system in systems:
@@ -344,7 +356,7 @@ def _evaluate_research(
         for name, rows in sets.items():
             with meter(f"{system.name} answers {name}", len(rows)) as on_done:
                 answers[name][system.name] = research.answer(generator, rows, asking, on_done)
-        loss[system.name] = summarise_loss(_row_losses(generator, batches))
+        loss[system.name] = summarise_loss(_row_losses(system.name, generator, batches))
     for name, rows in sets.items():
         if train:
             answers[name][COPY_CONTROL] = research.copied_answers(train, rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lab import ENGINES, Lab, make_tiny, toy_installed
 from smolmlx import backend, recipe
@@ -70,6 +71,26 @@ def test_an_engine_without_dpo_says_why(lab: Lab, pair_rows: Path) -> None:
     with pytest.raises(RecipeError, match="does not support 'dpo'") as caught:
         lab.plan(**changes)
     assert capabilities.missing["dpo"] in str(caught.value)
+
+
+def test_a_base_that_lacks_weights_is_refused_by_name(lab: Lab, tmp_path: Path) -> None:
+    """transformers draws what is missing at random, and goes on."""
+    if lab.name not in recipe.Recipe.model_fields:
+        pytest.skip("the toy engine has no models of other types")
+    base = make_tiny(tmp_path / "base")
+    tree = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps({**tree, "model_type": "mistral", "architectures": ["MistralForCausalLM"]})
+    )
+    tensors = load_file(base / "model.safetensors")
+    whole, tokenizer = open_model(base), lab.plan().tokenizer
+    lab.choice.backend.generator(whole, None, tokenizer, backend.Loading(lab.choice.device))
+    del tensors["model.norm.weight"]
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(
+        RecipeError, match=r"weights do not fit config.json: .*model\.norm\.weight.* Fetch the folder again"
+    ):
+        lab.choice.backend.generator(open_model(base), None, tokenizer, backend.Loading(lab.choice.device))
 
 
 def test_unknown_knobs_are_refused(lab: Lab) -> None:

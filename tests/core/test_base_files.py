@@ -124,6 +124,9 @@ def test_a_broken_index(index: bytes, base: Path) -> None:
 
 def test_a_block_that_lacks_a_weight(base: Path) -> None:
     edit_weights(base, lambda t: t.pop(UP))
+    with pytest.raises(DataError, match=f"its weight files lack {UP}. Fetch the folder again, whole"):
+        merged(base)
+    edit_config(base, model_type="stablelm")  # whose names are not known by heart
     with pytest.raises(DataError, match=f"{UP}: missing, though other blocks have it"):
         merged(base)
 
@@ -156,6 +159,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads: expected a positive integer, found 0"),
     "layers of text": ({"num_hidden_layers": "2"}, "num_hidden_layers: expected a positive integer"),
     "a number of thousands of digits": ({"hidden_size": 10**4000}, "hidden_size: expected a positive integer"),
+    "no number of heads": ({"num_attention_heads": "gone"}, "num_attention_heads: missing"),
+    "heads that do not divide the width": ({"num_attention_heads": 3}, "3 heads .* does not divide evenly"),
+    "a rotation of text": ({"rope_theta": "x"}, "rope_theta: expected a number above 0"),
+    "a layer more than is stored": ({"num_hidden_layers": 3}, "its weight files lack model.layers.2"),
+    "a layer less than is stored": ({"num_hidden_layers": 1}, "num_hidden_layers: 1, but 2 layers are stored"),
+    "other inner widths": ({"intermediate_size": 8}, "mlp.gate_proj.weight is stored as"),
     "another vocabulary": ({"vocab_size": 7}, rf"vocab_size: 7, but {EMBEDDING} is stored as"),
     "another width": ({"hidden_size": 12}, rf"hidden_size: 12, but {EMBEDDING} is stored as"),
 }

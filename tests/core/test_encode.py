@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ class TestOverlong:
         assert account.reasons == {encoding.CUT_PROMPT: 1} and account.lost == 0
         kept = tokenizer.decode(row.ids[: row.mask.index(True)], skip_special=False).split("user\n")[1].split(END)[0]
         assert LONG.messages[0]["content"].endswith(kept) and kept
+
+    def test_truncate_prompt_spares_the_system_message(self, tokenizer: Tokenizer) -> None:
+        rules = {"role": "system", "content": "never " * 80}
+        row = replace(LONG, messages=(rules, {"role": "user", "content": "what " * 60}, LONG.messages[1]))
+        whole = len(run(tokenizer, [row])[0][0].ids)
+        (found,), _ = run(tokenizer, [row], max_length=whole - 20, overlong="truncate_prompt")
+        assert rules["content"] in tokenizer.decode(found.ids)
 
     def test_truncate_prompt_drops_what_no_prompt_can_save(self, tokenizer: Tokenizer) -> None:
         found, account = run(
@@ -183,6 +191,12 @@ class TestAccount:
         with pytest.raises(DataError, match="f:9: the chat template refuses these messages: no system here"):
             run(Tokenizer(tiny_model, str(tmp_path / "t.jinja")), [chat("q", "a", where="f:9")])
 
+    @pytest.mark.parametrize("body", ["{{ 1 / 0 }}", "{{ messages[99].content.strip() }}", "{{ messages | sum }}"])
+    def test_templates_that_break(self, tmp_path: Path, tiny_model: Path, body: str) -> None:
+        (tmp_path / "t.jinja").write_text(body)
+        with pytest.raises(DataError, match="f:9: the chat template refuses these messages: "):
+            run(Tokenizer(tiny_model, str(tmp_path / "t.jinja")), [chat("q", "a", where="f:9")])
+
 
 class TestDocuments:
     def test_end_of_document_once(self, tokenizer: Tokenizer) -> None:
@@ -265,12 +279,18 @@ class TestStore:
         path.write_text(json.dumps({"prompt": "q", "completion": "b"}) + "\n")
         assert encode_source(open_source(str(path)), tokenizer, how).folder != first.folder
 
+    @pytest.mark.parametrize("lost", ["meta.json", "ids.i32", "mask.u8", "offsets.i64", "cut", "all"])
     def test_cache_that_was_half_deleted_is_made_again(
-        self, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+        self, lost: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("SMOLMLX_CACHE", str(tmp_path / "cache"))
         path = tmp_path / "r.jsonl"
         path.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
         first = encode_source(open_source(str(path)), tokenizer, Encoding(64))
-        shutil.rmtree(first.folder)
+        if lost == "all":
+            shutil.rmtree(first.folder)
+        elif lost == "cut":
+            (first.folder / "meta.json").write_text('{"rows": ')
+        else:
+            (first.folder / lost).unlink()
         assert len(encode_source(open_source(str(path)), tokenizer, Encoding(64))) == 1

@@ -307,6 +307,9 @@ class TestRefusals:
             ({"prompt": "x", "completion": True}, "should be text, got bool"),
             ({"prompt": "x", "chosen": "a", "rejected": 3}, "should be a list"),
             ({"chosen": [ANSWER], "rejected": [ANSWER]}, "share no prompt"),
+            ({"text": "cut \ud800 here"}, r"holds \ud800, half of a character"),
+            ({"messages": [{"role": "user", "content": "\udfff"}]}, r"holds \udfff, half of a character"),
+            ({"prompt": "x", "chosen": "a", "rejected": "\ud801"}, r"holds \ud801, half of a character"),
         ],
     )
     def test_bad_row(self, tmp_path: Path, row: dict[str, Any], words: str) -> None:

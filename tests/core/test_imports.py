@@ -34,6 +34,7 @@ LAYERS = {
     "data": 1,  # rows to tokens
     "backend": 2,  # the protocols; plan and session are named there for type checkers only
     "held_out": 2,  # the rows a model will be scored on
+    "row_checks": 2,  # what is refused and said of a plan's rows
     "layout": 2,  # choices of the plan that are estimates of cost
     "plan": 2,  # reads Capabilities and Choice from backend: the two describe one seam, from its two sides
     "references": 2,  # what the start policy gives each answer: asked of an engine, kept beside the session's state

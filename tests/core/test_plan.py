@@ -376,6 +376,50 @@ def test_warmup_longer_than_the_run_is_said(tree: dict[str, Any]) -> None:
     assert not any("train.warmup" in note for note in make(tree, train__warmup=2, train__max_steps=2).notes)
 
 
+class TestSaid:
+    def test_validation_rows_that_cannot_be_scored(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        """The best checkpoint would rest on the few others, without a word."""
+        rows = [("q", "a")] + [("q", "long " * 200)] * 3
+        lines = [json.dumps({"prompt": ask, "completion": answer}) for ask, answer in rows]
+        (tmp_path / "val.jsonl").write_text("\n".join(lines))
+        notes = make(tree, data__validation=str(tmp_path / "val.jsonl")).notes
+        assert any(
+            re.match(r"data\.validation: 3 of 4 rows cannot be scored \(.*: 3, first at .*val\.jsonl:2\)", n)
+            for n in notes
+        )
+
+    def test_rows_beyond_the_context(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "q", "completion": "long words " * 600}) + "\n")
+        long = {"train": str(tmp_path / "long.jsonl"), "max_length": 16384}
+        assert any("data.max_length: the longest row has" in note for note in make(tree, data=long).notes)
+        assert not any("longest row" in note for note in make(tree).notes)
+
+    def test_full_training_in_16_bits(self, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        both = replace(CAPABLE, dtypes=("float32", "bfloat16"))
+        monkeypatch.setattr(Paper, "capabilities", lambda self, device=None: both)
+        words = "model.dtype: bfloat16 with train.method: full loses every update"
+        assert any(words in note for note in make(tree, train__method="full", model__dtype="bfloat16").notes)
+        assert not any(words in note for note in make(tree, model__dtype="bfloat16").notes)
+        assert not any(words in note for note in make(tree, train__method="full").notes)
+
+    def test_fewer_steps_than_asked_for(self, tree: dict[str, Any]) -> None:
+        """Seven thousand steps were asked for once, and the run ended after the one epoch that is the default."""
+        plan = make(tree, train__max_steps=5000)
+        assert f"train.max_steps: 5,000, but train.epochs: 1 ends the run after {plan.steps}." in plan.notes
+        assert not any("max_steps" in note for note in make(tree, train__max_steps=2).notes)
+
+    @pytest.mark.parametrize("name", ["messages", "add_generation_prompt"])
+    def test_variables_that_templates_have(self, tree: dict[str, Any], name: str) -> None:
+        with pytest.raises(
+            RecipeError, match=rf"data\.template_args: {name}: every chat template is given this already"
+        ):
+            make(tree, data__template_args={name: 1})
+
+    def test_half_a_step_of_warmup(self, tree: dict[str, Any]) -> None:
+        with pytest.raises(RecipeError, match=r"train\.warmup: 1\.5 is neither a share"):
+            make(tree, train__warmup=1.5)
+
+
 class TestWithoutEffect:
     def test_batches_larger_than_the_data(self, tree: dict[str, Any]) -> None:
         plan = make(tree, train__batch_size=4096)

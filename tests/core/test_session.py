@@ -18,7 +18,7 @@ from smolmlx.backend import Choice
 from smolmlx.errors import RecipeError, RunError
 from smolmlx.plan import Plan, resolve
 from smolmlx.recipe import build
-from smolmlx.session import Arrays, Event, Session, StepResult, read_metrics, read_state, write_csv
+from smolmlx.session import Arrays, Event, Session, StepResult, read_metrics, read_state, save_arrays, write_csv
 
 
 class Counter:
@@ -32,7 +32,7 @@ class Counter:
         return {"w": np.full((2,), self.value, np.float32)}
 
     def optimizer(self) -> Arrays:
-        return {"w.exp_avg": np.full((2,), -self.value, np.float32)}
+        return {f"w.{kind}": np.full((2,), -self.value, np.float32) for kind in ("exp_avg", "exp_avg_sq")}
 
     def load(self, weights: Arrays, optimizer: Arrays | None, step: int) -> None:
         self.loaded = (weights, optimizer, step)
@@ -206,12 +206,26 @@ def test_half_a_checkpoint_is_not_one(make: Make) -> None:
 def test_broken_checkpoint_is_named(make: Make) -> None:
     session = make(save={"every": 2})
     walk(session, 4)
+    state = json.loads((session.run.checkpoint(4) / "state.json").read_text())
     path = session.run.checkpoint(4) / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(RunError, match=r"000004.*Delete this checkpoint folder to go on from the one before"):
         make(resume=True, save={"every": 2})
     (session.run.checkpoint(4) / "state.json").write_text("{")
-    with pytest.raises(RunError, match=r"state\.json is broken"):
+    for broken in ("{", "[]", json.dumps({**state, "step": "4"}), json.dumps({**state, "step": -1})):
+        (session.run.checkpoint(4) / "state.json").write_text(broken)
+        with pytest.raises(RunError, match=r"state\.json is broken"):
+            make(resume=True, save={"every": 2})
+    (session.run.checkpoint(4) / "state.json").write_text(json.dumps({**state, "step": 99}))
+    with pytest.raises(RunError, match=r"state\.json says step 99, and the run has 10"):
+        make(resume=True, save={"every": 2})
+
+
+def test_moments_that_are_missing_are_not_made_up(make: Make) -> None:
+    session = make(save={"every": 2})
+    walk(session, 4)
+    save_arrays({"w.exp_avg": np.zeros(2, np.float32)}, session.run.checkpoint(4) / "optimizer.safetensors")
+    with pytest.raises(RunError, match=r"optimizer\.safetensors lacks the moments of w \(1 such weights\)"):
         make(resume=True, save={"every": 2})
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from smolmlx.session import Session, StepResult
 
@@ -293,7 +294,7 @@ def test_ctrl_c_says_what_is_left_to_do(
 
 def test_a_row_that_is_not_there_exits_2(call: Call, recipe: Path) -> None:
     code, _, err = call("plan", recipe, "--row", "9999")
-    assert code == 2 and "--row 9999: the last row that is trained is 23" in err
+    assert code == 2 and "--row 9999: the last row that is trained is 24" in err
 
 
 @pytest.mark.parametrize(("knob", "said"), [("cuda={atention: eager}", "attention"), ("mlx={zzz: 1}", "mlx.zzz")])
@@ -311,6 +312,15 @@ def test_flags_that_suite_loss_does_not_use_exit_2(
 ) -> None:
     code, _, err = call("eval", "--model", tiny_model, "--data", chat_rows, *flag)
     assert code == 2 and f"{flag[0]}: is for suite" in err
+
+
+def test_a_base_of_nan_has_no_loss(call: Call, tiny_model: Path, chat_rows: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, base / "model.safetensors")
+    code, _, err = call("eval", "--model", base, "--data", chat_rows, "--suite", "loss")
+    assert code == 1 and "base: the loss of a row is not a number" in err
 
 
 @pytest.mark.parametrize(
