@@ -37,7 +37,7 @@ Examples:
 @click.option("--adapter", metavar="A", type=click.Path(), help="Adapter folder for --model.")
 @click.option("--samples", type=click.IntRange(min=2), help="Answers drawn for each row.  [default: 8]")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of the answers drawn.  [default: 0.8]")  # fmt: skip
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer drawn.  [default: 200]")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer drawn.  [default: 256]")
 @click.option("--about", type=click.Choice(["any", "form"]), help="form: only pairs whose rejected answer breaks the strict rule.  [default: any]")  # fmt: skip
 @click.option("--judge", metavar="URL|MODEL", help="Rank the answers that keep the strict rule by this judge's marks.")
 @click.option("--judge-model", metavar="NAME", help="Model at the judge's address.  [default: the only one it serves]")

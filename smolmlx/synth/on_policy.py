@@ -66,7 +66,7 @@ class Sampling:
     samples: int = 8
     temperature: float = 0.8
     top_p: float = 0.95
-    max_tokens: int = 200
+    max_tokens: int = 256
     seed: int = 0
     about: Literal["any", "form"] = "any"
     """form: only pairs whose rejected answer breaks the strict rule."""
