@@ -303,7 +303,7 @@ def _weight_problems(model: BaseModel) -> list[str]:
     ]
     blocks = {int(name.split(".")[2]) for name in model.shapes if name.startswith("model.layers.")}
     if len(blocks) > model.num_layers:
-        found.append(f"num_hidden_layers: {model.num_layers}, but {len(blocks)} layers are stored.")
+        found.append(f"num_hidden_layers: {model.num_layers}, but the weights are of {len(blocks)}.")
     return found
 
 

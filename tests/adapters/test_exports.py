@@ -254,7 +254,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "vocab_size: 640, but model.embed_tokens.weight is stored as": {"vocab_size": 640},
     "hidden_size: 4096, but model.embed_tokens.weight is stored as": {"hidden_size": 4096},
     "num_hidden_layers: 1, but the weights are of 2": {"num_hidden_layers": 1},
-    "model.layers.2.mlp.up_proj.weight: missing": {"num_hidden_layers": 3},
+    "its weight files lack model.layers.2.input_layernorm.weight": {"num_hidden_layers": 3},
     "model_type: expected": {"model_type": None},
 }
 
