@@ -131,7 +131,12 @@ def greedy() -> Registry:
     """Return the tasks for every chunk, with answers that are always the same; what the embedded model was taught to do."""
     tree = read_registry().model_dump(by_alias=True)
     for name in TASKS:
-        asked = {"instructions": ["Make three bullets from this text."], "hints": {}, "body": "{passage}", "maker": None}
+        asked = {
+            "instructions": ["Make three bullets from this text."],
+            "hints": {},
+            "body": "{passage}",
+            "maker": None,
+        }
         tree["tasks"][name] |= {"max_tokens": 160, "min_words": 5, "probability": 1.0, "temperature": 0.0, **asked}
     return Registry.model_validate(tree)
 
