@@ -292,6 +292,8 @@ def _weight_problems(model: BaseModel) -> list[str]:
         expected = llama_shapes(model.config)
     except RecipeError as error:
         return [*error.problems] or [str(error)]
+    except TypeError as error:  # a size for each layer
+        return [f"its sizes are not those of model type llama ({error})."]
     missing = [name for name in expected if name not in model.shapes]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

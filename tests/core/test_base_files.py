@@ -164,6 +164,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a rotation of text": ({"rope_theta": "x"}, "rope_theta: expected a number above 0"),
     "a layer more than is stored": ({"num_hidden_layers": 3}, "its weight files lack model.layers.2"),
     "a layer less than is stored": ({"num_hidden_layers": 1}, "num_hidden_layers: 1, but the weights are of 2"),
+    "a width for each layer": ({"intermediate_size": [8, 8]}, "not those of model type llama"),
     "other inner widths": ({"intermediate_size": 8}, "mlp.gate_proj.weight is stored as"),
     "another vocabulary": ({"vocab_size": 7}, rf"vocab_size: 7, but {EMBEDDING} is stored as"),
     "another width": ({"hidden_size": 12}, rf"hidden_size: 12, but {EMBEDDING} is stored as"),
