@@ -296,8 +296,7 @@ def _weight_problems(model: BaseModel) -> list[str]:
         return [f"its sizes are not those of model type llama ({error})."]
     missing = [name for name in expected if name not in model.shapes]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        return [f"its weight files lack {', '.join(missing[:3])}{more}. Fetch the folder again, whole."]
+        return [f"its weight files lack {listed(missing)}. Fetch the folder again, whole."]
     other = [name for name, shape in expected.items() if model.shapes[name] != shape]
     found = [
         f"{name} is stored as {list(model.shapes[name])}, config.json makes it {list(expected[name])}."

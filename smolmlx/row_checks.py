@@ -38,7 +38,7 @@ def unscored(store: TokenStore | None, recipe: Recipe) -> Iterator[str]:
 
 
 def beyond_context(model: BaseModel, store: TokenStore) -> Iterator[str]:
-    longest = int(np.max(np.diff(store.offsets))) if len(store) else 0
+    longest = int(store.lengths.max(initial=0))
     if model.context is not None and longest > model.context:
         yield f"data.max_length: the longest row has {longest:,} tokens, the model was made for {model.context:,}. Lower it to that."
 

@@ -31,6 +31,7 @@ from smolmlx.recipe import build, flatten
 from smolmlx.recipe import read as read_recipe
 from smolmlx.references import References, ScoreBatch, Scored
 from smolmlx.rundir import RunDir, publish, usual_mode, write_text
+from smolmlx.signposts import listed
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
 _LEARNED = ("stage", "model", "data", "train", "lora", "dpo", "eval")
@@ -245,11 +246,10 @@ class Session:
         last = self.run.last_checkpoint()
         kept = f" The last checkpoint is {last}." if last else ""
         rate = self.plan.learning_rates[min(self.state.step, self.plan.steps - 1)]
-        knobs = [f"lower train.learning_rate (now {rate:g})"]
+        knobs = [f"Lower train.learning_rate (now {rate:g})"]
         knobs += [] if self.plan.recipe.train.warmup else ["add train.warmup"]
         knobs += [] if self.plan.dtype == "float32" else ["set model.dtype: float32"]
-        tried = f"{', '.join(knobs[:-1])} or {knobs[-1]}" if len(knobs) > 1 else knobs[0]
-        return f"step {self.state.step + 1}: {what}. {tried[0].upper()}{tried[1:]}.{kept}"
+        return f"step {self.state.step + 1}: {what}. {listed(knobs, 'or')}.{kept}"
 
     def _finite_weights(self) -> Arrays:
         """Return the engine's weights, which a step whose loss was still a number may have thrown out of all bounds."""

@@ -26,7 +26,7 @@ def find_results(folder: Path) -> tuple[list[Path], list[Path]]:
     return [], []
 
 
-def listed(folders: Sequence[Path], word: str = "and") -> str:
+def listed(folders: Sequence[Path | str], word: str = "and") -> str:
     """Return the first names in a sentence: 'a', 'a or b', 'a, b, c or 4 more'."""
     names = [str(folder) for folder in folders[:_SHOWN]]
     names += [f"{len(folders) - _SHOWN} more"] if len(folders) > _SHOWN else []

@@ -22,6 +22,7 @@ from smolmlx.errors import BackendError, DataError, RecipeError
 from smolmlx.models import check_adapter_folder, read_header
 from smolmlx.plan import PEFT_PREFIX, Plan
 from smolmlx.session import Arrays
+from smolmlx.signposts import listed
 from smolmlx_cuda.memory import ran_out
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,9 +63,8 @@ def load_base(folder: Path, dtype: str, device: str, quantize: str = "none", att
             raise
         raise RecipeError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
     if lacking := sorted(found["missing_keys"]):  # transformers draws them at random, and warns
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         raise RecipeError(
-            f"{folder}: the weights do not fit config.json: the files lack {', '.join(lacking[:3])}{more}. Fetch the folder again, whole."
+            f"{folder}: the weights do not fit config.json: the files lack {listed(lacking)}. Fetch the folder again, whole."
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
